@@ -1,0 +1,1 @@
+"""A tokenizer's chat template → token ids with named spans."""

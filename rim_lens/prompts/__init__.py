@@ -1,0 +1,1 @@
+"""Prompt records, our own prompt sets, and loaders for users' files."""
