@@ -1,0 +1,39 @@
+"""rim_lens: why a model that reasons refuses less, where in the network, and with what proof.
+
+A plugin for TransformerLens. Names are imported when first used, so that ``import rim_lens`` stays cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME: dict[str, str] = {
+    "Prompt": "prompts",
+    "load_prompts": "prompts",
+    "load_file": "prompts",
+    "load_benchmark": "prompts",
+    "with_intent": "prompts",
+    "ChatFormat": "chat",
+    "SpanBatch": "chat",
+    "Spans": "chat",
+    "register_format": "chat",
+    "ModelFacts": "lens",
+    "model_facts": "lens",
+    "load_model": "organisms",
+    "wrap_hf": "lens",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rim_lens' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"rim_lens.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

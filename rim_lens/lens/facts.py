@@ -1,0 +1,188 @@
+"""What a model is made of, read once, the same for every TransformerLens family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from rim_lens.errors import (
+    MissingTokenizer,
+    ModelError,
+    TrainingMode,
+    UnknownHead,
+    UnknownLayer,
+    UnknownNeuron,
+    UnsupportedModel,
+)
+
+# A HookedTransformer or a TransformerBridge. Neither class can be named here: each is missing from some
+# supported TransformerLens, and the surface rim_lens uses is duck-typed.
+Model = Any
+Hook = Callable[..., Any]
+Head = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Shapes and kind of a model.
+
+    Attributes:
+        family: "HookedTransformer" or "TransformerBridge".
+        architecture: The Hugging Face class the weights come from, where known.
+        name: The model's own name, where it has one.
+        n_layers: Number of blocks.
+        n_heads: Query heads per layer.
+        n_key_value_heads: Key-value heads per layer; equals n_heads without grouped-query attention.
+        d_model: Width of the residual stream.
+        d_head: Width of a head.
+        d_mlp: Neurons per layer.
+        d_vocab: Rows of the unembedding.
+        n_ctx: Longest sequence.
+        gated: Whether the MLP multiplies an activated gate with an up-projection.
+        moe: Whether the MLP is a mixture of experts (no per-neuron work there).
+        act_fn: Name of the MLP's activation function.
+        device: Where the input embedding lives.
+        dtype: dtype of the weights.
+    """
+
+    family: str
+    architecture: str
+    name: str
+    n_layers: int
+    n_heads: int
+    n_key_value_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    gated: bool
+    moe: bool
+    act_fn: str
+    device: torch.device
+    dtype: torch.dtype
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the facts with device and dtype as text, ready for JSON."""
+        return {**asdict(self), "device": str(self.device), "dtype": str(self.dtype)}
+
+    def heads(self) -> list[Head]:
+        """Every (layer, head), layer by layer."""
+        return [(layer, head) for layer in range(self.n_layers) for head in range(self.n_heads)]
+
+    def check_layer(self, layer: int) -> int:
+        """Return the layer, or raise UnknownLayer. Negative indices are refused: they hide mistakes."""
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.n_layers:
+            raise UnknownLayer(f"layer {layer!r} was asked for; this model has layers 0 to {self.n_layers - 1}.")
+        return layer
+
+    def check_heads(self, heads: Iterable[Head]) -> list[Head]:
+        """Return the heads as a list of distinct pairs, or raise UnknownHead naming the first bad one."""
+        checked: list[Head] = []
+        for item in heads:
+            if not (isinstance(item, (tuple, list)) and len(item) == 2):
+                raise UnknownHead(f"a head is a pair (layer, head); {item!r} is not.")
+            layer, head = int(item[0]), int(item[1])
+            if not (0 <= layer < self.n_layers and 0 <= head < self.n_heads):
+                raise UnknownHead(
+                    f"head (layer {layer}, head {head}) was asked for; this model has layers 0 to"
+                    f" {self.n_layers - 1} with heads 0 to {self.n_heads - 1}."
+                )
+            if (layer, head) not in checked:
+                checked.append((layer, head))
+        return checked
+
+    def check_neurons(self, neurons: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return the neurons as a sorted list of distinct pairs, or raise UnknownNeuron."""
+        self.refuse_moe("per-neuron work")
+        checked: set[tuple[int, int]] = set()
+        for item in neurons:
+            layer, neuron = int(item[0]), int(item[1])
+            if not (0 <= layer < self.n_layers and 0 <= neuron < self.d_mlp):
+                raise UnknownNeuron(
+                    f"neuron (layer {layer}, neuron {neuron}) was asked for; this model has layers 0 to"
+                    f" {self.n_layers - 1} with neurons 0 to {self.d_mlp - 1}."
+                )
+            checked.add((layer, neuron))
+        return sorted(checked)
+
+    def refuse_moe(self, what: str) -> None:
+        """Raise UnsupportedModel when the MLP is a mixture of experts."""
+        if self.moe:
+            raise UnsupportedModel(
+                f"{what} was asked for, but the MLP of this {self.architecture or 'model'} is a mixture of experts:"
+                " its hook_post is the block's output, not neurons. Read hook_mlp_out"
+                " (NeuronActivations(site='mlp_out')) or the router hooks instead."
+            )
+
+
+def model_facts(model: Model) -> ModelFacts:
+    """Read layers, heads, widths, kind, device and dtype of a model.
+
+    Args:
+        model: Any HookedTransformer (TransformerLens 2, 3) or TransformerBridge (3, 4).
+
+    Raises:
+        ModelError: The object is neither.
+
+    >>> import rim_lens as rl
+    >>> facts = rl.model_facts(rl.load_model("toy"))
+    >>> facts.n_layers, facts.n_heads, facts.gated
+    (2, 8, False)
+    """
+    cfg = getattr(model, "cfg", None)
+    if cfg is None or not hasattr(model, "hook_dict") or not hasattr(cfg, "n_heads"):
+        raise ModelError(
+            f"a HookedTransformer or TransformerBridge is needed; {type(model).__name__} has no cfg and hook_dict."
+            " Wrap a Hugging Face model with rim_lens.lens.wrap_hf(model, tokenizer)."
+        )
+    family = "TransformerBridge" if hasattr(model, "original_model") else "HookedTransformer"
+    parameter = next(model.parameters())
+    block_mlp = getattr(model.blocks[0], "mlp", None)
+    experts = getattr(cfg, "num_experts", None)
+    architecture = getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None) or ""
+    gated = bool(getattr(cfg, "gated_mlp", False)) or f"blocks.0.mlp.hook_pre_linear" in model.hook_dict
+    return ModelFacts(
+        family=family,
+        architecture=str(architecture),
+        name=str(getattr(cfg, "model_name", "") or ""),
+        n_layers=int(cfg.n_layers),
+        n_heads=int(cfg.n_heads),
+        n_key_value_heads=int(getattr(cfg, "n_key_value_heads", None) or cfg.n_heads),
+        d_model=int(cfg.d_model),
+        d_head=int(cfg.d_head),
+        d_mlp=int(cfg.d_mlp or 0),
+        d_vocab=int(cfg.d_vocab),
+        n_ctx=int(cfg.n_ctx),
+        gated=gated,
+        moe=bool(experts) or "MoE" in type(block_mlp).__name__,
+        act_fn=str(cfg.act_fn),
+        device=parameter.device,
+        dtype=parameter.dtype,
+    )
+
+
+def tokenizer_of(model: Model) -> Any:
+    """Return the model's tokenizer.
+
+    Raises:
+        MissingTokenizer: It has none.
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise MissingTokenizer(
+            "this model has no tokenizer. Give it one (model.set_tokenizer(tok), or tokenizer=tok when booting it)."
+        )
+    return tokenizer
+
+
+def require_eval(model: Model) -> None:
+    """Raise TrainingMode unless the model is in eval mode."""
+    if getattr(model, "training", False):
+        raise TrainingMode(
+            "the model is in training mode, so dropout may enter every number. Call model.eval() first; rim_lens does"
+            " not change your model's mode by itself."
+        )

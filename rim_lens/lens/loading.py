@@ -1,0 +1,227 @@
+"""From a name, a folder or a Hugging Face model to a model with hooks, in either TransformerLens family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from rim_lens.errors import UnknownModel, UnsupportedModel
+from rim_lens.lens.facts import Model
+
+Family = Literal["auto", "bridge", "hooked"]
+# variant (the part of the name after the colon, or "") → Hugging Face model and tokenizer
+Source = Callable[[str], tuple[Any, Any]]
+
+_SOURCES: dict[str, Source] = {}
+
+
+def register_source(name: str, source: Source) -> None:
+    """Let `load_model(name)` and `load_model("name:variant")` call a function.
+
+    Args:
+        name: Without a colon or slash, so that it cannot be mistaken for a variant or a hub name.
+        source: variant → (Hugging Face causal language model, tokenizer).
+
+    Raises:
+        ValueError: The name is taken, or holds a colon or slash.
+    """
+    if name in _SOURCES or ":" in name or "/" in name:
+        raise ValueError(f"a source called {name!r} was offered; names are unique, without ':' and '/'.")
+    _SOURCES[name] = source
+
+
+def known_sources() -> list[str]:
+    """Names that `load_model` knows without a hub or a folder."""
+    return sorted(_SOURCES)
+
+
+def load_model(
+    name: str | Path,
+    *,
+    family: Family = "auto",
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Model:
+    """Load a model with TransformerLens hooks, in eval mode, weights unprocessed, without gradients.
+
+    Args:
+        name: "toy", "toy:C", "toy:careful", "toy:confirm", "toy:deviate", "planted", "smollm2",
+            "smollm2-refusal", a local directory with a Hugging Face model, or a hub name.
+        family: "bridge" (TransformerLens 3, 4), "hooked" (2, 3), or "auto": the bridge where there is one.
+        dtype: dtype of the weights. It is never chosen for you: fp32 unless said otherwise.
+        device: Where the weights go.
+
+    Returns:
+        A TransformerBridge or HookedTransformer. LayerNorm is not folded and nothing is centred, so that
+        activations are those of the original model.
+
+    Raises:
+        UnknownModel: Neither a known name, nor a folder, nor reachable at a hub.
+        UnsupportedModel: The family does not exist in the installed TransformerLens, or cannot hold this architecture.
+    """
+    hf_model, tokenizer = _fetch(str(name), dtype)
+    return wrap_hf(hf_model.to(device=device, dtype=dtype), tokenizer, family=family)
+
+
+def _fetch(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    base, _, variant = name.partition(":")
+    if base in _SOURCES:
+        return _SOURCES[base](variant)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        return (
+            AutoModelForCausalLM.from_pretrained(name, dtype=dtype),
+            AutoTokenizer.from_pretrained(name),
+        )
+    except (OSError, ValueError) as error:
+        where = "is a folder, but not one with a Hugging Face model" if Path(name).is_dir() else "could not be fetched"
+        raise UnknownModel(
+            f"model {name!r} {where} ({type(error).__name__}: {str(error).splitlines()[0]}). Known without a hub:"
+            f" {', '.join(known_sources())}; else give a folder with config.json, weights and tokenizer, or a hub name"
+            " while online."
+        ) from error
+
+
+def wrap_hf(hf_model: Any, tokenizer: Any, *, family: Family = "auto") -> Model:
+    """Put TransformerLens hooks on a Hugging Face causal language model.
+
+    Args:
+        hf_model: The model; the bridge wraps it in place, HookedTransformer copies its weights.
+        tokenizer: Its tokenizer.
+        family: "bridge", "hooked", or "auto" (the bridge where the installed TransformerLens has it).
+
+    Raises:
+        UnsupportedModel: The installed TransformerLens lacks that family, or HookedTransformer has no weight
+            conversion for this architecture.
+    """
+    hf_model = hf_model.eval().requires_grad_(False)
+    hf_model.config.architectures = [type(hf_model).__name__]
+    has_bridge = bridge_class() is not None
+    chosen = ("bridge" if has_bridge else "hooked") if family == "auto" else family
+    model = _to_bridge(hf_model, tokenizer) if chosen == "bridge" else _to_hooked(hf_model, tokenizer)
+    return model.eval().requires_grad_(False)
+
+
+def bridge_class() -> Any | None:
+    """The TransformerBridge class, or None on TransformerLens 2."""
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError:
+        return None
+    return TransformerBridge
+
+
+def hooked_class() -> Any | None:
+    """The HookedTransformer class, or None on TransformerLens 4."""
+    try:
+        from transformer_lens import HookedTransformer  # noqa: TID251
+    except ImportError:
+        return None
+    return HookedTransformer
+
+
+def _to_bridge(hf_model: Any, tokenizer: Any) -> Model:
+    bridge = bridge_class()
+    if bridge is None:
+        raise UnsupportedModel(
+            "family='bridge' was asked for, but TransformerLens 2 has no TransformerBridge. Use family='hooked', or"
+            " install transformer-lens 3 or 4."
+        )
+    device = next(hf_model.parameters()).device
+    name = hf_model.config.name_or_path or type(hf_model).__name__
+    return bridge.boot_transformers(
+        name, hf_model=hf_model, tokenizer=tokenizer, device=str(device), dtype=hf_model.dtype
+    )
+
+
+def _to_hooked(hf_model: Any, tokenizer: Any) -> Model:
+    hooked = hooked_class()
+    if hooked is None:
+        raise UnsupportedModel(
+            "family='hooked' was asked for, but TransformerLens 4 removed HookedTransformer. Use family='bridge', or"
+            " install transformer-lens<4."
+        )
+    import transformer_lens.pretrained.weight_conversions as conversions
+    from transformer_lens import HookedTransformerConfig
+
+    architecture = type(hf_model).__name__
+    converters = {
+        "GPT2LMHeadModel": conversions.convert_gpt2_weights,
+        "LlamaForCausalLM": conversions.convert_llama_weights,
+        "Qwen2ForCausalLM": conversions.convert_qwen2_weights,
+        "Qwen3ForCausalLM": getattr(conversions, "convert_qwen3_weights", None),
+        "MistralForCausalLM": conversions.convert_mistral_weights,
+    }
+    convert = converters.get(architecture)
+    if convert is None:
+        raise UnsupportedModel(
+            f"HookedTransformer was asked for a {architecture}; rim_lens converts {', '.join(converters)}."
+            " Load it yourself with HookedTransformer.from_pretrained_no_processing(...) and pass that, or use the bridge."
+        )
+    config = HookedTransformerConfig(
+        **_hooked_config(hf_model.config, architecture),
+        d_vocab=hf_model.get_input_embeddings().num_embeddings,
+        device=str(next(hf_model.parameters()).device),
+        dtype=hf_model.dtype,
+        default_prepend_bos=False,
+        tokenizer_prepends_bos=False,
+        original_architecture=architecture,
+        model_name=Path(hf_model.config.name_or_path or architecture).name,
+    )
+    model = hooked(config, tokenizer=tokenizer, move_to_device=True)
+    model.load_and_process_state_dict(
+        convert(hf_model, config),
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    return model.to(hf_model.dtype)
+
+
+def _hooked_config(config: Any, architecture: str) -> dict[str, Any]:
+    if architecture == "GPT2LMHeadModel":
+        return {
+            "n_layers": config.n_layer,
+            "d_model": config.n_embd,
+            "n_heads": config.n_head,
+            "d_head": config.n_embd // config.n_head,
+            "d_mlp": config.n_inner or 4 * config.n_embd,
+            "n_ctx": config.n_positions,
+            "act_fn": config.activation_function,
+            "normalization_type": "LN",
+            "eps": config.layer_norm_epsilon,
+            "positional_embedding_type": "standard",
+        }
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") != "default":
+        raise UnsupportedModel(
+            f"HookedTransformer was asked for a {architecture} with {rope['rope_type']!r} rotary scaling, which rim_lens"
+            " does not convert. Use the bridge, or load it yourself with HookedTransformer.from_pretrained_no_processing."
+        )
+    facts: dict[str, Any] = {
+        "n_layers": config.num_hidden_layers,
+        "d_model": config.hidden_size,
+        "n_heads": config.num_attention_heads,
+        "n_key_value_heads": config.num_key_value_heads,
+        "d_head": d_head,
+        "d_mlp": config.intermediate_size,
+        "n_ctx": config.max_position_embeddings,
+        "act_fn": config.hidden_act,
+        "normalization_type": "RMS",
+        "eps": config.rms_norm_eps,
+        "positional_embedding_type": "rotary",
+        "rotary_dim": d_head,
+        "rotary_base": int(rope.get("rope_theta", getattr(config, "rope_theta", 10000))),
+        "rotary_adjacent_pairs": False,
+        "final_rms": True,
+        "gated_mlp": True,
+    }
+    if architecture == "Qwen3ForCausalLM":
+        facts["use_qk_norm"] = True
+    return facts

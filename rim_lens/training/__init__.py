@@ -1,0 +1,1 @@
+"""The small trainer that organisms and fine-tuning studies share."""
