@@ -1,18 +1,34 @@
-"""The only room that knows TransformerLens: facts, loading, attaching and its proof."""
+"""The only room that knows TransformerLens: facts, loading, attaching and its proof, running."""
 
+from rim_lens.lens.attaching import add_hooks, hooked, is_quiet, quiet, verify
+from rim_lens.lens.digest import weights_digest
 from rim_lens.lens.facts import Head, Hook, Model, ModelFacts, model_facts, require_eval, tokenizer_of
 from rim_lens.lens.loading import known_sources, load_model, register_source, wrap_hf
+from rim_lens.lens.running import Decoder, all_logits, last_logits, require_finite
+from rim_lens.lens.sites import Site, hook_name
 
 __all__ = [
+    "Decoder",
     "Head",
     "Hook",
     "Model",
     "ModelFacts",
+    "Site",
+    "add_hooks",
+    "all_logits",
+    "hook_name",
+    "hooked",
+    "is_quiet",
     "known_sources",
+    "last_logits",
     "load_model",
     "model_facts",
+    "quiet",
     "register_source",
     "require_eval",
+    "require_finite",
     "tokenizer_of",
+    "verify",
+    "weights_digest",
     "wrap_hf",
 ]

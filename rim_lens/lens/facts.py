@@ -76,7 +76,9 @@ class ModelFacts:
     def check_layer(self, layer: int) -> int:
         """Return the layer, or raise UnknownLayer. Negative indices are refused: they hide mistakes."""
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.n_layers:
-            raise UnknownLayer(f"layer {layer!r} was asked for; this model has layers 0 to {self.n_layers - 1}.")
+            raise UnknownLayer(
+                f"layer {layer!r} was asked for; this model has layers 0 to {self.n_layers - 1}."
+            )
         return layer
 
     def check_heads(self, heads: Iterable[Head]) -> list[Head]:
@@ -144,7 +146,7 @@ def model_facts(model: Model) -> ModelFacts:
     block_mlp = getattr(model.blocks[0], "mlp", None)
     experts = getattr(cfg, "num_experts", None)
     architecture = getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None) or ""
-    gated = bool(getattr(cfg, "gated_mlp", False)) or f"blocks.0.mlp.hook_pre_linear" in model.hook_dict
+    gated = bool(getattr(cfg, "gated_mlp", False)) or "blocks.0.mlp.hook_pre_linear" in model.hook_dict
     return ModelFacts(
         family=family,
         architecture=str(architecture),

@@ -78,7 +78,11 @@ def _fetch(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
             AutoTokenizer.from_pretrained(name),
         )
     except (OSError, ValueError) as error:
-        where = "is a folder, but not one with a Hugging Face model" if Path(name).is_dir() else "could not be fetched"
+        where = (
+            "is a folder, but not one with a Hugging Face model"
+            if Path(name).is_dir()
+            else "could not be fetched"
+        )
         raise UnknownModel(
             f"model {name!r} {where} ({type(error).__name__}: {str(error).splitlines()[0]}). Known without a hub:"
             f" {', '.join(known_sources())}; else give a folder with config.json, weights and tokenizer, or a hub name"
@@ -180,7 +184,7 @@ def _to_hooked(hf_model: Any, tokenizer: Any) -> Model:
         center_unembed=False,
         fold_value_biases=False,
     )
-    return model.to(hf_model.dtype)
+    return model
 
 
 def _hooked_config(config: Any, architecture: str) -> dict[str, Any]:

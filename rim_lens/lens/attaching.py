@@ -1,0 +1,208 @@
+"""Putting hooks on a model, and the proof that they work on this very model.
+
+Hook points that silently do nothing are a known fault of both families. So on first contact a component
+proves, by small forward passes, that each hook it needs fires, has the right shape (and rows that sum to
+1), and, if it edits there, that overwriting the whole layer moves the logits. The proof is kept per model
+object and redone when the model's wiring changes (modules replaced, attention implementation or
+compatibility mode switched), not when its weights do.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from rim_lens.errors import EditHadNoEffect, HookDidNotFire, NotFinite, UnsupportedModel, WrongHookShape
+from rim_lens.lens.facts import Hook, Model, ModelFacts, model_facts, require_eval
+from rim_lens.lens.sites import Site, hook_name
+
+_PROBE_ROWS, _PROBE_LENGTH = 2, 6
+_proofs: WeakKeyDictionary[Any, tuple[int, set[tuple[str, str]]]] = WeakKeyDictionary()
+_quiet = threading.local()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within this context rim_lens components already on a model do nothing.
+
+    Used by proofs and reference passes, which must see the model itself and not a component's edits.
+    """
+    before = getattr(_quiet, "on", False)
+    _quiet.on = True
+    try:
+        yield
+    finally:
+        _quiet.on = before
+
+
+def is_quiet() -> bool:
+    """Whether components are to do nothing just now."""
+    return bool(getattr(_quiet, "on", False))
+
+
+def add_hooks(model: Model, hooks: Sequence[tuple[str, Hook]]) -> Callable[[], None]:
+    """Add forward hooks that stay until the returned function is called; nobody else's hooks are touched.
+
+    Raises:
+        UnsupportedModel: A hook point does not exist; nothing stays attached then.
+    """
+    points = model.hook_dict  # rebuilt at each access on the bridge: read once
+    added: list[tuple[Any, Any]] = []
+
+    def remove() -> None:
+        while added:
+            point, handle = added.pop()
+            handle.hook.remove()
+            point.fwd_hooks = [kept for kept in point.fwd_hooks if kept is not handle]
+
+    try:
+        for name, hook in hooks:
+            if name not in points:
+                raise UnsupportedModel(
+                    f"hook point {name!r} was asked for; this {type(model).__name__} has none of that name."
+                )
+            points[name].add_hook(hook)
+            added.append((points[name], points[name].fwd_hooks[-1]))
+    except BaseException:
+        remove()
+        raise
+    return remove
+
+
+@contextmanager
+def hooked(model: Model, hooks: Sequence[tuple[str, Hook]]) -> Iterator[None]:
+    """Add forward hooks for the length of a `with`, gone also after an exception."""
+    remove = add_hooks(model, hooks)
+    try:
+        yield
+    finally:
+        remove()
+
+
+def verify(model: Model, reads: Sequence[Site] = (), edits: Sequence[Site] = ()) -> ModelFacts:
+    """Prove that the hook points of these sites work on this model, or refuse.
+
+    Args:
+        model: Any supported model, in eval mode.
+        reads: Sites to be read: each must fire in every layer with the right shape.
+        edits: Sites to be edited: besides, overwriting the whole layer there must change the logits.
+
+    Returns:
+        The model's facts.
+
+    Raises:
+        TrainingMode: The model is not in eval mode.
+        UnsupportedModel: A hook point is missing, or the MLP is a mixture of experts where neurons are asked for.
+        HookDidNotFire: A hook point never fires.
+        WrongHookShape: It fires with another shape, or attention rows do not sum to 1.
+        EditHadNoEffect: Overwriting it leaves the logits as they were.
+        NotFinite: The model gives NaN or infinity on a plain forward pass.
+    """
+    facts = model_facts(model)
+    require_eval(model)
+    if "post" in (*reads, *edits):
+        facts.refuse_moe("per-neuron work")
+    wiring = _wiring(model)
+    known_wiring, proven = _proofs.get(model, (wiring, set()))
+    if known_wiring != wiring:
+        proven = set()
+    wanted = {(site, "read") for site in (*reads, *edits)} | {(site, "edit") for site in edits}
+    missing = wanted - proven
+    if missing:
+        with quiet(), torch.no_grad():
+            _prove(model, facts, missing)
+        _proofs[model] = (wiring, proven | missing)
+    return facts
+
+
+def _wiring(model: Model) -> int:
+    inner = getattr(model, "original_model", None)
+    implementation = getattr(getattr(inner, "config", None), "_attn_implementation", None)
+    return hash(
+        (
+            tuple(id(module) for module in model.modules()),
+            implementation,
+            getattr(model, "compatibility_mode", None),
+            getattr(model.cfg, "use_attn_result", None),
+            getattr(model.cfg, "use_split_qkv_input", None),
+        )
+    )
+
+
+def _prove(model: Model, facts: ModelFacts, wanted: set[tuple[str, str]]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    length = min(_PROBE_LENGTH, facts.n_ctx)
+    tokens = torch.randint(0, facts.d_vocab, (_PROBE_ROWS, length), generator=generator).to(facts.device)
+    mask = torch.ones_like(tokens)
+    run = partial(model, tokens, attention_mask=mask, return_type="logits")
+
+    sites = sorted({site for site, _ in wanted})
+    seen: dict[str, Tensor] = {}
+    names = [hook_name(site, layer) for site in sites for layer in range(facts.n_layers)]  # type: ignore[arg-type]
+    with hooked(model, [(name, partial(_keep, seen=seen, name=name)) for name in names]):
+        baseline = run()
+    if not torch.isfinite(baseline).all():
+        raise NotFinite(
+            "a plain forward pass on six random tokens gives NaN or infinity. Check the weights, or load in float32."
+        )
+    for site in sites:
+        for layer in range(facts.n_layers):
+            _check_fired(facts, site, layer, seen, length)
+
+    for site in sorted({site for site, how in wanted if how == "edit"}):
+        for layer in range(facts.n_layers):
+            name = hook_name(site, layer)  # type: ignore[arg-type]
+            noise = torch.randn(seen[name].shape, generator=generator).to(seen[name])
+            with hooked(model, [(name, partial(_overwrite, value=noise))]):
+                edited = run()
+            if torch.equal(edited, baseline):
+                raise EditHadNoEffect(
+                    f"overwriting all of {name} left every logit as it was: edits there are dead on this"
+                    f" {facts.family}. Switch the attention implementation to 'eager', or use another site."
+                )
+
+
+def _keep(tensor: Tensor, hook: Any, seen: dict[str, Tensor], name: str) -> None:  # noqa: ARG001
+    seen[name] = tensor
+
+
+def _overwrite(tensor: Tensor, hook: Any, value: Tensor) -> Tensor:  # noqa: ARG001
+    return value
+
+
+def _check_fired(facts: ModelFacts, site: str, layer: int, seen: dict[str, Tensor], length: int) -> None:
+    name = hook_name(site, layer)  # type: ignore[arg-type]
+    if name not in seen:
+        advice = (
+            "attention patterns exist only under attn_implementation='eager'"
+            if site == "pattern"
+            else "this architecture does not route through it"
+        )
+        raise HookDidNotFire(
+            f"{name} exists on this {facts.family} but never fired in a forward pass: {advice}."
+        )
+    expected = {
+        "pattern": (_PROBE_ROWS, facts.n_heads, length, length),
+        "z": (_PROBE_ROWS, length, facts.n_heads, facts.d_head),
+        "post": (_PROBE_ROWS, length, facts.d_mlp),
+    }.get(site, (_PROBE_ROWS, length, facts.d_model))
+    found = tuple(seen[name].shape)
+    if found != expected:
+        raise WrongHookShape(
+            f"{name} was expected to have shape {expected} and has {found}. On a mixture of experts hook_post is the"
+            " block's output; on other models report this with the output of rl.model_facts(model)."
+        )
+    if site == "pattern":
+        error = float((seen[name].float().sum(dim=-1) - 1).abs().max())
+        if not error < 1e-2:
+            raise WrongHookShape(
+                f"rows of {name} should sum to 1 and miss it by up to {error:.3g}: this is not a plain softmax"
+                " (an attention sink logit, for instance), and masses on spans would not add up."
+            )

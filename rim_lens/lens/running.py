@@ -1,0 +1,111 @@
+"""Forward passes, with and without a key-value cache, the same call for every family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rim_lens.errors import ModelError, NotFinite
+from rim_lens.lens.facts import Model, model_facts
+
+
+def all_logits(
+    model: Model, tokens: Int[Tensor, "prompt pos"], attention_mask: Int[Tensor, "prompt pos"]
+) -> Float[Tensor, "prompt pos d_vocab"]:
+    """One forward pass without gradients, logits of every row."""
+    tokens, attention_mask = _to_device(model, tokens, attention_mask)
+    with torch.no_grad():
+        return model(tokens, attention_mask=attention_mask, return_type="logits")
+
+
+def last_logits(
+    model: Model, tokens: Int[Tensor, "prompt pos"], attention_mask: Int[Tensor, "prompt pos"]
+) -> Float[Tensor, "prompt d_vocab"]:
+    """One forward pass without gradients, logits of the last row only.
+
+    The unembedding of the other rows is skipped: on a 49 000-word vocabulary it is most of the memory.
+    Every hook of every block still fires on every row.
+    """
+    tokens, attention_mask = _to_device(model, tokens, attention_mask)
+    with torch.no_grad():
+        return _last_row(model, tokens, attention_mask, {})
+
+
+def _last_row(model: Model, tokens: Tensor, attention_mask: Tensor, extra: dict[str, Any]) -> Tensor:
+    if model_facts(model).family == "TransformerBridge":
+        logits = model(tokens, attention_mask=attention_mask, return_type="logits", logits_to_keep=1, **extra)
+        return logits[:, -1]
+    residual = model(tokens, attention_mask=attention_mask, stop_at_layer=model.cfg.n_layers, **extra)
+    return model.unembed(model.ln_final(residual[:, -1:]))[:, -1]
+
+
+def _to_device(model: Model, *tensors: Tensor) -> list[Tensor]:
+    device = model_facts(model).device
+    return [tensor.to(device) for tensor in tensors]
+
+
+class Decoder:
+    """A model with a key-value cache: one `prefill`, then one `step` per token.
+
+    Hooks fire at each call; `hook_pattern` has shape [batch, head, 1, keys so far] in a step, so the
+    absolute position of a row is keys − queries + its index.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.facts = model_facts(model)
+        self._cache: Any = None
+        self._mask: Tensor | None = None
+
+    def prefill(
+        self, tokens: Int[Tensor, "prompt pos"], attention_mask: Int[Tensor, "prompt pos"]
+    ) -> Float[Tensor, "prompt d_vocab"]:
+        """Read the prompts; return the logits of the first new token."""
+        tokens, mask = _to_device(self.model, tokens, attention_mask)
+        self._mask = mask
+        if self.facts.family == "TransformerBridge":
+            from transformers import DynamicCache
+
+            self._cache = DynamicCache()
+        else:
+            self._cache = _hooked_cache(self.model, tokens.shape[0])
+        return self._forward(tokens, mask)
+
+    def step(self, tokens: Int[Tensor, " prompt"]) -> Float[Tensor, "prompt d_vocab"]:
+        """Append one token to every prompt; return the logits of the next."""
+        if self._mask is None:
+            raise ModelError("step() was called before prefill(); read the prompts first.")
+        column = tokens.to(self.facts.device)[:, None]
+        self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
+        return self._forward(column, self._mask)
+
+    def _forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        with torch.no_grad():
+            if self.facts.family == "TransformerBridge":
+                positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+                extra = {"past_key_values": self._cache, "use_cache": True, "position_ids": positions}
+                return _last_row(self.model, tokens, mask, extra)
+            # HookedTransformer keeps the earlier mask in its cache and wants only the new columns'.
+            return _last_row(self.model, tokens, mask[:, -tokens.shape[1] :], {"past_kv_cache": self._cache})
+
+
+def _hooked_cache(model: Model, batch: int) -> Any:
+    try:  # TransformerLens 3
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache as Cache
+    except ImportError:  # TransformerLens 2
+        from transformer_lens import HookedTransformerKeyValueCache as Cache
+    return Cache.init_cache(model.cfg, model.cfg.device, batch)
+
+
+def require_finite(logits: Tensor, what: str) -> Tensor:
+    """Return the logits, or raise NotFinite naming the first bad row."""
+    bad = (~torch.isfinite(logits)).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        raise NotFinite(
+            f"{what}: NaN or infinity in the logits of {len(bad)} of {logits.shape[0]} prompts (first: {bad[0]})."
+            " Check the weights, or load the model in float32."
+        )
+    return logits

@@ -1,0 +1,26 @@
+"""The hook points rim_lens uses, under the names that live in every TransformerLens family."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Site = Literal["pattern", "z", "post", "mlp_out", "attn_out", "resid_pre", "resid_post"]
+
+_NAMES: dict[str, str] = {
+    "pattern": "blocks.{layer}.attn.hook_pattern",  # [batch, head, query, key], after the softmax
+    "z": "blocks.{layer}.attn.hook_z",  # [batch, pos, head, d_head], before W_O
+    "post": "blocks.{layer}.mlp.hook_post",  # [batch, pos, neuron], the input of the down-projection
+    "mlp_out": "blocks.{layer}.hook_mlp_out",  # [batch, pos, d_model]
+    "attn_out": "blocks.{layer}.hook_attn_out",  # [batch, pos, d_model]
+    "resid_pre": "blocks.{layer}.hook_resid_pre",  # [batch, pos, d_model]
+    "resid_post": "blocks.{layer}.hook_resid_post",  # [batch, pos, d_model]
+}
+
+
+def hook_name(site: Site, layer: int) -> str:
+    """Return the hook point's name.
+
+    >>> hook_name("z", 3)
+    'blocks.3.attn.hook_z'
+    """
+    return _NAMES[site].format(layer=layer)
