@@ -6,8 +6,8 @@ Atoms are disjoint and cover every key that is not padding. Composites are union
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -102,6 +102,7 @@ class SpanBatch:
         think: Condition of the batch: "off", "open" or "cot".
         format: Name of the chat format.
         pad_token_id: What fills the left side.
+        n_generated: Tokens at the end of each row that the model itself wrote; empty where it wrote none.
         label: A free name for the condition, used as a label in results ("off", "careful", "filler" …).
     """
 
@@ -113,8 +114,8 @@ class SpanBatch:
     think: Condition
     format: str
     pad_token_id: int
+    n_generated: tuple[int, ...] = ()
     label: str = ""
-    meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         n_prompts = self.tokens.shape[0]
@@ -138,6 +139,12 @@ class SpanBatch:
         return self.attention_mask.sum(dim=1)
 
     @property
+    def prompt_last(self) -> Int[Tensor, " prompt"]:
+        """Position of the last prompt token: the row that produces the first generated token."""
+        written = torch.tensor(self.n_generated or [0] * len(self))
+        return self.tokens.shape[1] - 1 - written
+
+    @property
     def name(self) -> str:
         """The label, or the condition where no label was given."""
         return self.label or self.think
@@ -155,4 +162,5 @@ class SpanBatch:
             spans=Spans({name: span[index, start:] for name, span in self.spans.atoms().items()}),
             prompts=tuple(self.prompts[row] for row in chosen),
             texts=tuple(self.texts[row] for row in chosen),
+            n_generated=tuple(self.n_generated[row] for row in chosen) if self.n_generated else (),
         )
