@@ -113,7 +113,9 @@ def verify(model: Model, reads: Sequence[Site] = (), edits: Sequence[Site] = ())
     known_wiring, proven = _proofs.get(model, (wiring, set()))
     if known_wiring != wiring:
         proven = set()
-    wanted = {(site, "read") for site in (*reads, *edits)} | {(site, "edit") for site in edits}
+    wanted: set[tuple[str, str]] = {(site, "read") for site in (*reads, *edits)} | {
+        (site, "edit") for site in edits
+    }
     missing = wanted - proven
     if missing:
         with quiet(), torch.no_grad():

@@ -93,11 +93,13 @@ class Decoder:
 
 
 def _hooked_cache(model: Model, batch: int) -> Any:
-    try:  # TransformerLens 3
-        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache as Cache
-    except ImportError:  # TransformerLens 2
-        from transformer_lens import HookedTransformerKeyValueCache as Cache
-    return Cache.init_cache(model.cfg, model.cfg.device, batch)
+    import transformer_lens
+
+    if hasattr(transformer_lens, "HookedTransformerKeyValueCache"):  # TransformerLens 2
+        cache = transformer_lens.HookedTransformerKeyValueCache
+    else:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache as cache  # noqa: N813
+    return cache.init_cache(model.cfg, model.cfg.device, batch)
 
 
 def require_finite(logits: Tensor, what: str) -> Tensor:

@@ -1,0 +1,257 @@
+"""Readers of attention: mass on named spans, and full rows of named heads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from typing_extensions import override
+
+from rim_lens.chat.spans import ATOMS, SpanBatch, Spans
+from rim_lens.errors import EmptySpan, SpanError, WrongHookShape
+from rim_lens.hooks.base import Edit
+from rim_lens.hooks.positions import Positions, chosen_rows
+from rim_lens.hooks.readers import Reader, Variable
+from rim_lens.lens import Head, Model, ModelFacts, Site, hook_name
+
+
+class SpanAttention(Reader):
+    """Attention mass of every head on named spans, summed inside the hook.
+
+    The mass of a query row on a span is the *sum* of the row's post-softmax attention over the span's keys;
+    the masses on the atoms sum to 1. Nothing of size query × key is kept.
+
+    Gives ``attention_mass`` (prompt, layer, head, span), a share between 0 and 1, and, where one row is
+    read, ``attention_argmax`` (prompt, layer, head): the atom that holds the row's largest entry, as an
+    index into `ATOMS` (paper, section 3: the argmax key position). The sink is an atom of its own, so a
+    head that rests on the first token shows as such.
+
+    Mass says where a head looks, not what it carries: a head with all its mass on a span may write nothing
+    from it. Ablate before you conclude.
+
+    Args:
+        spans: Names of the spans to read (default: every span with a token in each prompt), or the
+            masks themselves (`batch.spans`) for use outside `capture`.
+        query: "prompt_last" (default: the row that produces the first token), a span's name or a mask
+            (the mean over its rows), or "generated".
+        normalise: None, or "uniform": mass ÷ (keys of the span ÷ visible keys), so 1 means as much as
+            uniform attention would give.
+
+    Raises:
+        EmptySpan: A span asked for has no token in some prompt.
+        UnknownSpan: No span bears that name.
+
+    >>> import rim_lens as rl
+    >>> model = rl.load_model("toy")
+    >>> chat = rl.ChatFormat.from_model(model)
+    >>> off = chat.render(rl.load_prompts("harmful", language="toy", split="select")[:2], think="off")
+    >>> reader = rl.SpanAttention(spans=off.spans).register(model)
+    >>> _ = model(off.tokens, attention_mask=off.attention_mask)
+    >>> reader.result["attention_mass"].dims
+    ('prompt', 'layer', 'head', 'span')
+    >>> reader.remove()
+    """
+
+    reads: ClassVar[tuple[Site, ...]] = ("pattern",)
+
+    def __init__(
+        self,
+        spans: Spans | Sequence[str] | None = None,
+        query: Positions = "prompt_last",
+        normalise: Literal["uniform"] | None = None,
+    ) -> None:
+        super().__init__()
+        if normalise not in (None, "uniform"):
+            raise ValueError(f"normalise={normalise!r} was asked for; there are None and 'uniform'.")
+        if isinstance(spans, str):
+            raise SpanError(f"spans={spans!r} is one name; give a list of names: spans=[{spans!r}].")
+        self.spans = spans
+        self.query = query
+        self.normalise = normalise
+        self._names: list[str] = []
+
+    @override
+    def layout(self, facts: ModelFacts, batch: SpanBatch | None) -> list[Variable]:
+        if batch is not None and isinstance(self.spans, Spans):
+            raise SpanError(
+                "SpanAttention was given masks, and a batch is bound as well. Give names (spans=['request', 'think']),"
+                " or none for all that are present."
+            )
+        masks = self._masks(batch)
+        self._names = self._choose(masks)
+        if isinstance(self.query, str) and self.query not in ("all", "prompt_last", "generated"):
+            masks.require(self.query)
+        attrs = {
+            "query": self.query if isinstance(self.query, str) else "mask",
+            "normalise": self.normalise or "none",
+        }
+        variables = [
+            Variable(
+                "attention_mass",
+                ("layer", "head", "span"),
+                (facts.n_layers, facts.n_heads, len(self._names)),
+                {"span": self._names},
+                {"units": "share" if self.normalise is None else "multiple of uniform attention", **attrs},
+            )
+        ]
+        if self._one_row():
+            variables.append(
+                Variable(
+                    "attention_argmax",
+                    ("layer", "head"),
+                    (facts.n_layers, facts.n_heads),
+                    attrs={"flag_meanings": " ".join(ATOMS), "flag_values": list(range(len(ATOMS))), **attrs},
+                    dtype="int8",
+                )
+            )
+        return variables
+
+    @override
+    def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:  # noqa: ARG002
+        return [
+            (hook_name("pattern", layer), partial(self._reduce, layer)) for layer in range(facts.n_layers)
+        ]
+
+    def _one_row(self) -> bool:
+        return isinstance(self.query, str) and self.query == "prompt_last"
+
+    def _choose(self, masks: Spans) -> list[str]:
+        if self.spans is None or isinstance(self.spans, Spans):
+            return masks.present()
+        for name in self.spans:
+            masks.require(name)
+        return list(self.spans)
+
+    def _masks(self, batch: SpanBatch | None) -> Spans:
+        if isinstance(self.spans, Spans):
+            return self.spans
+        if batch is None:
+            raise SpanError(
+                "SpanAttention does not know the spans of what is being read. Pass them (spans=batch.spans), or run it"
+                " through rl.capture, which binds the batch."
+            )
+        return batch.spans
+
+    def _reduce(self, layer: int, pattern: Float[Tensor, "prompt head query key"]) -> None:
+        n_prompts, _, n_queries, n_keys = pattern.shape
+        offset = n_keys - n_queries
+        masks = self._masks(self._batch)
+        width = masks["sink"].shape[1]
+        if masks["sink"].shape[0] != n_prompts or (offset == 0 and width != n_keys):
+            raise WrongHookShape(
+                f"the spans describe {masks['sink'].shape[0]} prompts of {width} positions, but this pass has"
+                f" {n_prompts} of {n_keys}. Pass the spans of the batch that is really being read."
+            )
+        queries = chosen_rows(self.query, self._batch, offset, n_prompts, n_queries)
+        if not queries.any():
+            return  # a later step of a generation: the row asked for was read at the prefill
+        if not self._names:
+            self._names = self._choose(masks)
+        keys = _membership(masks, self._names, n_keys).to(pattern)
+        rows, visible = _mean_rows(pattern, queries, masks, offset)
+        mass = torch.einsum("phk,psk->phs", rows, keys)
+        if self.normalise == "uniform":
+            expected = torch.einsum("pk,psk->ps", visible.to(pattern), keys)
+            if bool((expected == 0).any()):
+                raise EmptySpan(
+                    "a span lies wholly after the query rows: uniform attention there is 0, nothing to divide by."
+                )
+            mass = mass / expected[:, None]
+        self.keep("attention_mass", layer, mass.float())
+        if self._one_row():
+            atoms = _membership(masks, ATOMS, n_keys).to(pattern.device)
+            top = rows.argmax(dim=-1)
+            holder = atoms.to(torch.int8).argmax(dim=1)  # [prompt, key] → which atom the key is in
+            self.keep("attention_argmax", layer, holder.gather(1, top).to(torch.int8))
+
+
+class AttentionRows(Reader):
+    """Full attention rows of heads asked for by name.
+
+    Gives ``attention_rows`` (prompt, row_head, key): the query row's post-softmax attention to each key,
+    0 on left padding. Grows with heads × keys, hence by name only.
+
+    Args:
+        heads: (layer, head) pairs, in the order wanted.
+        query: "prompt_last" (default), or a span's name or mask (the mean over its rows).
+
+    Raises:
+        UnknownHead: The model lacks one of the heads.
+    """
+
+    reads: ClassVar[tuple[Site, ...]] = ("pattern",)
+
+    def __init__(self, heads: Iterable[Head], query: Positions = "prompt_last") -> None:
+        super().__init__()
+        self.heads = list(heads)
+        self.query = query
+        self._width = 0
+
+    @override
+    def layout(self, facts: ModelFacts, batch: SpanBatch | None) -> list[Variable]:
+        heads = facts.check_heads(self.heads)
+        if batch is None:
+            raise SpanError("AttentionRows needs the batch it reads: run it through rl.capture.")
+        self._width = batch.tokens.shape[1]
+        return [
+            Variable(
+                "attention_rows",
+                ("row_head", "key"),
+                (len(heads), self._width),
+                {"row_head": [f"L{layer}H{head}" for layer, head in heads]},
+                {"units": "share"},
+            )
+        ]
+
+    @override
+    def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:  # noqa: ARG002
+        heads = facts.check_heads(self.heads)
+        layers = sorted({layer for layer, _ in heads})
+        return [(hook_name("pattern", layer), partial(self._reduce, layer, heads)) for layer in layers]
+
+    def _reduce(self, layer: int, heads: list[Head], pattern: Float[Tensor, "prompt head query key"]) -> None:
+        n_prompts, _, n_queries, n_keys = pattern.shape
+        queries = chosen_rows(self.query, self._batch, n_keys - n_queries, n_prompts, n_queries)
+        if not queries.any() or self._batch is None:
+            return
+        rows, _ = _mean_rows(pattern, queries, self._batch.spans, n_keys - n_queries)
+        for place, (its_layer, head) in enumerate(heads):
+            if its_layer == layer:  # `place` stands in for the layer: rows come back in the order asked for
+                padded = torch.nn.functional.pad(rows[:, head].float(), (self._width - n_keys, 0))
+                self.keep("attention_rows", place, padded)
+
+
+def _membership(spans: Spans, names: Sequence[str], n_keys: int) -> Bool[Tensor, "prompt span key"]:
+    masks = torch.stack([spans[name] for name in names], dim=1)
+    return torch.nn.functional.pad(
+        masks, (0, n_keys - masks.shape[-1])
+    )  # keys past the prompt are in no span
+
+
+def _mean_rows(
+    pattern: Float[Tensor, "prompt head query key"],
+    queries: Bool[Tensor, "prompt query"],
+    spans: Spans,
+    offset: int,
+) -> tuple[Float[Tensor, "prompt head key"], Float[Tensor, "prompt key"]]:
+    """Mean over the chosen query rows of the attention, and of uniform attention over the visible keys."""
+    n_keys = pattern.shape[-1]
+    queries = queries.to(pattern.device)
+    real = torch.stack(list(spans.atoms().values())).any(dim=0)
+    real = torch.nn.functional.pad(real, (0, n_keys - real.shape[-1]), value=True).to(pattern.device)
+    absolute = offset + torch.arange(pattern.shape[-2], device=pattern.device)
+    causal = torch.arange(n_keys, device=pattern.device)[None] <= absolute[:, None]
+    if bool((queries.sum(dim=1) == 1).all()):
+        index = queries.int().argmax(dim=1)
+        rows = pattern[torch.arange(pattern.shape[0], device=pattern.device), :, index]
+        visible = (real & causal[index]).float()
+        return rows, visible / visible.sum(dim=1, keepdim=True)
+    weights = queries.float() / queries.sum(dim=1, keepdim=True).clamp(min=1)
+    rows = torch.einsum("phqk,pq->phk", pattern, weights.to(pattern.dtype))
+    uniform = (real[:, None] & causal[None]).float()
+    uniform = uniform / uniform.sum(dim=-1, keepdim=True).clamp(min=1)
+    return rows, torch.einsum("pqk,pq->pk", uniform, weights)

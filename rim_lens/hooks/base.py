@@ -1,0 +1,90 @@
+"""What every component can do: be a context manager on a model, give its hooks, or stay registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Self
+
+from torch import Tensor
+
+from rim_lens.chat.spans import SpanBatch
+from rim_lens.lens import Hook, Model, ModelFacts, Site, add_hooks, hooked, is_quiet, verify
+
+# tensor at a hook point → its replacement, or None to leave it
+Edit = Callable[[Tensor], Tensor | None]
+
+
+class Component:
+    """A reader or editor of activations.
+
+    Three ways to use one, on any HookedTransformer or TransformerBridge::
+
+        with component.on(model):            # stacks with others, gone after the block or an exception
+            model(tokens, attention_mask=mask)
+        model.run_with_hooks(tokens, attention_mask=mask, fwd_hooks=component.fwd_hooks(model))
+        component.register(model)            # stays until component.remove()
+
+    On first contact with a model it proves that its hook points work there (see `rim_lens.lens.verify`).
+    """
+
+    reads: ClassVar[tuple[Site, ...]] = ()
+    edits: ClassVar[tuple[Site, ...]] = ()
+
+    def __init__(self) -> None:
+        self._batch: SpanBatch | None = None
+        self._removers: list[Callable[[], None]] = []
+
+    def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
+        """Return (hook name, function of the tensor) pairs. Called after the proof; override this."""
+        raise NotImplementedError
+
+    def sites(self) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
+        """Return the sites this component reads and edits, to be proven before the first use."""
+        return self.reads, self.edits
+
+    def fwd_hooks(self, model: Model) -> list[tuple[str, Hook]]:
+        """Verify the model and return hooks for `model.run_with_hooks(fwd_hooks=...)`.
+
+        Raises:
+            ModelError: A hook point is missing, never fires, has another shape, or ignores edits.
+        """
+        reads, edits = self.sites()
+        facts = verify(model, reads=reads, edits=edits)
+        return [(name, _unless_quiet(edit)) for name, edit in self.hooks(model, facts)]
+
+    @contextmanager
+    def on(self, model: Model) -> Iterator[Self]:
+        """Attach to a model for the length of a `with`."""
+        with hooked(model, self.fwd_hooks(model)):
+            yield self
+
+    def register(self, model: Model) -> Self:
+        """Attach to a model until `remove` is called."""
+        self._removers.append(add_hooks(model, self.fwd_hooks(model)))
+        return self
+
+    def remove(self) -> None:
+        """Detach from every model it was registered on. Harmless when there is none."""
+        while self._removers:
+            self._removers.pop()()
+
+
+@contextmanager
+def bound(components: Sequence[Component], batch: SpanBatch) -> Iterator[None]:
+    """Say which prompts the next forward passes read; needed where spans or generated rows are asked for."""
+    before = [component._batch for component in components]
+    for component in components:
+        component._batch = batch
+    try:
+        yield
+    finally:
+        for component, earlier in zip(components, before, strict=True):
+            component._batch = earlier
+
+
+def _unless_quiet(edit: Edit) -> Hook:
+    def hook_function(tensor: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
+        return None if is_quiet() else edit(tensor)
+
+    return hook_function

@@ -1,0 +1,97 @@
+"""Which rows of a forward pass an editor or reader means, also under a key-value cache."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from rim_lens.chat.spans import SpanBatch
+from rim_lens.errors import SpanError, WrongHookShape
+from rim_lens.hooks.base import Edit
+from rim_lens.lens import hook_name
+
+# "all", "prompt_last", "generated", the name of a span, or a mask
+Positions = str | Bool[Tensor, "prompt pos"]
+
+
+class RowOffset:
+    """Absolute position of the first row of the pass under way.
+
+    A pass without a cache has as many keys as queries. With a cache there are more keys, and the
+    difference is the position of the first row. The attention pattern of layer 0 is the first tensor in a
+    pass that knows both.
+    """
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def hook(self) -> tuple[str, Edit]:
+        """The hook that keeps the value up to date; add it before all others."""
+        return hook_name("pattern", 0), self._read
+
+    def _read(self, pattern: Tensor) -> None:
+        self.value = pattern.shape[-1] - pattern.shape[-2]
+
+
+def chosen_rows(
+    positions: Positions, batch: SpanBatch | None, offset: int, n_prompts: int, n_rows: int
+) -> Bool[Tensor, "prompt row"]:
+    """Return which rows of this pass are meant.
+
+    Args:
+        positions: "all", "prompt_last" (the row that produces the first token), "generated" (every row of a
+            generated token), a span's name, or a mask [prompt, pos] over the prompt.
+        batch: The prompts being read, where known. Without it, "prompt_last" is the last row of the first pass.
+        offset: Absolute position of the first row.
+        n_prompts: Rows of the batch dimension in this pass.
+        n_rows: Query rows in this pass.
+
+    Raises:
+        SpanError: A span was named and no batch is bound.
+        WrongHookShape: The pass has another number of prompts or positions than the batch.
+    """
+    if isinstance(positions, str) and positions == "all":
+        return torch.ones(n_prompts, n_rows, dtype=torch.bool)
+    if isinstance(positions, Tensor):
+        return _window(positions.bool().cpu(), offset, n_prompts, n_rows)
+    if batch is None:
+        if positions not in ("prompt_last", "generated"):
+            raise SpanError(
+                f"positions={positions!r} names a span, but no prompts are bound. Pass the mask itself"
+                " (positions=batch.spans[...]), or run through rl.capture / rl.generate, which bind the batch."
+            )
+        rows = torch.zeros(n_prompts, n_rows, dtype=torch.bool)
+        if positions == "prompt_last" and offset == 0:
+            rows[:, -1] = True
+        if positions == "generated" and offset > 0:
+            rows[:] = True
+        return rows
+    absolute = offset + torch.arange(n_rows)
+    last = batch.prompt_last[:, None]
+    if positions == "prompt_last":
+        return _agree(absolute[None] == last, n_prompts)
+    if positions == "generated":
+        return _agree(absolute[None] > last, n_prompts)
+    return _window(batch.spans.require(positions), offset, n_prompts, n_rows)
+
+
+def _window(mask: Tensor, offset: int, n_prompts: int, n_rows: int) -> Tensor:
+    width = mask.shape[1]
+    if offset == 0 and n_rows != width:
+        raise WrongHookShape(
+            f"the rows were given for prompts of {width} positions, but this pass has {n_rows}. Bind or pass the batch"
+            " that is really being read."
+        )
+    rows = torch.zeros(mask.shape[0], n_rows, dtype=torch.bool)
+    inside = max(0, min(n_rows, width - offset))  # rows past the prompt were generated: no span names them
+    rows[:, :inside] = mask[:, offset : offset + inside]
+    return _agree(rows, n_prompts)
+
+
+def _agree(rows: Tensor, n_prompts: int) -> Tensor:
+    if rows.shape[0] != n_prompts:
+        raise WrongHookShape(
+            f"the bound batch has {rows.shape[0]} prompts, but this pass has {n_prompts}. Bind the batch that is read."
+        )
+    return rows
