@@ -57,7 +57,7 @@ class _Pooled(Reader):
         return [Variable(self.variable, ("layer", *dims), (facts.n_layers, *dims.values()), attrs=attrs)]
 
     @override
-    def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:  # noqa: ARG002
+    def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
         readers: list[tuple[str, Edit]] = [
             (hook_name(self.site, layer), partial(self._reduce, layer)) for layer in range(facts.n_layers)
         ]

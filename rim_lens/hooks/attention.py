@@ -111,7 +111,7 @@ class SpanAttention(Reader):
         return variables
 
     @override
-    def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:  # noqa: ARG002
+    def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
         return [
             (hook_name("pattern", layer), partial(self._reduce, layer)) for layer in range(facts.n_layers)
         ]
@@ -208,7 +208,7 @@ class AttentionRows(Reader):
         ]
 
     @override
-    def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:  # noqa: ARG002
+    def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
         heads = facts.check_heads(self.heads)
         layers = sorted({layer for layer, _ in heads})
         return [(hook_name("pattern", layer), partial(self._reduce, layer, heads)) for layer in layers]
