@@ -38,6 +38,15 @@ class _Ablation(Component):
         self.reference = reference
         self.positions = positions
 
+    def what(self) -> list[tuple[int, int]]:
+        """The heads or neurons as given. Override this."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        where = self.positions if isinstance(self.positions, str) else f"mask{tuple(self.positions.shape)}"
+        data = "" if self.reference is None else f", reference={len(self.reference)} prompts"
+        return f"{type(self).__name__}({self.what()}, {self.method!r}{data}, positions={where!r})"
+
     def chosen(self, facts: ModelFacts) -> dict[int, list[int]]:
         """Columns to replace, by layer. Override this."""
         raise NotImplementedError
@@ -124,6 +133,10 @@ class AblateHeads(_Ablation):
         self.heads = list(heads)
 
     @override
+    def what(self) -> list[tuple[int, int]]:
+        return self.heads
+
+    @override
     def chosen(self, facts: ModelFacts) -> dict[int, list[int]]:
         return _by_layer(facts.check_heads(self.heads))
 
@@ -157,6 +170,10 @@ class AblateNeurons(_Ablation):
     ) -> None:
         super().__init__(method, reference, positions)
         self.neurons = list(neurons)
+
+    @override
+    def what(self) -> list[tuple[int, int]]:
+        return self.neurons
 
     @override
     def chosen(self, facts: ModelFacts) -> dict[int, list[int]]:

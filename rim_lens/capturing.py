@@ -1,0 +1,148 @@
+"""From prompts and components to a labelled dataset, in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from rim_lens.batching import MAX_ROWS, MAX_TOKENS, micro_batches
+from rim_lens.capture_store import DiskStore, MemoryStore, labelled, open_capture
+from rim_lens.chat.spans import SpanBatch
+from rim_lens.errors import CaptureError, NotFinite
+from rim_lens.hooks.base import Component, bound
+from rim_lens.hooks.readers import Reader, Variable
+from rim_lens.lens import Model, ModelFacts, last_logits, model_facts, weights_digest
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+FORMAT_VERSION = 1
+
+__all__ = ["capture", "open_capture"]
+
+
+def capture(
+    model: Model,
+    batch: SpanBatch,
+    *components: Component,
+    out: str | Path | None = None,
+    max_rows: int = MAX_ROWS,
+    max_tokens: int = MAX_TOKENS,
+    progress: bool = False,
+) -> xr.Dataset:
+    """Run prompts through a model and return what the readers saw, labelled.
+
+    Prompts of like length run together; each reader reduces inside its hooks, so that memory does not grow
+    with query × key. Editors among the components are active while the readers read.
+
+    Args:
+        model: Any HookedTransformer or TransformerBridge, in eval mode.
+        batch: Prompts from `ChatFormat.render` or `generate(...).batch`.
+        *components: Readers, and editors if wanted.
+        out: Folder to stream into (``capture.nc``): memory stays flat in the number of prompts, and a capture cut
+            short goes on where it stopped when called again with the same arguments. None keeps all in memory.
+        max_rows: Most prompts in one forward pass.
+        max_tokens: Most tokens (with padding) in one forward pass; a longer prompt runs alone.
+        progress: Show a progress bar.
+
+    Returns:
+        Dataset with dimension ``prompt`` (ids) first and coordinates category, family, kind, n_tokens; attributes
+        record model, dtype, digest of the weights, condition and versions.
+
+    Raises:
+        CaptureError: No reader, two readers give the same variable, duplicate prompt ids, or `out` holds another capture.
+        EmptySpan: A reader asks for a span that some prompt lacks; raised before any forward pass.
+        NotFinite: A reader saw NaN or infinity; rows stored before stay in `out`.
+    """
+    readers = [component for component in components if isinstance(component, Reader)]
+    editors = [component for component in components if not isinstance(component, Reader)]
+    facts = model_facts(model)
+    variables = _layout(readers, facts, batch)
+    attrs = _attributes(model, facts, batch, editors)
+    with ExitStack() as stack:
+        for component in (
+            *editors,
+            *readers,
+        ):  # attaching verifies, so a model that cannot be read stops here
+            stack.enter_context(component.on(model))
+        coords = labelled(variables, batch)
+        store = (
+            MemoryStore(variables, coords, attrs)
+            if out is None
+            else DiskStore(Path(out), variables, coords, attrs)
+        )
+        stack.callback(store.close)
+        waiting = store.missing()
+        lengths = batch.lengths.tolist()
+        groups = micro_batches([lengths[row] for row in waiting], max_tokens, max_rows)
+        with tqdm(total=len(waiting), desc=f"capture {batch.name}", disable=not progress) as bar:
+            for group in groups:
+                rows = sorted(waiting[place] for place in group)
+                part = batch.select(rows)
+                with bound(components, part):
+                    last_logits(model, part.tokens, part.attention_mask)
+                    store.write(rows, _collect(readers, batch, rows))
+                bar.update(len(rows))
+    return store.dataset() if isinstance(store, MemoryStore) else open_capture(store.path.parent)
+
+
+def _layout(readers: Sequence[Reader], facts: ModelFacts, batch: SpanBatch) -> list[Variable]:
+    if not readers:
+        raise CaptureError(
+            "no reader was given; add one, for instance rl.SpanAttention() or rl.NeuronActivations()."
+        )
+    ids = [prompt.id for prompt in batch.prompts]
+    if len(set(ids)) < len(ids):
+        twice = next(item for item in ids if ids.count(item) > 1)
+        raise CaptureError(
+            f"prompt id {twice!r} occurs more than once; results are labelled by id, so make them unique."
+        )
+    variables = [variable for reader in readers for variable in reader.layout(facts, batch)]
+    names = [variable.name for variable in variables]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CaptureError(f"two readers give {twice!r}; capture them in two calls.")
+    return variables
+
+
+def _collect(readers: Sequence[Reader], batch: SpanBatch, rows: list[int]) -> dict[str, np.ndarray]:
+    values: dict[str, np.ndarray] = {}
+    for reader in readers:
+        for name, tensor in reader.collect().items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                bad = next(
+                    row for row, item in zip(rows, tensor, strict=True) if not bool(item.isfinite().all())
+                )
+                raise NotFinite(
+                    f"{type(reader).__name__} saw NaN or infinity in {name!r} at prompt {batch.prompts[bad].id!r}."
+                    " Load the model in float32, or leave that prompt out."
+                )
+            values[name] = tensor.numpy()
+    return values
+
+
+def _attributes(
+    model: Model, facts: ModelFacts, batch: SpanBatch, editors: Sequence[Component]
+) -> dict[str, Any]:
+    from rim_lens import __version__
+
+    return {
+        "format_version": FORMAT_VERSION,
+        "rim_lens": __version__,
+        "transformer_lens": importlib.metadata.version("transformer-lens"),
+        "model": json.dumps(facts.to_dict()),
+        "weights_digest": weights_digest(model),
+        "condition": batch.name,
+        "think": batch.think,
+        "chat_format": batch.format,
+        "tokens_digest": hashlib.sha256(batch.tokens.numpy().tobytes()).hexdigest()[:16],
+        "editors": json.dumps([repr(editor) for editor in editors]),
+    }
