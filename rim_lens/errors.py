@@ -28,11 +28,27 @@ class MissingTwin(RimLensError, ValueError):
     """A record names a twin that is not at hand."""
 
 
+class MissingIntent(RimLensError, ValueError):
+    """A record has no sentence of intent, so that no counterfactual pair can be made of it."""
+
+
+class CotError(RimLensError, ValueError):
+    """No chain of thought of that kind or token length can be written for a request."""
+
+
 # --- chat --------------------------------------------------------------------------------------------
 
 
 class UnknownChatFormat(RimLensError, ValueError):
     """No registered chat format fits this tokenizer."""
+
+
+class DuplicateChatFormat(RimLensError, ValueError):
+    """A chat format of that name is registered already."""
+
+
+class TemplateMismatch(RimLensError, ValueError):
+    """The tokenizer's own chat template renders otherwise than the chat format found for it."""
 
 
 class MissingTokenizer(RimLensError, ValueError):
@@ -70,6 +86,10 @@ class ModelError(RimLensError, RuntimeError):
 
 class UnknownModel(ModelError, ValueError):
     """No loader knows that model name."""
+
+
+class MissingExtra(RimLensError, ImportError):
+    """A package of an optional extra (``pip install "rim-lens[...]"``) is not installed."""
 
 
 class UnsupportedModel(ModelError):
@@ -121,6 +141,10 @@ class ReferenceMismatch(RimLensError, ValueError):
 
 class NotEnoughData(RimLensError, ValueError):
     """Too few requests, families or controls for the statistic asked for."""
+
+
+class StatisticsError(RimLensError, ValueError):
+    """A statistic was asked of numbers that cannot carry it (lengths that differ, a level outside 0 to 1)."""
 
 
 class GateNotPassed(RimLensError):

@@ -1,1 +1,10 @@
 """A tokenizer's chat template → token ids with named spans."""
+
+from __future__ import annotations
+
+from rim_lens.chat.chat_format import ChatFormat
+from rim_lens.chat.formats import FormatSpec, register_format
+from rim_lens.chat.rendering import DEFAULT
+from rim_lens.chat.spans import SpanBatch, Spans
+
+__all__ = ["DEFAULT", "ChatFormat", "FormatSpec", "SpanBatch", "Spans", "register_format"]

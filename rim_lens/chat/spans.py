@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
@@ -17,6 +17,7 @@ from rim_lens.errors import EmptySpan, SpanError, UnknownSpan
 from rim_lens.prompts.records import Prompt
 
 Condition = Literal["off", "open", "cot"]
+T = TypeVar("T")
 
 ATOMS: tuple[str, ...] = (
     "sink",
@@ -101,8 +102,11 @@ class SpanBatch:
         texts: The rendered text of each row, before tokenisation.
         think: Condition of the batch: "off", "open" or "cot".
         format: Name of the chat format.
-        pad_token_id: What fills the left side.
+        pad_token_id: What fills the left side; -1 where the tokenizer has no pad token and no row needed one.
         n_generated: Tokens at the end of each row that the model itself wrote; empty where it wrote none.
+        cots: The reasoning of each row, stripped; "" where there is none. Several think blocks are joined by a newline.
+        answers: What the assistant's turn says outside think blocks, stripped; "" where nothing is said (yet).
+        finished_thinking: Per row, whether no think block is left open and either one was closed or an answer began.
         label: A free name for the condition, used as a label in results ("off", "careful", "filler" …).
     """
 
@@ -115,14 +119,29 @@ class SpanBatch:
     format: str
     pad_token_id: int
     n_generated: tuple[int, ...] = ()
+    cots: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    finished_thinking: tuple[bool, ...] = ()
     label: str = ""
 
     def __post_init__(self) -> None:
         n_prompts = self.tokens.shape[0]
-        if not len(self.prompts) == len(self.texts) == n_prompts or self.attention_mask.shape != self.tokens.shape:
+        if (
+            not len(self.prompts) == len(self.texts) == n_prompts
+            or self.attention_mask.shape != self.tokens.shape
+        ):
             raise SpanError(
                 f"a batch of {n_prompts} rows has {len(self.prompts)} records, {len(self.texts)} texts and a mask of"
                 f" shape {tuple(self.attention_mask.shape)}; they must agree."
+            )
+        for name in ("n_generated", "cots", "answers", "finished_thinking"):
+            if len(getattr(self, name)) not in (0, n_prompts):
+                raise SpanError(
+                    f"{name} has {len(getattr(self, name))} entries for {n_prompts} rows; give one per row."
+                )
+        if (self.attention_mask[:, 1:] < self.attention_mask[:, :-1]).any():
+            raise SpanError(
+                "the rows are not left-padded: a real token stands before a pad. Put all padding at the left."
             )
         counts = torch.stack(list(self.spans.atoms().values())).sum(dim=0)
         if not torch.equal(counts, self.attention_mask.to(counts.dtype)):
@@ -149,6 +168,11 @@ class SpanBatch:
         """The label, or the condition where no label was given."""
         return self.label or self.think
 
+    def atoms_of(self, row: int) -> list[str]:
+        """The atom of each real token of a row, in order."""
+        numbers = torch.stack([self.spans[atom][row] for atom in ATOMS]).int().argmax(dim=0)
+        return [ATOMS[number] for number in numbers[self.attention_mask[row].bool()].tolist()]
+
     def select(self, rows: Sequence[int] | Int[Tensor, " row"]) -> SpanBatch:
         """Return some rows, in the order given, without the left padding that none of them needs."""
         index = torch.as_tensor(rows, dtype=torch.long)
@@ -162,5 +186,12 @@ class SpanBatch:
             spans=Spans({name: span[index, start:] for name, span in self.spans.atoms().items()}),
             prompts=tuple(self.prompts[row] for row in chosen),
             texts=tuple(self.texts[row] for row in chosen),
-            n_generated=tuple(self.n_generated[row] for row in chosen) if self.n_generated else (),
+            n_generated=_take(self.n_generated, chosen),
+            cots=_take(self.cots, chosen),
+            answers=_take(self.answers, chosen),
+            finished_thinking=_take(self.finished_thinking, chosen),
         )
+
+
+def _take(values: tuple[T, ...], rows: Sequence[int]) -> tuple[T, ...]:
+    return tuple(values[row] for row in rows) if values else ()

@@ -1,0 +1,126 @@
+"""From words to text: the pieces of one row in order, each with the atom it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from rim_lens.chat.formats import FormatSpec
+from rim_lens.chat.labelling import Segment, merge, separate
+from rim_lens.chat.spans import Condition
+
+Message = Mapping[str, str]
+
+
+class Default(Enum):
+    """Asks for what the template injects when no system message is given."""
+
+    DEFAULT = "what the template injects when no system message is given"
+
+
+DEFAULT = Default.DEFAULT
+
+# What a template may do with a think block in an earlier assistant turn: keep it, or drop it and strip what follows.
+EARLIER_REASONING: tuple[Callable[[str, str], str], ...] = (
+    lambda words, _close: words,
+    lambda words, close: words.split(close)[-1].lstrip("\n"),
+    lambda words, close: words.split(close)[-1],
+    lambda words, close: words.split(close)[-1].strip(),
+)
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A format with all that its pieces do not say, as found on one tokenizer.
+
+    Attributes:
+        spec: The format's pieces.
+        injected: What the template writes between BOS and first user turn when no system message is given.
+        earlier_reasoning: Index into `EARLIER_REASONING`.
+    """
+
+    spec: FormatSpec
+    injected: tuple[Segment, ...] = ()
+    earlier_reasoning: int = 0
+
+    def block(self, condition: Condition, cot: str = "") -> list[Segment]:
+        """The think block of a condition; empty where an open prompt leaves the opener to the model."""
+        spec = self.spec
+        opening = Segment(spec.think_open, "think_open")
+        if condition == "open":
+            return [] if spec.opener == "model" else [opening, Segment(spec.after_open, "gap")]
+        inside = Segment(spec.after_open + cot + spec.before_close, "cot" if cot else "gap")
+        return [
+            opening,
+            inside,
+            Segment(spec.think_close, "think_close"),
+            Segment(spec.after_close, "template"),
+        ]
+
+    def segments(
+        self,
+        request: str,
+        block: Sequence[Segment],
+        system: str | Default | None = None,
+        history: Sequence[Message] = (),
+        answer: str | None = None,
+        end_turn: bool = False,
+    ) -> list[Segment]:
+        """The pieces of a row, neighbours of one atom joined, none empty."""
+        spec = self.spec
+        pieces = [Segment(spec.bos, "template")]
+        system_turn = self._system_turn(system)
+        if not (spec.system_in_user and isinstance(system, str)):
+            pieces += system_turn
+            system_turn = []
+        for message in history:
+            if message["role"] == "user":
+                pieces += self._user_turn(message["content"], system_turn, words="template", end="template")
+                system_turn = []
+            else:
+                pieces += self._earlier_answer(message["content"])
+        before_role, role, after_role = spec.assistant
+        pieces += [
+            *self._user_turn(request, system_turn, words="request", end="turn_end"),
+            Segment(before_role, "template"),
+            Segment(role, "assistant"),
+            Segment(after_role, "template"),
+            *block,
+        ]
+        if answer is not None:
+            pieces += [Segment(answer, "answer"), Segment(spec.answer_end if end_turn else "", "template")]
+        return merge(separate(pieces, spec.separator))
+
+    def _system_turn(self, system: str | Default | None) -> list[Segment]:
+        if system is DEFAULT:
+            return list(self.injected)
+        if system is None or self.spec.system is None:
+            return []
+        before, after = self.spec.system
+        words = self._trimmed(str(system), "system")
+        return [Segment(before, "template"), Segment(words, "system"), Segment(after, "template")]
+
+    def _user_turn(self, content: str, system_turn: list[Segment], words: str, end: str) -> list[Segment]:
+        spec = self.spec
+        return [
+            Segment(spec.user, "template"),
+            *system_turn,
+            Segment(self._trimmed(content, "user"), words),
+            Segment(spec.turn_end, end),
+            Segment(spec.between, "template"),
+        ]
+
+    def _earlier_answer(self, content: str) -> list[Segment]:
+        spec = self.spec
+        words = EARLIER_REASONING[self.earlier_reasoning](
+            self._trimmed(content, "assistant"), spec.think_close
+        )
+        end = spec.answer_end if spec.earlier_end is None else spec.earlier_end
+        return [
+            Segment(piece, "template")
+            for piece in (*spec.assistant, spec.earlier_lead, words, end, spec.between)
+        ]
+
+    def _trimmed(self, words: str, role: str) -> str:
+        return words.strip() if role in self.spec.trims else words
