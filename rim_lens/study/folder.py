@@ -1,0 +1,127 @@
+"""A study's folder: every result is written when it is there, whole or not at all, and never measured twice."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rim_lens.errors import StudyFolderError
+
+FORMAT_VERSION = 1
+
+
+class StudyFolder:
+    """Named results below one folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def claim(self, design: dict[str, Any]) -> None:
+        """Make the folder this study's own, or check that it already is.
+
+        Raises:
+            StudyFolderError: It holds another study, or study.json is corrupt.
+        """
+        mine = {"format_version": FORMAT_VERSION, "design": design}
+        if (self.path / "study.json").exists():
+            found = self.read("study.json")
+            if found.get("format_version") != FORMAT_VERSION:
+                raise StudyFolderError(
+                    f"{self.path} was written in format {found.get('format_version')}, this version writes"
+                    f" {FORMAT_VERSION}. Give an empty folder."
+                )
+            other = found.get("design")
+            if other != json.loads(json.dumps(design)):
+                changed = sorted(
+                    key for key in design if json.loads(json.dumps(design[key])) != (other or {}).get(key)
+                )
+                raise StudyFolderError(
+                    f"{self.path} holds another study (different: {', '.join(changed)}). Give an empty folder; what is"
+                    " there stays untouched."
+                )
+        else:
+            self.write("study.json", mine)
+
+    def has(self, name: str) -> bool:
+        """Whether a result is there."""
+        return (self.path / name).exists()
+
+    def read(self, name: str) -> Any:
+        """Read a JSON result.
+
+        Raises:
+            StudyFolderError: It is missing or corrupt.
+        """
+        path = self.path / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise StudyFolderError(
+                f"{path} does not exist: the study has not come that far, or is not there."
+            ) from error
+        except ValueError as error:
+            raise StudyFolderError(
+                f"{path} is corrupt ({error}). Delete that file and run the study again: only it is measured anew."
+            ) from error
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a JSON result, whole or not at all."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".part")
+        unfinished.write_text(json.dumps(value, indent=1, allow_nan=True) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+
+    def once(self, name: str, measure: Callable[[], Any]) -> Any:
+        """Return a JSON result, measuring it only if it is not there yet."""
+        if not self.has(name):
+            self.write(name, measure())
+        return self.read(name)
+
+    def lines(self, name: str) -> Lines:
+        """A result that grows line by line."""
+        return Lines(self.path / name)
+
+
+class Lines:
+    """A JSON-lines file of key → value that can be cut short anywhere and gone on with."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values: dict[str, Any] = {}
+        if path.exists():
+            whole = b""
+            for line in path.read_bytes().splitlines(keepends=True):
+                record = _parsed(line)
+                if record is None:
+                    break  # the last line of a run that was stopped while writing
+                self.values[record["key"]] = record["value"]
+                whole += line
+            if whole != path.read_bytes():
+                path.write_bytes(whole)
+
+    def get(self, key: str, measure: Callable[[], Any]) -> Any:
+        """Return a value, measuring and appending it if it is not there yet."""
+        if key not in self.values:
+            value = measure()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "value": value}) + "\n")
+            self.values[key] = value
+        return self.values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values)
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and {"key", "value"} <= set(record) else None

@@ -1,0 +1,167 @@
+"""What a study will cost, counted before any compute."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rim_lens.lens import model_facts
+from rim_lens.study.stages import CLOSED, CONDITIONS, Bench
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MEAN_COT = 40  # tokens a given CoT adds, about; only for the estimate
+HOOK_SECONDS = 4e-4  # overhead of one hooked layer in one pass, about
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a study.
+
+    Attributes:
+        stage: Its name.
+        what: What it measures, in words.
+        rows: Prompts read or written, all conditions and edits together.
+        passes: Forward passes (batches).
+        tokens: Tokens in those.
+        files: What it writes.
+        at_most: Whether the numbers are an upper bound, because the stage may end early.
+    """
+
+    stage: str
+    what: str
+    rows: int
+    passes: int
+    tokens: int
+    files: str
+    at_most: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of a study, stage by stage.
+
+    Attributes:
+        steps: The stages, in order.
+        seconds: Estimated time of all on this machine: floating-point work at the speed of a matrix product
+            just timed, and hook overhead. It says whether to wait or to come back, and no more.
+        facts: The model's.
+    """
+
+    steps: tuple[Step, ...]
+    seconds: float
+    facts: dict[str, Any]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per stage."""
+        import pandas as pd
+
+        return pd.DataFrame([vars(step) for step in self.steps])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        return {"seconds": self.seconds, "steps": [vars(step) for step in self.steps]}
+
+    def __str__(self) -> str:
+        head = f"{'stage':<10} {'rows':>7} {'passes':>8} {'tokens':>10}  what"
+        lines = [
+            f"{step.stage:<10} {step.rows:>7} {('≤ ' if step.at_most else '') + str(step.passes):>8} {step.tokens:>10}  "
+            f"{step.what} → {step.files}"
+            for step in self.steps
+        ]
+        return "\n".join([head, *lines, f"about {_duration(self.seconds)} in all"])
+
+
+def make_plan(bench: Bench, n_tuned: int) -> Plan:
+    """Count rows, forward passes and tokens of every stage, and estimate the time. Runs no model."""
+    facts, settings = model_facts(bench.model), bench.settings
+    n_select, n_evaluate = len(bench.select.harmful), len(bench.evaluate.harmful)
+    n_reasoning = len(bench.evaluate.reasoning)
+    off = bench.render(bench.evaluate.harmful[:8], "off")
+    length = round(float(off.lengths.float().mean()))
+    cot = 7 if bench.chat.name == "toy" else MEAN_COT
+    new = settings.max_new_tokens
+
+    def batches(rows: int) -> int:
+        return -(-rows // settings.max_rows)
+
+    def reading(
+        stage: str, what: str, rows: int, sets: int, files: str, extra: int = 0, at_most: bool = False
+    ) -> Step:
+        return Step(
+            stage, what, rows * sets, batches(rows) * sets, rows * sets * (length + extra), files, at_most
+        )
+
+    def writing(stage: str, what: str, rows: int, sets: int, files: str) -> Step:
+        return Step(
+            stage, what, rows * sets, batches(rows) * sets * new, rows * sets * (length + new), files, True
+        )
+
+    n_heads, top = facts.n_layers * facts.n_heads, settings.max_heads
+    trials = 1 + n_heads + (top - 1) * 16 + 2 * top
+    tested = 1 + min(top, facts.n_layers) * facts.n_heads + 1
+    steps = [
+        writing("gate", "does it refuse harmful requests, and only these?", n_select, 2, "gate.json"),
+        reading(
+            "attention",
+            "mass of each head on each span",
+            n_evaluate,
+            2 * len(CONDITIONS),
+            "attention/*/capture.nc",
+            cot,
+        ),
+        reading(
+            "scores", "refusal log-odds, closed conditions", n_evaluate, 2 * len(CLOSED), "scores/*.json", cot
+        ),
+        writing(
+            "outcomes", "what it writes, all conditions", n_evaluate, 2 * len(CONDITIONS), "outcomes/*.json"
+        ),
+        reading("heads", "ablation on the select side", n_select, trials, "heads/select.jsonl", at_most=True),
+        reading(
+            "heads",
+            "test on the evaluate side, random sets per layer",
+            n_evaluate,
+            2 * tested + settings.n_random_sets,
+            "heads/*.jsonl, heads/tested.json",
+            at_most=True,
+        ),
+        reading("neurons", "activations, select side", n_select, 2, "neurons/*/capture.nc"),
+        reading(
+            "neurons",
+            "activations, base and tuned",
+            n_evaluate + n_reasoning,
+            1 + n_tuned,
+            "neurons/*, shift.json",
+            cot,
+        ),
+    ]
+    if n_tuned:
+        steps.append(
+            writing("neurons", "refusal of the tuned models", n_evaluate, n_tuned, "outcomes/*.json")
+        )
+    parameters = sum(parameter.numel() for parameter in bench.model.parameters())
+    flops = 2.0 * parameters * sum(step.tokens for step in steps)
+    overhead = sum(step.passes for step in steps) * facts.n_layers * HOOK_SECONDS * 4
+    return Plan(
+        tuple(steps), flops / _flops_per_second(facts.device, facts.dtype) + overhead, facts.to_dict()
+    )
+
+
+def _flops_per_second(device: torch.device, dtype: torch.dtype, size: int = 512) -> float:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(size, size, generator=generator).to(device=device, dtype=dtype)
+    matrix @ matrix
+    start = time.perf_counter()
+    product = matrix
+    for _ in range(4):
+        product = (product @ matrix).clamp(-1, 1)
+    float(product.sum())  # waits for an accelerator
+    return 4 * 2 * size**3 / (time.perf_counter() - start)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,149 @@
+"""A finished (or stopped) study, read back from its folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rim_lens.capturing import open_capture
+from rim_lens.errors import StudyFolderError
+from rim_lens.study.folder import FORMAT_VERSION, StudyFolder
+from rim_lens.study.stages import CONDITIONS
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """Everything a study measured. Arrays are read from the folder when asked for.
+
+    Attributes:
+        path: The study's folder.
+        design: Model, digest of its weights, settings, versions, numbers of requests.
+        gate: passed, reason, refusal of harmful requests and of twins on the select side.
+    """
+
+    path: Path
+    design: dict[str, Any]
+    gate: dict[str, Any]
+
+    @property
+    def measured(self) -> bool:
+        """Whether the study went past its gate and to its end."""
+        return (self.path / "neurons" / "shift.json").exists()
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The think conditions, in the order they are shown."""
+        return CONDITIONS
+
+    @property
+    def tuned(self) -> list[str]:
+        """Names of the tuned models."""
+        return list(self.design["tuned"])
+
+    def attention(self, kind: str, condition: str) -> xr.Dataset:
+        """Attention of one kind of request ("harmful", "harmless") in one condition."""
+        return open_capture(self.path / "attention" / f"{kind}_{condition}")
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """Refusal scores: prompt, family, kind, condition, score, first_token, skipped."""
+        return self._records("scores")
+
+    @cached_property
+    def outcomes(self) -> pd.DataFrame:
+        """Outcomes: prompt, kind, condition, outcome, where, first_words, n_generated, finished, model.
+
+        The column model is "base", "without_heads" (the found heads removed) or a tuned model's name.
+        """
+        return self._records("outcomes")
+
+    @cached_property
+    def heads(self) -> dict[str, Any]:
+        """The heads found, the table of tested heads as records, and the effect of the set beside its controls."""
+        return StudyFolder(self.path).read("heads/tested.json")
+
+    @cached_property
+    def head_table(self) -> pd.DataFrame:
+        """Tested heads, one row each; see `rim_lens.measures.heads.head_table`."""
+        import pandas as pd
+
+        return pd.DataFrame(self.heads["table"])
+
+    @cached_property
+    def head_scan(self) -> pd.DataFrame:
+        """Mean effect of every single head on the select side: layer, head, effect in nats. It chose, it tests nothing."""
+        import json
+
+        import numpy as np
+        import pandas as pd
+
+        lines = StudyFolder(self.path).lines("heads/select.jsonl").values
+        base = np.mean(lines["[]"])
+        singles = [(json.loads(key), value) for key, value in lines.items()]
+        return pd.DataFrame(
+            [
+                {"layer": heads[0][0], "head": heads[0][1], "effect": float(np.mean(value) - base)}
+                for heads, value in singles
+                if len(heads) == 1
+            ]
+        ).sort_values(["layer", "head"], ignore_index=True)
+
+    @cached_property
+    def shift(self) -> dict[str, Any]:
+        """RAS per tuned model: on all neurons, the safety set, random sets; with counts."""
+        return StudyFolder(self.path).read("neurons/shift.json")
+
+    @cached_property
+    def timings(self) -> dict[str, float]:
+        """Seconds per stage, all runs together."""
+        return StudyFolder(self.path).read("timings.json")
+
+    def refusal_by_condition(self) -> pd.DataFrame:
+        """Share of refuse, comply and other per kind of request, condition and model."""
+        table = (
+            self.outcomes.groupby(["model", "kind", "condition"], sort=False)["outcome"]
+            .value_counts(normalize=True)
+            .unstack(fill_value=0.0)
+            .reindex(columns=["refuse", "comply", "other"], fill_value=0.0)
+        )
+        table["n"] = self.outcomes.groupby(["model", "kind", "condition"], sort=False).size()
+        return table.reset_index()
+
+    def _records(self, what: str) -> pd.DataFrame:
+        import pandas as pd
+
+        folder = StudyFolder(self.path)
+        frames = []
+        for path in sorted((self.path / what).glob("*.json")):
+            frame = pd.DataFrame(folder.read(f"{what}/{path.name}"))
+            kind, condition, *rest = path.stem.split("_", 2)
+            frame["kind"], frame["condition"] = kind, condition
+            if what == "outcomes":
+                frame["model"] = rest[0] if rest else "base"
+            frames.append(frame)
+        if not frames:
+            raise StudyFolderError(
+                f"{self.path / what} is empty: the study has not come that far. Run it again."
+            )
+        return pd.concat(frames, ignore_index=True)
+
+
+def load_study(folder: str | Path) -> StudyResult:
+    """Read a study back from its folder.
+
+    Raises:
+        StudyFolderError: The folder holds none, or a file in it is corrupt.
+    """
+    stored = StudyFolder(folder)
+    study = stored.read("study.json")
+    if study.get("format_version") != FORMAT_VERSION:
+        raise StudyFolderError(
+            f"{stored.path} was written in format {study.get('format_version')}; this version reads {FORMAT_VERSION}."
+        )
+    return StudyResult(stored.path, study["design"], stored.read("gate.json"))

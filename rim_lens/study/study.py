@@ -1,0 +1,194 @@
+"""One question, one folder: plan, run, stop anywhere, go on, load."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rim_lens.chat import ChatFormat
+from rim_lens.errors import ModelError
+from rim_lens.lens import Model, load_model, model_facts, verify, weights_digest
+from rim_lens.prompts import Prompt
+from rim_lens.study import stages
+from rim_lens.study.folder import StudyFolder
+from rim_lens.study.planning import Plan, make_plan
+from rim_lens.study.requests import requests_by_split
+from rim_lens.study.results import StudyResult, load_study
+from rim_lens.study.stages import Bench, Settings
+
+Requests = Sequence[Prompt | str]
+
+
+@dataclass
+class Study:
+    """Does a chain of thought lower refusal in this model, which heads carry refusal, and what did tuning move?
+
+    The stages: a gate (the model refuses harmful requests and spares their twins with thinking off);
+    attention mass of every head on every span in off, careful, filler, unrelated and open; refusal scores in the
+    closed conditions and generated outcomes in all; heads found by ablation on `select` requests and tested on
+    `evaluate` ones beside all other heads of their layers and per-layer random sets; neuron activations on safety
+    and reasoning prompts, and RAS between the model and its tuned variants beside random sets.
+
+    Args:
+        model: A name for `rl.load_model`, or a model of your own.
+        tuned: Fine-tuned variants by name: names for `rl.load_model`, or models. A list of names names itself.
+        harmful, harmless, reasoning: Requests; our own sets in the model's language when None. See
+            `rim_lens.study.requests.requests_by_split` for splits and twins.
+        n_requests: At most so many requests of each kind and split; None for all.
+        settings: Everything else.
+
+    >>> import rim_lens as rl
+    >>> study = rl.Study("toy", n_requests=8)
+    >>> [step.stage for step in study.plan().steps][:3]
+    ['gate', 'attention', 'scores']
+    """
+
+    model: str | Model
+    tuned: Sequence[str] | Mapping[str, str | Model] = ()
+    harmful: Requests | None = None
+    harmless: Requests | None = None
+    reasoning: Requests | None = None
+    n_requests: int | None = None
+    settings: Settings = field(default_factory=Settings)
+
+    def plan(self) -> Plan:
+        """Count rows, forward passes, tokens and files, and estimate the time; runs no model."""
+        return make_plan(self._bench(Path()), len(self._tuned))
+
+    def run(self, folder: str | Path, say: Callable[[str], None] | None = None) -> StudyResult:
+        """Measure what is not measured yet, and return everything.
+
+        Interrupt it at any time and call it again: it goes on where it stopped. A model that does not refuse, or
+        refuses twins as well, stops at the gate (`result.gate["passed"]` is False and says why), unless
+        `settings.gate` is False, which is recorded.
+
+        Args:
+            folder: Where everything is stored; empty, or this same study's.
+            say: Called with a line before each stage.
+
+        Raises:
+            StudyFolderError: The folder holds another study, or is corrupt.
+            MissingTwin, NotEnoughData: The requests do not allow a test; raised before any compute.
+            ModelError: The model's hooks do not work as needed; raised before any compute.
+        """
+        say = say or (lambda _: None)
+        bench = self._bench(Path(folder))
+        verify(bench.model, reads=("pattern", "z", "post"), edits=("z", "post"))
+        bench.folder.claim(self._design(bench))
+        bench.folder.once("plan.json", lambda: self.plan().to_dict())
+        clock = _Clock(bench.folder, say)
+        with clock("gate", "gate: does it refuse harmful requests, and only these?"):
+            gate = stages.run_gate(bench)
+        if gate["passed"] or not self.settings.gate:
+            self._measure(bench, clock)
+        return load_study(folder)
+
+    def _measure(self, bench: Bench, clock: _Clock) -> None:
+        with clock("attention", "attention mass of every head on every span, five conditions"):
+            stages.run_attention(bench)
+        with clock("scores", "refusal scores, closed conditions"):
+            stages.run_scores(bench)
+        with clock("outcomes", "what it writes, all conditions"):
+            stages.run_outcomes(bench)
+        with clock("heads", "heads whose removal changes refusal"):
+            stages.run_heads(bench)
+        with clock("neurons", "neuron activations, base and tuned"):
+            stages.run_neurons(bench, "base", bench.model)
+            for name, source in self._tuned.items():
+                variant = load_model(source) if isinstance(source, str) else source
+                _same_shape(bench.model, variant, name)
+                stages.run_neurons(bench, name, variant)
+                stages.run_refusal_of(bench, name, variant)
+            stages.run_shift(bench, list(self._tuned))
+
+    @cached_property
+    def _model(self) -> Model:
+        return load_model(self.model) if isinstance(self.model, str | Path) else self.model
+
+    @property
+    def _tuned(self) -> dict[str, str | Model]:
+        if isinstance(self.tuned, Mapping):
+            return dict(self.tuned)
+        return {name.replace(":", "_").replace("/", "_"): name for name in self.tuned}
+
+    def _bench(self, folder: Path) -> Bench:
+        chat = ChatFormat.from_model(self._model)
+        language = "toy" if chat.name == "toy" else "en"
+        sides = requests_by_split(language, self.harmful, self.harmless, self.reasoning, self.n_requests)
+        return Bench(
+            self._model, chat, sides["select"], sides["evaluate"], StudyFolder(folder), self.settings
+        )
+
+    def _design(self, bench: Bench) -> dict[str, Any]:
+        from rim_lens import __version__
+
+        prompts = [
+            prompt.to_dict()
+            for side in (bench.select, bench.evaluate)
+            for prompt in (*side.harmful, *side.twins, *side.reasoning)
+        ]
+        # How it is run (batch size, progress) is not part of what is asked.
+        asked = {
+            key: value for key, value in asdict(self.settings).items() if key not in ("max_rows", "progress")
+        }
+        return {
+            "model": str(self.model) if isinstance(self.model, str | Path) else model_facts(bench.model).name,
+            "facts": model_facts(bench.model).to_dict(),
+            "weights_digest": weights_digest(bench.model),
+            "tuned": {
+                name: source if isinstance(source, str) else "given" for name, source in self._tuned.items()
+            },
+            "chat_format": bench.chat.name,
+            "n_select": len(bench.select.harmful),
+            "n_evaluate": len(bench.evaluate.harmful),
+            "n_reasoning": len(bench.evaluate.reasoning),
+            "n_families_evaluate": len(set(bench.evaluate.families)),
+            "prompts_digest": hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()[:16],
+            "settings": asked,
+            "versions": {
+                "rim_lens": __version__,
+                **{
+                    name: importlib.metadata.version(name)
+                    for name in ("transformer-lens", "torch", "transformers")
+                },
+                "python": platform.python_version(),
+            },
+        }
+
+
+def _same_shape(base: Model, tuned: Model, name: str) -> None:
+    ours, theirs = model_facts(base), model_facts(tuned)
+    if (ours.n_layers, ours.d_mlp, ours.d_vocab) != (theirs.n_layers, theirs.d_mlp, theirs.d_vocab):
+        raise ModelError(
+            f"tuned model {name!r} has {theirs.n_layers} layers of {theirs.d_mlp} neurons and {theirs.d_vocab} tokens, the"
+            f" base {ours.n_layers} of {ours.d_mlp} and {ours.d_vocab}: it is not a fine-tune of this base."
+        )
+
+
+class _Clock:
+    """Announces each stage and records how long it took in all its runs together."""
+
+    def __init__(self, folder: StudyFolder, say: Callable[[str], None]) -> None:
+        self._folder, self._say = folder, say
+        self._stage, self._start = "", 0.0
+
+    def __call__(self, stage: str, text: str) -> _Clock:
+        self._stage = stage
+        self._say(text)
+        return self
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = self._folder.read("timings.json") if self._folder.has("timings.json") else {}
+        spent[self._stage] = round(spent.get(self._stage, 0.0) + time.perf_counter() - self._start, 2)
+        self._folder.write("timings.json", spent)
