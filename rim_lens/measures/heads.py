@@ -19,6 +19,11 @@ from rim_lens.measures.stats import bootstrap_interval, percentile_among, sign_f
 if TYPE_CHECKING:
     import pandas as pd
 
+COLUMNS = (
+    *("layer", "head", "found", "effect", "effect_low", "effect_high", "p", "effect_twins"),
+    *("specificity", "specificity_low", "specificity_high", "percentile", "n_controls", "verdict"),
+)
+
 # Refusal scores with these heads removed, one number per request
 ScoreWithout = Callable[[Sequence[Head]], Float[np.ndarray, " prompt"]]
 
@@ -169,7 +174,7 @@ def head_table(
                 ),
             }
         )
-    table = pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
     return table.sort_values(["found", "effect"], ascending=[False, True], ignore_index=True)
 
 
