@@ -43,7 +43,7 @@ SELF_STATEMENTS: dict[str, str] = {
 # Words of one or two tokens in most vocabularies, none of which a refusal begins with.
 FILLER_WORDS: tuple[str, ...] = (
     *("la", "da", "um", "hm", "uh", "bla", "doo", "mm", "oh", "er", "dum", "ah", "hey", "ho", "na", "ba"),
-    *("tra", "pom", "tick", "tock", "ding", "dong", "hum", "zip", "..."),
+    *("tra", "pom", "tick", "tock", "ding", "dong", "hum", "zip"),
 )
 
 _REQUEST_PATTERNS: dict[str, tuple[str, ...]] = {
