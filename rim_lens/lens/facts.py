@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -75,40 +76,38 @@ class ModelFacts:
 
     def check_layer(self, layer: int) -> int:
         """Return the layer, or raise UnknownLayer. Negative indices are refused: they hide mistakes."""
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.n_layers:
+        index = _index(layer, self.n_layers)
+        if index is None:
             raise UnknownLayer(
                 f"layer {layer!r} was asked for; this model has layers 0 to {self.n_layers - 1}."
             )
-        return layer
+        return index
 
     def check_heads(self, heads: Iterable[Head]) -> list[Head]:
         """Return the heads as a list of distinct pairs, or raise UnknownHead naming the first bad one."""
-        checked: list[Head] = []
+        checked: dict[Head, None] = {}
         for item in heads:
-            if not (isinstance(item, (tuple, list)) and len(item) == 2):
-                raise UnknownHead(f"a head is a pair (layer, head); {item!r} is not.")
-            layer, head = int(item[0]), int(item[1])
-            if not (0 <= layer < self.n_layers and 0 <= head < self.n_heads):
+            pair = _pair(item, self.n_layers, self.n_heads)
+            if pair is None:
                 raise UnknownHead(
-                    f"head (layer {layer}, head {head}) was asked for; this model has layers 0 to"
-                    f" {self.n_layers - 1} with heads 0 to {self.n_heads - 1}."
+                    f"head {item!r} was asked for; a head is a pair (layer, head) of whole numbers, and this model has"
+                    f" layers 0 to {self.n_layers - 1} with heads 0 to {self.n_heads - 1}."
                 )
-            if (layer, head) not in checked:
-                checked.append((layer, head))
-        return checked
+            checked[pair] = None
+        return list(checked)
 
     def check_neurons(self, neurons: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return the neurons as a sorted list of distinct pairs, or raise UnknownNeuron."""
         self.refuse_moe("per-neuron work")
         checked: set[tuple[int, int]] = set()
         for item in neurons:
-            layer, neuron = int(item[0]), int(item[1])
-            if not (0 <= layer < self.n_layers and 0 <= neuron < self.d_mlp):
+            pair = _pair(item, self.n_layers, self.d_mlp)
+            if pair is None:
                 raise UnknownNeuron(
-                    f"neuron (layer {layer}, neuron {neuron}) was asked for; this model has layers 0 to"
-                    f" {self.n_layers - 1} with neurons 0 to {self.d_mlp - 1}."
+                    f"neuron {item!r} was asked for; a neuron is a pair (layer, neuron) of whole numbers, and this model"
+                    f" has layers 0 to {self.n_layers - 1} with neurons 0 to {self.d_mlp - 1}."
                 )
-            checked.add((layer, neuron))
+            checked.add(pair)
         return sorted(checked)
 
     def refuse_moe(self, what: str) -> None:
@@ -119,6 +118,26 @@ class ModelFacts:
                 " its hook_post is the block's output, not neurons. Read hook_mlp_out"
                 " (NeuronActivations(site='mlp_out')) or the router hooks instead."
             )
+
+
+def _index(value: Any, size: int) -> int | None:
+    """Return a whole number (also NumPy's and torch's) within the size as int; None for all else, True and 1.0 too."""
+    if isinstance(value, bool):
+        return None
+    try:
+        index = operator.index(value)
+    except TypeError:
+        return None
+    return index if 0 <= index < size else None
+
+
+def _pair(item: Any, n_first: int, n_second: int) -> tuple[int, int] | None:
+    try:
+        first, second = item
+    except (TypeError, ValueError):
+        return None
+    checked = _index(first, n_first), _index(second, n_second)
+    return None if checked[0] is None or checked[1] is None else (checked[0], checked[1])
 
 
 def model_facts(model: Model) -> ModelFacts:
@@ -182,9 +201,10 @@ def tokenizer_of(model: Model) -> Any:
 
 
 def require_eval(model: Model) -> None:
-    """Raise TrainingMode unless the model is in eval mode."""
-    if getattr(model, "training", False):
+    """Raise TrainingMode unless the model, with every module in it, is in eval mode."""
+    training = next((name for name, module in model.named_modules() if module.training), None)
+    if training is not None:
         raise TrainingMode(
-            "the model is in training mode, so dropout may enter every number. Call model.eval() first; rim_lens does"
-            " not change your model's mode by itself."
+            f"{f'module {training!r}' if training else 'the model'} is in training mode, so dropout may enter every"
+            " number. Call model.eval() first; rim_lens does not change your model's mode by itself."
         )

@@ -39,7 +39,9 @@ def _last_row(model: Model, tokens: Tensor, attention_mask: Tensor, extra: dict[
         logits = model(tokens, attention_mask=attention_mask, return_type="logits", logits_to_keep=1, **extra)
         return logits[:, -1]
     residual = model(tokens, attention_mask=attention_mask, stop_at_layer=model.cfg.n_layers, **extra)
-    return model.unembed(model.ln_final(residual[:, -1:]))[:, -1]
+    logits = model.unembed(model.ln_final(residual[:, -1:]))[:, -1]
+    cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0  # Gemma 2; "none" is None, 0 or -1
+    return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
 
 def _to_device(model: Model, *tensors: Tensor) -> list[Tensor]:
