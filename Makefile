@@ -1,0 +1,51 @@
+# Two commands on a fresh machine (Python ≥ 3.11 and make): `make demo` and `make test`.
+PYTHON ?= python3
+MODEL ?= toy
+DEMO_ARGS ?=
+WORKERS ?= 2
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+
+# SmolLM2 needs two more packages, to read its weights and to merge the adapter.
+EXTRA := $(if $(findstring smollm2,$(MODEL)),smollm2,demo)
+PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile
+
+.PHONY: demo test check contract evidence clean
+
+demo: .venv/ready-$(EXTRA)
+	.venv/bin/rim-lens demo --model $(MODEL) $(DEMO_ARGS)
+
+test: check .venv-tl3/ready-dev
+	.venv/bin/python $(PYTEST)
+	.venv-tl3/bin/python $(PYTEST)
+
+check: .venv/ready-dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+
+# The same numbers on the oldest supported TransformerLens.
+contract: .venv-tl2/ready-dev
+	.venv-tl2/bin/python $(PYTEST) -m family_contract
+
+# What takes long. Its outputs are committed under docs/evidence, with command, versions and date.
+evidence: .venv/ready-dev
+	.venv/bin/rim-lens organism toy --seeds 0-5 --out docs/evidence
+	.venv/bin/rim-lens organism smollm2 --seeds 0-2 --out docs/evidence
+
+# .venv* / ready-<extra>: the package, editable, with that extra and this TransformerLens' constraints.
+.venv/ready-%: pyproject.toml constraints.txt
+	$(call install,.venv,constraints.txt,$*)
+.venv-tl3/ready-%: pyproject.toml constraints-tl3.txt
+	$(call install,.venv-tl3,constraints-tl3.txt,$*)
+.venv-tl2/ready-%: pyproject.toml constraints-tl2.txt
+	$(call install,.venv-tl2,constraints-tl2.txt,$*)
+
+define install
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) -e ".$(if $(filter demo,$(3)),,[$(3)])"
+	touch $@
+endef
+
+clean:
+	rm -rf .venv .venv-tl3 .venv-tl2 .cache .mypy_cache .ruff_cache

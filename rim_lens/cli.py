@@ -1,0 +1,205 @@
+"""The command line: rim-lens demo, study, show, organism."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from rim_lens.errors import RimLensError
+
+if TYPE_CHECKING:
+    from rim_lens.study import Study, StudyResult
+
+GATE_EXIT = 3  # the study ran and stopped at its gate: an answer, but not the one a script may wait for
+
+app = typer.Typer(
+    help="Why does a model that reasons refuse less, where in the network does that happen, and can you prove it?\n\n"
+    "Start with [bold]rim-lens demo[/bold]: the main study on a toy model, in minutes on a CPU. Then"
+    " [bold]rim-lens study MODEL[/bold] on a model of your own.",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+organism = typer.Typer(
+    help="Train the model organisms again, from nothing but the recipe.", no_args_is_help=True
+)
+app.add_typer(organism, name="organism")
+console = Console()
+errors = Console(stderr=True)
+
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Folder for the results; run again with the same to go on.")
+]
+Requests = Annotated[
+    int | None, typer.Option("--requests", min=4, help="At most so many requests of each kind and split.")
+]
+Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens generated per prompt.")]
+PlanOnly = Annotated[bool, typer.Option("--plan", help="Count passes and estimate the time, then stop.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]
+Gate = Annotated[bool, typer.Option(help="Stop where the model does not refuse in the first place.")]
+
+# A toy study is over in a minute or two; on a real model the same questions are asked of fewer requests.
+TOY_TUNED = ("toy:careful", "toy:confirm", "toy:deviate")
+REAL_REQUESTS = 24
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        str, typer.Option(help="toy, smollm2, smollm2-refusal, a hub name, or a folder.")
+    ] = "toy",
+    out: Out = None,
+    requests: Requests = None,
+    max_new_tokens: Tokens = 48,
+    plan: PlanOnly = False,
+    as_json: AsJson = False,
+    gate: Gate = True,
+) -> None:
+    """Run the main study and write its report: by default on the toy, with its three fine-tuned variants."""
+    toy = model == "toy"
+    _study(
+        model,
+        tuned=list(TOY_TUNED) if toy else [],
+        out=out or Path("runs") / f"demo-{_safe(model)}",
+        requests=requests if toy or requests is not None else REAL_REQUESTS,
+        max_new_tokens=max_new_tokens,
+        plan_only=plan,
+        as_json=as_json,
+        gate=gate,
+    )
+
+
+@app.command()
+def study(
+    model: Annotated[str, typer.Argument(help="A name rim_lens knows, a hub name, or a folder.")],
+    tuned: Annotated[list[str] | None, typer.Option(help="A fine-tuned variant; repeat for more.")] = None,
+    harmful: Annotated[
+        Path | None, typer.Option(help="Your requests: .csv or .jsonl with a text column.")
+    ] = None,
+    harmless: Annotated[
+        Path | None, typer.Option(help="Their harmless twins, in the same order or by id.")
+    ] = None,
+    reasoning: Annotated[Path | None, typer.Option(help="Your reasoning questions.")] = None,
+    out: Out = None,
+    requests: Requests = None,
+    max_new_tokens: Tokens = 64,
+    plan: PlanOnly = False,
+    as_json: AsJson = False,
+    gate: Gate = True,
+) -> None:
+    """Run the main study on a model, with your own requests if you like."""
+    _study(
+        model,
+        tuned=tuned or [],
+        out=out or Path("runs") / f"study-{_safe(model)}",
+        requests=requests,
+        max_new_tokens=max_new_tokens,
+        plan_only=plan,
+        as_json=as_json,
+        gate=gate,
+        files={"harmful": harmful, "harmless": harmless, "reasoning": reasoning},
+    )
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="A study's folder.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show a finished study, and write its report anew."""
+    from rim_lens.study import load_study
+
+    _show(load_study(folder), as_json)
+
+
+@organism.command("toy")
+def organism_toy(
+    seeds: Annotated[str, typer.Option(help="Seeds: 0-5, or 0,2,4.")] = "0-5",
+    out: Annotated[Path, typer.Option(help="Folder for the table of what emerged.")] = Path("docs/evidence"),
+) -> None:
+    """Train the toy for several seeds and tabulate what emerges, failures included (minutes a seed)."""
+    from rim_lens.organisms.toy import recipe
+
+    recipe.evidence(_seeds(seeds), out / "toy_seeds.json")
+    console.print(f"written: {out / 'toy_seeds.json'}")
+
+
+def _study(
+    model: str,
+    *,
+    tuned: list[str],
+    out: Path,
+    requests: int | None,
+    max_new_tokens: int,
+    plan_only: bool,
+    as_json: bool,
+    gate: bool,
+    files: dict[str, Path | None] | None = None,
+) -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    from rim_lens.prompts import load_file
+    from rim_lens.study import Settings, Study
+
+    given = {kind: load_file(path, kind=kind) for kind, path in (files or {}).items() if path is not None}
+    settings = Settings(max_new_tokens=max_new_tokens, gate=gate, progress=not as_json and errors.is_terminal)
+    question = Study(model, tuned=tuned, n_requests=requests, settings=settings, **given)
+    planned = question.plan()
+    if as_json and plan_only:
+        console.print_json(json.dumps(planned.to_dict()))
+    elif not as_json:
+        console.print(f"[bold]Plan[/bold] for {model}")
+        console.print(str(planned), highlight=False, soft_wrap=True)
+    if plan_only:
+        return
+    result = _run(question, out, as_json)
+    _show(result, as_json)
+    if not result.gate["passed"] and gate:
+        raise typer.Exit(GATE_EXIT)
+
+
+def _run(question: Study, out: Path, as_json: bool) -> StudyResult:
+    try:
+        return question.run(
+            out, say=None if as_json else lambda line: console.print(f"· {line}", highlight=False)
+        )
+    except KeyboardInterrupt:
+        errors.print(f"\nStopped. What was measured is in {out}; the same command goes on from there.")
+        raise typer.Exit(130) from None
+
+
+def _show(result: StudyResult, as_json: bool) -> None:
+    from rim_lens.views import print_study, write_report
+
+    report = write_report(result)
+    if as_json:
+        print(report.with_suffix(".json").read_text(encoding="utf-8"))
+        return
+    print_study(result, console)
+    console.print(f"\nreport: {report.resolve()}", highlight=False, soft_wrap=True)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        first, _, last = text.partition("-")
+        return list(range(int(first), int(last) + 1)) if last else [int(item) for item in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: write seeds as 0-5 or 0,2,4") from None
+
+
+def _safe(name: str) -> str:
+    return name.strip("/").replace("/", "_").replace(":", "_")
+
+
+def main() -> None:
+    """Run the command line; errors that rim_lens raises on purpose print their message and exit with 1."""
+    try:
+        app()
+    except RimLensError as error:
+        errors.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
+        errors.print(str(error), markup=False, highlight=False)
+        raise SystemExit(1) from error
