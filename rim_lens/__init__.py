@@ -16,6 +16,8 @@ _HOME: dict[str, str] = {
     "load_file": "prompts",
     "load_benchmark": "prompts",
     "with_intent": "prompts",
+    "assign_splits": "prompts",
+    "cot_texts": "prompts",
     "ChatFormat": "chat",
     "SpanBatch": "chat",
     "Spans": "chat",

@@ -21,7 +21,7 @@ class Prompt:
         category: Hazard category of a harmful request (its twin bears the same), topic of a maths question.
         family: Requests that share a verb, frame or conjunction; statistics cluster by it and splits keep it whole.
         twin: The id of the minimally different request of the other kind, if there is one.
-        intent: A sentence of malicious intent for this category (METHOD: counterfactual pairs).
+        intent: A sentence of malicious intent for this category (paper, section 4: counterfactual pairs).
         answer: The checked answer of a reasoning question.
         cot: A worked, careful chain of thought, without think tags.
         split: "train", "dev", "select", "evaluate" or None.
