@@ -1,5 +1,6 @@
 """Models whose truth is known. Importing this room registers them with the loader."""
 
+import rim_lens.organisms.smollm2  # noqa: F401 - registers itself
 from rim_lens.lens import load_model
 
 __all__ = ["load_model"]
