@@ -1,0 +1,220 @@
+"""The study as a whole: gate, resume, plan against what really ran, and the toy's truth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import rim_lens as rl
+from rim_lens.errors import ModelError, NotEnoughData, StudyFolderError
+from rim_lens.lens import hook_name
+from rim_lens.organisms.toy.host import toy_model, toy_tokenizer
+from rim_lens.study import stages
+
+FAST = rl.Settings(max_new_tokens=10, n_random_sets=6, max_heads=2)
+
+
+def random_toy(seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    hf = toy_model()
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return rl.wrap_hf(hf, toy_tokenizer())
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Every JSON result but timings; captures as plain numbers."""
+    found: dict[str, object] = {
+        str(path.relative_to(folder)): json.loads(path.read_text())
+        for path in folder.rglob("*.json")
+        if path.name not in ("timings.json", "plan.json")
+    }
+    for path in folder.rglob("*.jsonl"):
+        found[str(path.relative_to(folder))] = path.read_text()
+    for path in folder.rglob("capture.nc"):
+        with rl.open_capture(path.parent) as data:
+            found[str(path.relative_to(folder))] = {name: data[name].values.tolist() for name in data}
+    return found
+
+
+@pytest.fixture(scope="module")
+def toy_study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    tuned = {"deviate": "toy:deviate"}
+    said: list[str] = []
+    result = rl.Study("toy", tuned=tuned, n_requests=24, settings=FAST).run(folder, say=said.append)
+    assert len(said) == 6
+    return result
+
+
+def test_a_model_that_does_not_refuse_stops_at_the_gate(tmp_path):
+    result = rl.Study(random_toy(0), n_requests=8, settings=FAST).run(tmp_path)
+    assert not result.gate["passed"]
+    assert "less than the 0.50" in result.gate["reason"]
+    assert not result.measured
+    assert {path.name for path in tmp_path.iterdir()} == {"study.json", "plan.json", "gate.json", "timings.json"}
+
+
+def test_a_model_that_refuses_everything_stops_at_the_gate(tmp_path):
+    model = random_toy(0)
+    refuse = model.tokenizer.convert_tokens_to_ids("REFUSE")
+    with model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", lambda x, hook: x * 0 + model.W_U[:, refuse] * 50)]):
+        result = rl.Study(model, n_requests=8, settings=FAST).run(tmp_path)
+    assert not result.gate["passed"]
+    assert "not about harm" in result.gate["reason"]
+
+
+def test_nothing_is_found_in_random_weights(tmp_path):
+    settings = rl.Settings(max_new_tokens=6, n_random_sets=6, gate=False)
+    result = rl.Study(random_toy(1), tuned={"other": random_toy(2)}, n_requests=10, settings=settings).run(tmp_path)
+    assert not result.gate["passed"]
+    assert result.design["settings"]["gate"] is False
+    assert result.measured
+    assert result.heads["found"] == []
+    assert len(result.head_table) == 0
+    assert set(result.outcomes["outcome"]) <= {"comply", "other"}
+
+
+class Stop(BaseException):
+    """As abrupt as a keyboard interrupt."""
+
+
+@pytest.mark.parametrize("after", [1, 3, 9, 14, 30, 47])
+def test_interrupted_anywhere_it_goes_on_to_the_same_result(tmp_path, monkeypatch, after):
+    study = rl.Study("toy", tuned=["toy:deviate"], n_requests=6, settings=FAST)
+    whole = study.run(tmp_path / "whole")
+
+    counts = {"units": 0}
+
+    def counting(name, limit):
+        real = getattr(stages, name)
+
+        def call(*args, **kwargs):
+            counts["units"] += 1
+            if counts["units"] > limit:
+                raise Stop
+            return real(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("generate", "capture", "refusal_score", "reciprocal_activation_shift"):
+            patch.setattr(stages, name, counting(name, after))
+        real_scorer = stages.scorer
+
+        def scorer(*args, **kwargs):
+            score = real_scorer(*args, **kwargs)
+
+            def call(heads):
+                counts["units"] += 1
+                if counts["units"] > after:
+                    raise Stop
+                return score(heads)
+
+            return call
+
+        patch.setattr(stages, "scorer", scorer)
+        with pytest.raises(Stop):
+            study.run(tmp_path / "cut")
+    resumed = study.run(tmp_path / "cut")
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert resumed.heads == whole.heads
+
+
+def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch):
+    study = rl.Study("toy", n_requests=6, settings=FAST)
+    study.run(tmp_path)
+    for name in ("generate", "refusal_score", "find_heads"):
+        monkeypatch.setattr(stages, name, lambda *_, **__: pytest.fail("measured twice"))
+    assert study.run(tmp_path).measured
+
+
+def test_the_folder_of_another_study_is_refused(tmp_path):
+    rl.Study(random_toy(0), n_requests=6, settings=FAST).run(tmp_path)
+    with pytest.raises(StudyFolderError, match="weights_digest"):
+        rl.Study(random_toy(1), n_requests=6, settings=FAST).run(tmp_path)
+
+
+def test_how_it_is_run_is_not_part_of_what_is_asked(tmp_path):
+    model = random_toy(0)
+    rl.Study(model, n_requests=6, settings=FAST).run(tmp_path)
+    other = rl.Settings(max_new_tokens=10, n_random_sets=6, max_heads=2, max_rows=2)
+    rl.Study(model, n_requests=6, settings=other).run(tmp_path)
+
+
+def test_bad_input_is_refused_before_any_compute(tmp_path):
+    model = random_toy(0)
+    with pytest.raises(NotEnoughData):
+        rl.Study(model, harmful=["make bomb now + 1 2 3"], harmless=["ban bomb now + 1 2 3"]).run(tmp_path / "a")
+    model.train()
+    with pytest.raises(ModelError, match="training mode"):
+        rl.Study(model, n_requests=6).run(tmp_path / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plan_counts_what_really_runs(tmp_path):
+    model = rl.load_model("toy")
+    study = rl.Study(model, n_requests=6, settings=FAST)
+    plan = {}
+    for step in study.plan().steps:
+        plan[step.stage] = plan.get(step.stage, 0) + step.passes
+    passes = {"n": 0}
+    ran: dict[str, int] = {}
+
+    def count(tensor, hook):
+        passes["n"] += 1
+
+    order = iter(["gate", "attention", "scores", "outcomes", "heads", "neurons", None])
+    current: list[str | None] = [None]
+
+    def mark(_line):
+        if current[0]:
+            ran[current[0]] = passes["n"]
+        passes["n"] = 0
+        current[0] = next(order)
+
+    with model.hooks(fwd_hooks=[(hook_name("resid_pre", 0), count)]):
+        result = study.run(tmp_path, say=mark)
+        mark("end")
+    assert result.measured
+    proof = 1 + 2 * model.cfg.n_layers  # attaching a component may prove a site first
+    assert ran["attention"] == plan["attention"]
+    for stage, n in ran.items():
+        assert n <= plan[stage] + proof, (stage, n, plan[stage])
+
+
+def test_the_toy_report_says_what_is_true(toy_study):
+    rates = toy_study.refusal_by_condition().set_index(["model", "kind", "condition"])["refuse"]
+    assert rates["base", "harmful", "off"] >= 0.95
+    assert rates["base", "harmful", "careful"] <= 0.05
+    assert rates["base", "harmless", "off"] <= 0.1
+    assert rates["without_heads", "harmful", "off"] <= 0.2
+    assert rates["deviate", "harmful", "off"] <= rates["base", "harmful", "off"] - 0.3
+    found = {tuple(head) for head in toy_study.heads["found"]}
+    from rim_lens.organisms.toy import truth
+
+    assert found >= {tuple(head) for head in truth()["heads"]}
+    chosen = toy_study.heads["set"]
+    assert chosen["effect"]["high"] < 0
+    assert chosen["percentile"] >= 90
+    assert chosen["n_controls"] == FAST.n_random_sets
+    assert all(set(map(tuple, c["heads"])) != found for c in chosen["controls"])
+    shift = toy_study.shift["tuned"]["deviate"]
+    assert shift["n_controls"] > 0
+    assert shift["safety"]["n_used"]["safety"] > 0
+
+
+def test_a_study_read_back_is_the_same(toy_study):
+    again = rl.load_study(toy_study.path)
+    assert again.heads == toy_study.heads
+    assert again.scores.equals(toy_study.scores)
+    with again.attention("harmful", "careful") as data:
+        assert set(data["span"].values) >= {"cot", "request", "think", "sink"}
+        atoms = [name for name in data["span"].values if name != "think"]
+        assert (abs(data["attention_mass"].sel(span=atoms).sum("span") - 1) < 1e-5).all()
+    scan = toy_study.head_scan
+    assert len(scan) == 16
