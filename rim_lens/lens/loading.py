@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -106,8 +107,21 @@ def wrap_hf(hf_model: Any, tokenizer: Any, *, family: Family = "auto") -> Model:
     hf_model.config.architectures = [type(hf_model).__name__]
     has_bridge = bridge_class() is not None
     chosen = ("bridge" if has_bridge else "hooked") if family == "auto" else family
-    model = _to_bridge(hf_model, tokenizer) if chosen == "bridge" else _to_hooked(hf_model, tokenizer)
+    own = _own_tokenizer(tokenizer)
+    model = _to_bridge(hf_model, own) if chosen == "bridge" else _to_hooked(hf_model, own)
     return model.eval().requires_grad_(False)
+
+
+def _own_tokenizer(tokenizer: Any) -> Any:
+    """A copy for TransformerLens to change: it fills in missing special tokens of the one it is given.
+
+    It also reloads a tokenizer from where it came, to switch BOS on. One that was made in memory came from nowhere, and
+    is told to be switched on already; rim_lens passes token ids, so that nothing is prepended either way.
+    """
+    own = copy.deepcopy(tokenizer)
+    if not own.init_kwargs.get("name_or_path"):
+        own.init_kwargs |= {"name_or_path": "", "add_bos_token": True}
+    return own
 
 
 def bridge_class() -> Any | None:
