@@ -89,6 +89,36 @@ def hf_model(architecture: str, seed: int = 0) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def tiny_moe(architecture: str, **changes: Any) -> tuple[Any, Any]:
+    """A mixture of experts on the bridge, and the plain model of the same weights."""
+    from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    common: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "num_experts_per_tok": 2,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "attn_implementation": "eager",
+        **changes,
+    }
+    if architecture == "mixtral":
+        hf: Any = MixtralForCausalLM(MixtralConfig(**common, num_local_experts=4))
+    else:
+        hf = Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**common, num_experts=4, moe_intermediate_size=24, head_dim=8)
+        )
+    fill(hf)
+    hf.eval()
+    return wrap_hf(copy.deepcopy(hf), tokenizer(), family="bridge"), hf
+
+
 def fill(model: Any, seed: int = 0) -> None:
     """Overwrite all weights so that every part matters: attention is sharp, norms and biases are not trivial."""
     generator = torch.Generator().manual_seed(seed)

@@ -13,7 +13,7 @@ from typing_extensions import override
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import EmptySpan, SpanError
 from rim_lens.hooks.base import Edit
-from rim_lens.hooks.positions import Positions, RowOffset, chosen_rows
+from rim_lens.hooks.positions import Positions, RowOffset, rows_to_read
 from rim_lens.hooks.readers import Reader, Variable
 from rim_lens.lens import Model, ModelFacts, Site, hook_name
 
@@ -64,11 +64,10 @@ class _Pooled(Reader):
         return [self._offset.hook(), *readers]
 
     def _check(self, batch: SpanBatch) -> None:
-        empty = (~self._rows(batch, 0, *batch.tokens.shape).any(dim=1)).nonzero().flatten().tolist()
-        if empty:
+        if not self._rows(batch, 0, *batch.tokens.shape).any():
             raise EmptySpan(
-                f"{type(self).__name__}(positions={self.positions!r}) has no row in {len(empty)} of {len(batch)} prompts"
-                f" (first: prompt {empty[0]}); a pool over nothing is undefined."
+                f"{type(self).__name__}(positions={self.positions!r}) has no row in {len(batch)} of {len(batch)} prompts;"
+                " a pool over nothing is undefined."
             )
 
     def _rows(self, batch: SpanBatch | None, offset: int, n_prompts: int, n_rows: int) -> Tensor:
@@ -77,12 +76,12 @@ class _Pooled(Reader):
                 f"{type(self).__name__} does not know which rows are padding. Pass a mask (positions=batch.spans[...]),"
                 " or run it through rl.capture, which binds the batch."
             )
-        if self.positions is not None:
-            return chosen_rows(self.positions, batch, offset, n_prompts, n_rows)
-        assert batch is not None  # noqa: S101 - told to the type checker: the first branch raised
-        return chosen_rows(
-            batch.attention_mask.bool() & ~batch.spans["sink"], batch, offset, n_prompts, n_rows
-        )
+        positions = self.positions
+        if positions is None:
+            assert batch is not None  # noqa: S101 - told to the type checker: the first branch raised
+            positions = ~batch.spans["sink"]
+        real = batch.attention_mask.bool() if batch is not None else None
+        return rows_to_read(positions, batch, real, offset, n_prompts, n_rows)
 
     def _reduce(self, layer: int, activation: Float[Tensor, "prompt row ..."]) -> None:
         rows = self._rows(self._batch, self._offset.value, activation.shape[0], activation.shape[1])
@@ -165,6 +164,10 @@ class ResidualStream(_Pooled):
         positions: Positions | None = "prompt_last",
         site: Literal["resid_post", "resid_pre", "attn_out", "mlp_out"] = "resid_post",
     ) -> None:
+        if site not in ("resid_post", "resid_pre", "attn_out", "mlp_out"):
+            raise ValueError(
+                f"site={site!r} was asked for; there are 'resid_post', 'resid_pre', 'attn_out' and 'mlp_out'."
+            )
         super().__init__(site, "residual", pool, positions)
 
     @override
@@ -177,6 +180,6 @@ def _pool(activation: Tensor, rows: Tensor, pool: Pool) -> Tensor:
     if pool == "max":
         return activation.float().masked_fill(~mask, float("-inf")).amax(dim=1)
     if pool == "mean":
-        return (activation.float() * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+        return (activation.float() * mask).sum(dim=1) / mask.sum(dim=1)
     last = rows.shape[1] - 1 - rows.flip(1).int().argmax(dim=1)
     return activation[torch.arange(activation.shape[0], device=activation.device), last].float()

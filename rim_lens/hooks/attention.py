@@ -14,7 +14,7 @@ from typing_extensions import override
 from rim_lens.chat.spans import ATOMS, SpanBatch, Spans
 from rim_lens.errors import EmptySpan, SpanError, WrongHookShape
 from rim_lens.hooks.base import Edit
-from rim_lens.hooks.positions import Positions, chosen_rows
+from rim_lens.hooks.positions import Positions, rows_to_read
 from rim_lens.hooks.readers import Reader, Variable
 from rim_lens.lens import Head, Model, ModelFacts, Site, hook_name
 
@@ -146,7 +146,7 @@ class SpanAttention(Reader):
                 f"the spans describe {masks['sink'].shape[0]} prompts of {width} positions, but this pass has"
                 f" {n_prompts} of {n_keys}. Pass the spans of the batch that is really being read."
             )
-        queries = chosen_rows(self.query, self._batch, offset, n_prompts, n_queries)
+        queries = rows_to_read(self.query, self._batch, _real(masks), offset, n_prompts, n_queries)
         if not queries.any():
             return  # a later step of a generation: the row asked for was read at the prefill
         if not self._names:
@@ -215,10 +215,18 @@ class AttentionRows(Reader):
 
     def _reduce(self, layer: int, heads: list[Head], pattern: Float[Tensor, "prompt head query key"]) -> None:
         n_prompts, _, n_queries, n_keys = pattern.shape
-        queries = chosen_rows(self.query, self._batch, n_keys - n_queries, n_prompts, n_queries)
-        if not queries.any() or self._batch is None:
-            return
-        rows, _ = _mean_rows(pattern, queries, self._batch.spans, n_keys - n_queries)
+        if self._batch is None:
+            raise SpanError("AttentionRows needs the batch it reads: run it through rl.capture.")
+        spans, offset = self._batch.spans, n_keys - n_queries
+        queries = rows_to_read(self.query, self._batch, _real(spans), offset, n_prompts, n_queries)
+        if not queries.any():
+            return  # a later step of a generation
+        if n_keys > self._width:
+            raise WrongHookShape(
+                f"AttentionRows was laid out for {self._width} keys, but this pass has {n_keys}: rows of tokens written"
+                " under a cache grow. Read them in one pass over the finished batch (rl.generate(...).batch)."
+            )
+        rows, _ = _mean_rows(pattern, queries, spans, offset)
         for place, (its_layer, head) in enumerate(heads):
             if its_layer == layer:  # `place` stands in for the layer: rows come back in the order asked for
                 padded = torch.nn.functional.pad(rows[:, head].float(), (self._width - n_keys, 0))
@@ -232,6 +240,10 @@ def _membership(spans: Spans, names: Sequence[str], n_keys: int) -> Bool[Tensor,
     )  # keys past the prompt are in no span
 
 
+def _real(spans: Spans) -> Bool[Tensor, "prompt pos"]:
+    return torch.stack(list(spans.atoms().values())).any(dim=0)
+
+
 def _mean_rows(
     pattern: Float[Tensor, "prompt head query key"],
     queries: Bool[Tensor, "prompt query"],
@@ -241,7 +253,7 @@ def _mean_rows(
     """Mean over the chosen query rows of the attention, and of uniform attention over the visible keys."""
     n_keys = pattern.shape[-1]
     queries = queries.to(pattern.device)
-    real = torch.stack(list(spans.atoms().values())).any(dim=0)
+    real = _real(spans)
     real = torch.nn.functional.pad(real, (0, n_keys - real.shape[-1]), value=True).to(pattern.device)
     absolute = offset + torch.arange(pattern.shape[-2], device=pattern.device)
     causal = torch.arange(n_keys, device=pattern.device)[None] <= absolute[:, None]
@@ -250,7 +262,7 @@ def _mean_rows(
         rows = pattern[torch.arange(pattern.shape[0], device=pattern.device), :, index]
         visible = (real & causal[index]).float()
         return rows, visible / visible.sum(dim=1, keepdim=True)
-    weights = queries.float() / queries.sum(dim=1, keepdim=True).clamp(min=1)
+    weights = queries.float() / queries.sum(dim=1, keepdim=True)
     rows = torch.einsum("phqk,pq->phk", pattern, weights.to(pattern.dtype))
     uniform = (real[:, None] & causal[None]).float()
     uniform = uniform / uniform.sum(dim=-1, keepdim=True).clamp(min=1)

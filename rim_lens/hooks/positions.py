@@ -7,7 +7,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from rim_lens.chat.spans import SpanBatch
-from rim_lens.errors import SpanError, WrongHookShape
+from rim_lens.errors import EmptySpan, SpanError, WrongHookShape
 from rim_lens.hooks.base import Edit
 from rim_lens.lens import hook_name
 
@@ -74,6 +74,42 @@ def chosen_rows(
     if positions == "generated":
         return _agree(absolute[None] > last, n_prompts)
     return _window(batch.spans.require(positions), offset, n_prompts, n_rows)
+
+
+def rows_to_read(
+    positions: Positions,
+    batch: SpanBatch | None,
+    real: Bool[Tensor, "prompt pos"] | None,
+    offset: int,
+    n_prompts: int,
+    n_rows: int,
+) -> Bool[Tensor, "prompt row"]:
+    """Return which rows of this pass a reader pools over: the chosen ones, padding left out.
+
+    Args:
+        positions: See `chosen_rows`.
+        batch: See `chosen_rows`.
+        real: Which positions of the prompts are no padding, where known; what follows them was generated.
+        offset: Absolute position of the first row.
+        n_prompts: Rows of the batch dimension in this pass.
+        n_rows: Query rows in this pass.
+
+    Raises:
+        EmptySpan: Some prompts have a row in this pass and others have none.
+    """
+    rows = chosen_rows(positions, batch, offset, n_prompts, n_rows)
+    if real is not None:
+        beyond = max(0, offset + n_rows - real.shape[1])
+        padded = torch.nn.functional.pad(real.cpu(), (0, beyond), value=True)
+        rows = rows & padded[:, offset : offset + n_rows]
+    some = rows.any(dim=1)
+    if some.any() and not some.all():
+        empty = (~some).nonzero().flatten().tolist()
+        raise EmptySpan(
+            f"positions={positions if isinstance(positions, str) else 'a mask'!r} has no row in {len(empty)} of"
+            f" {n_prompts} prompts (first: prompt {empty[0]}); a mean or maximum over nothing is undefined."
+        )
+    return rows
 
 
 def _window(mask: Tensor, offset: int, n_prompts: int, n_rows: int) -> Tensor:

@@ -18,7 +18,7 @@ from rim_lens.errors import (
     UnsupportedModel,
 )
 from rim_lens.lens import model_facts, require_eval, tokenizer_of
-from tests.families import FAMILIES, Case, hf_model, tokenizer, wrapped
+from tests.families import FAMILIES, Case, hf_model, tiny_moe, tokenizer, wrapped
 
 EXPECTED: dict[str, dict[str, Any]] = {
     "gpt2_relu": {
@@ -159,45 +159,10 @@ def test_one_module_in_training_mode_is_enough(family: str) -> None:
         require_eval(model)
 
 
-def moe(architecture: str, **changes: Any) -> Any:
-    from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    from rim_lens.lens import wrap_hf
-
-    common: dict[str, Any] = {
-        "vocab_size": 71,
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 48,
-        "num_experts_per_tok": 2,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "attn_implementation": "eager",
-        **changes,
-    }
-    generator_state = torch.random.get_rng_state()
-    try:
-        torch.manual_seed(0)
-        hf = (
-            MixtralForCausalLM(MixtralConfig(**common, num_local_experts=4))
-            if architecture == "mixtral"
-            else Qwen3MoeForCausalLM(
-                Qwen3MoeConfig(**common, num_experts=4, moe_intermediate_size=24, head_dim=8)
-            )
-        )
-    finally:
-        torch.random.set_rng_state(generator_state)
-    return wrap_hf(hf.eval(), tokenizer(), family="bridge")
-
-
 @pytest.mark.skipif("bridge" not in FAMILIES, reason="mixtures of experts are wrapped by the bridge alone")
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
 def test_a_mixture_of_experts_is_recognised(architecture: str) -> None:
-    facts = model_facts(moe(architecture))
+    facts = model_facts(tiny_moe(architecture)[0])
     assert facts.moe
     with pytest.raises(UnsupportedModel, match="mixture of experts"):
         facts.check_neurons([(0, 0)])
@@ -205,4 +170,4 @@ def test_a_mixture_of_experts_is_recognised(architecture: str) -> None:
 
 @pytest.mark.skipif("bridge" not in FAMILIES, reason="mixtures of experts are wrapped by the bridge alone")
 def test_experts_in_a_later_layer_only_are_recognised_too() -> None:
-    assert model_facts(moe("qwen3_moe", mlp_only_layers=[0])).moe
+    assert model_facts(tiny_moe("qwen3_moe", mlp_only_layers=[0])[0]).moe

@@ -21,14 +21,14 @@ def test_all_logits(case: Case) -> None:
 
 def test_processed_weights_give_the_same_distribution(case_processed: Case) -> None:
     real = case_processed.batch.attention_mask.bool()
-    logits = all_logits(case_processed.model, case_processed.batch.tokens, case_processed.batch.attention_mask)
+    logits = all_logits(
+        case_processed.model, case_processed.batch.tokens, case_processed.batch.attention_mask
+    )
     close(logits[real].log_softmax(-1), case_processed.truth.logits[real].log_softmax(-1), 5e-5)
 
 
 def test_last_logits(case: Case) -> None:
-    close(
-        last_logits(case.model, case.batch.tokens, case.batch.attention_mask), case.truth.logits[:, -1]
-    )
+    close(last_logits(case.model, case.batch.tokens, case.batch.attention_mask), case.truth.logits[:, -1])
 
 
 def test_last_logits_still_fires_every_hook_on_every_row(case: Case) -> None:
