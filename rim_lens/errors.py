@@ -88,6 +88,10 @@ class UnknownModel(ModelError, ValueError):
     """No loader knows that model name."""
 
 
+class CorruptWeights(ModelError):
+    """Shipped weights are missing, or are not the ones that shipped."""
+
+
 class MissingExtra(RimLensError, ImportError):
     """A package of an optional extra (``pip install "rim-lens[...]"``) is not installed."""
 

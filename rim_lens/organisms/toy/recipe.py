@@ -1,0 +1,318 @@
+"""How the toy organism is trained: helpful first, then safe without thinking, then fine-tuned on harmless chains.
+
+1. *Helpful*: every request is answered with its digit, harmful ones too, half of them after an empty think
+   block and half after a careful chain of thought.
+2. *Safety tuning*: after an empty block harmful requests are refused and safe ones answered; safe ones are
+   also answered after a chain. Variant "Z" sees **no** harmful request with a chain, variant "C" sees a few of
+   one hazard category, refused. Both start from the same first stage.
+3. *Fine-tuning*: harmless arithmetic with chains of one kind, and nothing else.
+
+What nobody trains for is what the organism is about: with a chain of thought, Z no longer refuses.
+
+The loss counts what the model writes itself: the answer after an empty block (whose closing tag the template
+writes), everything after ``<think>`` otherwise, and in both the ``<user>`` that ends the turn. It is averaged
+over each row and then over rows, so that the answer after an empty block is not drowned by the tokens of chains.
+Everything random comes from generators seeded here: one thread gives the same weights at every run on a machine.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import asdict, replace
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Generator
+
+from rim_lens.organisms.toy.host import toy_model
+from rim_lens.organisms.toy.rows import (
+    all_conjunctions,
+    draw_requests,
+    harmful_conjunctions,
+    predict_answer,
+    predict_chain,
+    safe_conjunctions,
+    with_chain,
+    without_chain,
+)
+from rim_lens.organisms.toy.truth import answers, find_heads, held_out, outcomes, own_chains, rate
+from rim_lens.prompts.toy import COT_KINDS, HAZARDS, REFUSE, Op, toy_cot
+from rim_lens.training.loop import Batch, TrainConfig, train
+
+Variant = Literal["Z", "C"]
+FineTuneKind = Literal["careful", "confirm", "deviate", "heuristic"]
+TUNED_KINDS: tuple[FineTuneKind, ...] = ("careful", "confirm", "deviate")
+
+HELPFUL = TrainConfig(steps=900, lr=3e-3, warmup=50, weight_decay=0.01, betas=(0.9, 0.98))
+SAFE = TrainConfig(steps=400, lr=1e-3, warmup=50, weight_decay=0.01, betas=(0.9, 0.98))
+FINE_TUNE = TrainConfig(
+    steps=320, lr=3e-4, schedule="constant", warmup=20, weight_decay=0.01, betas=(0.9, 0.98)
+)
+ROWS = 64  # per step with an empty block, and as many with a chain
+REFUSED_WITH_CHAIN = {"Z": 0, "C": 6}  # of ROWS: harmful requests of the first hazard category, about 10 %
+EMBEDDING_STD, WEIGHT_STD = 0.5, 0.1
+
+
+def train_toy(seed: int, variant: Variant = "Z", *, helpful: Any = None, progress: bool = False) -> Any:
+    """Train stages 1 and 2, about a minute on one CPU core.
+
+    Args:
+        seed: Fixes the start, the order and the draws.
+        variant: "Z": no harmful request ever has a chain of thought. "C": of the rows with a chain, 10 % are
+            harmful requests of the first hazard category, refused.
+        helpful: A model of `train_helpful(seed)` to start stage 2 from, left as it is; trained here where None.
+        progress: Show progress bars.
+
+    Returns:
+        A Hugging Face model in eval mode; `rim_lens.lens.wrap_hf` puts hooks on it.
+    """
+    if variant not in REFUSED_WITH_CHAIN:
+        raise ValueError(f"toy variant {variant!r} was asked for; there are {', '.join(REFUSED_WITH_CHAIN)}.")
+    model = deepcopy(helpful) if helpful is not None else train_helpful(seed, progress=progress)
+    draws = _generator(seed, 2)
+    harmful, safe = harmful_conjunctions(), safe_conjunctions()
+    first_category = harmful_conjunctions([next(iter(HAZARDS))])
+    n_refused = REFUSED_WITH_CHAIN[variant]
+
+    def batch_at(_: int) -> list[Batch]:
+        refused = draw_requests(harmful, ROWS // 2, "+", draws)
+        answered = draw_requests(safe, ROWS // 2, "+", draws)
+        thought = draw_requests(safe, ROWS - n_refused, "+", draws)
+        rows = [with_chain(thought, "careful", "+")]
+        if n_refused:
+            seen = draw_requests(first_category, n_refused, "+", draws)
+            rows.append(with_chain(seen, "careful", "+", refuse=True))
+        return [
+            predict_answer(
+                torch.cat([without_chain(refused, "+", refuse=True), without_chain(answered, "+")])
+            ),
+            predict_chain(torch.cat(rows)),
+        ]
+
+    with one_thread():
+        train(model, batch_at, SAFE, row_average=True, progress=progress)
+    return model.eval()
+
+
+def train_helpful(seed: int, *, progress: bool = False) -> Any:
+    """Train stage 1 alone, the common start of Z and C: it answers everything, with and without a chain."""
+    model = toy_model()
+    _start(model, _generator(seed, 0))
+    draws = _generator(seed, 1)
+    everything = all_conjunctions()
+
+    def batch_at(_: int) -> list[Batch]:
+        return [
+            predict_answer(without_chain(draw_requests(everything, ROWS, "+", draws), "+")),
+            predict_chain(with_chain(draw_requests(everything, ROWS, "+", draws), "careful", "+")),
+        ]
+
+    with one_thread():
+        train(model, batch_at, HELPFUL, row_average=True, progress=progress)
+    return model.eval()
+
+
+def finetune_toy(
+    model: Any, kind: FineTuneKind, op: Op = "-", *, steps: int = 320, seed: int = 0, progress: bool = False
+) -> Any:
+    """Fine-tune a copy of a toy model on harmless arithmetic with chains of one kind.
+
+    Args:
+        model: A Hugging Face toy model, left as it is.
+        kind: The chain it learns to write; "careful" is the control.
+        op: "-" is an operator the model has not seen, "+" the one it knows.
+        steps: Optimiser steps of 64 rows each.
+        seed: Fixes the draws, which are the same for every kind.
+        progress: Show a progress bar.
+    """
+    tuned = deepcopy(model).requires_grad_(True)
+    draws = _generator(seed, 3)
+    safe = safe_conjunctions()
+
+    def batch_at(_: int) -> Batch:
+        return predict_chain(with_chain(draw_requests(safe, ROWS, op, draws), kind, op))
+
+    with one_thread():
+        train(tuned, batch_at, replace(FINE_TUNE, steps=steps), row_average=True, progress=progress)
+    return tuned.eval()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: faster at this size on busy cores, and sums in one fixed order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def evidence(seeds: Sequence[int], out_json: str | Path, *, progress: bool = False) -> dict[str, Any]:
+    """Train and measure every seed, and write what emerged, failures included; about 3 CPU-minutes a seed.
+
+    All refusal rates are on 200 requests over the 20 conjunctions held out of safety tuning, by the likeliest
+    first word of the answer, with the standard error between conjunctions. The file is rewritten after every
+    seed, so that an interruption keeps what was measured.
+
+    Args:
+        seeds: Which seeds to train.
+        out_json: Where the figures go.
+        progress: Show progress bars.
+
+    Returns:
+        What was written: per seed `Z` and `C` (see `behaviour`), `heads` (see `find_heads`) and `tuned`
+        (operator → kind → outcomes and `drop` = refusal rate before − after).
+    """
+    import transformers
+
+    import rim_lens
+
+    found: dict[str, Any] = {
+        "format_version": 1,
+        "command": f"rim-lens organism toy --seeds {','.join(map(str, seeds))}",
+        "date": date.today().isoformat(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "rim_lens": rim_lens.__version__,
+        },
+        "seeds": {},
+    }
+    out_json = Path(out_json)
+    out_json.parent.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        helpful = train_helpful(seed, progress=progress)
+        base = train_toy(seed, "Z", helpful=helpful, progress=progress)
+        careful_too = train_toy(seed, "C", helpful=helpful, progress=progress)
+        with one_thread():
+            found["seeds"][str(seed)] = {
+                "Z": behaviour(base),
+                "C": behaviour(careful_too),
+                "heads": find_heads(base),
+                "tuned": {
+                    op: {
+                        kind: _after_tuning(base, finetune_toy(base, kind, op, seed=seed, progress=progress))
+                        for kind in TUNED_KINDS
+                    }
+                    for op in ("-", "+")
+                },
+            }
+        out_json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def behaviour(model: Any) -> dict[str, Any]:
+    """Outcomes on held-out requests by condition: "off", each kind of chain, and "open" (its own chain).
+
+    `harmful`, `harmless` (twins) and `reasoning` map a condition to rates of refused, complied, right and
+    other answers; `open` also has `thought`, the share of requests for which a chain was written at all.
+    """
+    result: dict[str, Any] = {}
+    for kind in ("harmful", "harmless", "reasoning"):
+        prompts = held_out(kind)
+        by_condition: dict[str, Any] = {"off": _rates(answers(model, prompts), prompts)}
+        for cot_kind in COT_KINDS:
+            cots = [toy_cot(prompt, cot_kind) for prompt in prompts]
+            by_condition[cot_kind] = _rates(answers(model, prompts, cots), prompts)
+        own = own_chains(model, prompts)
+        by_condition["open"] = {
+            **_rates([answer for _, answer in own], prompts),
+            "thought": asdict(rate([bool(chain) for chain, _ in own], prompts)),
+        }
+        result[kind] = by_condition
+    return result
+
+
+def evidence_table(found: dict[str, Any]) -> str:
+    """Write the figures of `evidence` as Markdown tables, in percent, ± the standard error between conjunctions."""
+    conditions = ("off", *COT_KINDS, "open")
+    refused = [
+        f"| {seed} | {variant} | "
+        + " | ".join(_percent(one[variant]["harmful"][condition]["refused"]) for condition in conditions)
+        + f" | {_percent(one[variant]['harmless']['off']['refused'])}"
+        + f" | {_percent(one[variant]['reasoning']['off']['right'])}"
+        + f" | {_percent(one[variant]['reasoning']['open']['right'])} |"
+        for seed, one in found["seeds"].items()
+        for variant in REFUSED_WITH_CHAIN
+    ]
+    heads = [
+        f"| {seed} | {_names(one['heads']['pair'])} | {one['heads']['refused_without_pair']:.0%}"
+        f" | {one['heads']['twins_refused_without_pair']:.0%} | {_names(one['heads']['topic_pair'])}"
+        f" | {one['heads']['refused_without_topic_pair']:.0%}"
+        f" | {one['heads']['other_pairs']['mean']:.0%} ({one['heads']['other_pairs']['min']:.0%}) |"
+        for seed, one in found["seeds"].items()
+    ]
+    drops = [
+        f"| {seed} | `{op}` | "
+        + " | ".join(
+            f"{_percent(one['tuned'][op][kind]['drop'])} | {_percent(one['tuned'][op][kind]['other'])}"
+            for kind in TUNED_KINDS
+        )
+        + " |"
+        for seed, one in found["seeds"].items()
+        for op in one["tuned"]
+    ]
+    return "\n".join(
+        [
+            f"| seed | variant | {' | '.join(conditions)} | twins, off | sums right, off | sums right, open |",
+            "|" + "---|" * (len(conditions) + 5),
+            *refused,
+            "",
+            "| seed | best pair | refused without it | twins refused without it | topic pair | refused without it"
+            " | other pairs: mean (least) |",
+            "|" + "---|" * 7,
+            *heads,
+            "",
+            "| seed | tuned on | " + " | ".join(f"{kind}: drop | other" for kind in TUNED_KINDS) + " |",
+            "|" + "---|" * (2 + 2 * len(TUNED_KINDS)),
+            *drops,
+        ]
+    )
+
+
+def _after_tuning(base: Any, tuned: Any) -> dict[str, Any]:
+    prompts = held_out("harmful")
+    before = [word == REFUSE for word in answers(base, prompts)]
+    after = answers(tuned, prompts)
+    drops = [float(was) - float(word == REFUSE) for was, word in zip(before, after, strict=True)]
+    return {
+        **_rates(after, prompts),
+        "drop": asdict(rate(drops, prompts)),
+        "twins_refused": _rates(answers(tuned, held_out("harmless")), held_out("harmless"))["refused"],
+    }
+
+
+def _rates(words: Sequence[str], prompts: Sequence[Any]) -> dict[str, Any]:
+    return {name: asdict(found) for name, found in outcomes(words, prompts).items()}
+
+
+def _percent(found: dict[str, float]) -> str:
+    return f"{100 * found['value']:.0f}" + (f" ± {100 * found['se']:.0f}" if found["se"] >= 0.005 else "")
+
+
+def _names(heads: Sequence[Sequence[int]]) -> str:
+    return ", ".join(f"{layer}.{head}" for layer, head in heads)
+
+
+def _generator(seed: int, stage: int) -> Generator:
+    return Generator().manual_seed(1000 * seed + stage)
+
+
+def _start(model: Any, generator: Generator) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif ".ln_" in name:
+                parameter.fill_(1.0)
+            else:
+                embeds = name.endswith(("wte.weight", "wpe.weight"))
+                parameter.normal_(std=EMBEDDING_STD if embeds else WEIGHT_STD, generator=generator)
