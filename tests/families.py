@@ -140,9 +140,10 @@ def tokenizer() -> Any:
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    special = {"pad_token": "w0", "eos_token": "w1", "unk_token": "w0"}
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token=special["unk_token"]))
     words.pre_tokenizer = WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1", unk_token="w0")
+    made = PreTrainedTokenizerFast(tokenizer_object=words, **special)
     made.save_pretrained(_TOKENIZER_FOLDER.name)
     return AutoTokenizer.from_pretrained(_TOKENIZER_FOLDER.name)
 

@@ -67,13 +67,18 @@ def chosen_rows(
         if positions == "generated" and offset > 0:
             rows[:] = True
         return rows
+    if positions not in ("prompt_last", "generated"):
+        return _window(batch.spans.require(positions), offset, n_prompts, n_rows)
+    width = batch.tokens.shape[1]
+    if offset == 0 and n_rows < width:
+        raise WrongHookShape(
+            f"the bound batch has {width} positions, but this pass has {n_rows}. Bind the batch that is read."
+        )
     absolute = offset + torch.arange(n_rows)
     last = batch.prompt_last[:, None]
     if positions == "prompt_last":
         return _agree(absolute[None] == last, n_prompts)
-    if positions == "generated":
-        return _agree(absolute[None] > last, n_prompts)
-    return _window(batch.spans.require(positions), offset, n_prompts, n_rows)
+    return _agree(absolute[None] > last, n_prompts)
 
 
 def rows_to_read(

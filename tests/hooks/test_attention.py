@@ -272,7 +272,7 @@ def test_spans_of_other_prompts_are_refused(case_gqa: Case) -> None:
 
 def test_no_spans_at_all_are_refused(case_gqa: Case) -> None:
     reader = SpanAttention(["request"])
-    with reader.on(case_gqa.model), pytest.raises(SpanError, match="spans=batch.spans"):
+    with reader.on(case_gqa.model), pytest.raises(SpanError, match=r"spans=batch\.spans"):
         all_logits(case_gqa.model, case_gqa.batch.tokens, case_gqa.batch.attention_mask)
 
 

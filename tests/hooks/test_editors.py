@@ -1,0 +1,416 @@
+"""Editors against the plain model with its weights zeroed, or its projections' inputs edited by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rim_lens.errors import (
+    EmptySpan,
+    ReferenceMismatch,
+    SpanError,
+    UnknownHead,
+    UnknownNeuron,
+    UnsupportedModel,
+    WrongHookShape,
+)
+from rim_lens.hooks import AblateHeads, AblateNeurons, NeuronActivations, bound
+from rim_lens.lens import Decoder, all_logits, last_logits
+from tests.families import FAMILIES, Case, close, random_batch, rows_of, tiny_moe
+
+pytestmark = pytest.mark.family_contract
+
+HEADS = [(0, 1), (1, 3), (1, 0)]
+NEURONS = [(0, 7), (1, 2), (1, 40 - 1)]
+
+
+def logits_under(case: Case, *editors: Any) -> Tensor:
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        stack.enter_context(bound(editors, case.batch))
+        for editor in editors:
+            stack.enter_context(editor.on(case.model))
+        return all_logits(case.model, case.batch.tokens, case.batch.attention_mask)
+
+
+def same(case: Case, found: Tensor, expected: Tensor) -> None:
+    real = case.batch.attention_mask.bool()
+    close(found[real], expected[real])
+
+
+def differs(case: Case, found: Tensor) -> None:
+    real = case.batch.attention_mask.bool()
+    assert float((found - case.truth.logits)[real].abs().max()) > 1e-2
+
+
+def setter(pairs: list[tuple[int, int]], rows: Tensor, values: dict[int, Tensor] | None = None) -> Callable:
+    """Set z of a head, or a neuron, to 0 or to a value, at chosen rows, with loops."""
+
+    def change(layer: int, value: Tensor) -> Tensor:
+        for its_layer, index in pairs:
+            if its_layer == layer:
+                for prompt, pos in rows.nonzero().tolist():
+                    value[prompt, pos, index] = 0 if values is None else values[layer][index]
+        return value
+
+    return change
+
+
+# --- the whole sequence: the weights say the same ------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", [0, 3])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_ablating_a_head_equals_zeroing_its_rows_of_w_o(case: Case, layer: int, head: int) -> None:
+    oracle, width = case.edited_oracle(), case.facts.d_head
+    oracle.zero_rows(oracle.out_projection(layer), head * width, (head + 1) * width)
+    found = logits_under(case, AblateHeads([(layer, head)]))
+    same(case, found, oracle.run(case.batch.tokens, case.batch.attention_mask).logits)
+    differs(case, found)
+
+
+def test_ablating_heads_of_several_layers(case: Case) -> None:
+    oracle, width = case.edited_oracle(), case.facts.d_head
+    for layer, head in HEADS:
+        oracle.zero_rows(oracle.out_projection(layer), head * width, (head + 1) * width)
+    expected = oracle.run(case.batch.tokens, case.batch.attention_mask).logits
+    same(case, logits_under(case, AblateHeads(HEADS)), expected)
+    same(case, logits_under(case, *(AblateHeads([pair]) for pair in HEADS)), expected)
+
+
+def test_ablating_every_head_leaves_no_attention_output(case: Case) -> None:
+    """What is left of the attention is its bias."""
+    found = logits_under(case, AblateHeads(case.facts.heads()))
+    oracle = case.edited_oracle()
+    for layer in range(case.facts.n_layers):
+        oracle.zero_rows(oracle.out_projection(layer), 0, case.facts.n_heads * case.facts.d_head)
+    same(case, found, oracle.run(case.batch.tokens, case.batch.attention_mask).logits)
+
+
+def test_ablating_neurons_equals_zeroing_their_rows_of_the_down_projection(case: Case) -> None:
+    oracle = case.edited_oracle()
+    for layer, neuron in NEURONS:
+        oracle.zero_rows(oracle.down_projection(layer), neuron, neuron + 1)
+    found = logits_under(case, AblateNeurons(NEURONS))
+    same(case, found, oracle.run(case.batch.tokens, case.batch.attention_mask).logits)
+    differs(case, found)
+
+
+def test_processed_weights_still_have_the_neurons(case_processed: Case) -> None:
+    oracle = case_processed.edited_oracle()
+    for layer, neuron in NEURONS:
+        oracle.zero_rows(oracle.down_projection(layer), neuron, neuron + 1)
+    real = case_processed.batch.attention_mask.bool()
+    truth = oracle.run(case_processed.batch.tokens, case_processed.batch.attention_mask).logits
+    found = logits_under(case_processed, AblateNeurons(NEURONS))
+    close(found[real].log_softmax(-1), truth[real].log_softmax(-1), 1e-4)
+
+
+def test_heads_and_neurons_stack(case: Case) -> None:
+    oracle, width = case.edited_oracle(), case.facts.d_head
+    for layer, head in HEADS:
+        oracle.zero_rows(oracle.out_projection(layer), head * width, (head + 1) * width)
+    for layer, neuron in NEURONS:
+        oracle.zero_rows(oracle.down_projection(layer), neuron, neuron + 1)
+    expected = oracle.run(case.batch.tokens, case.batch.attention_mask).logits
+    same(case, logits_under(case, AblateHeads(HEADS), AblateNeurons(NEURONS)), expected)
+    same(case, logits_under(case, AblateNeurons(NEURONS), AblateHeads(HEADS)), expected)
+
+
+def test_no_heads_at_all_change_nothing(case_gqa: Case) -> None:
+    plain = all_logits(case_gqa.model, case_gqa.batch.tokens, case_gqa.batch.attention_mask)
+    assert torch.equal(logits_under(case_gqa, AblateHeads([])), plain)
+
+
+def test_a_head_named_twice_is_ablated_once(case_gqa: Case) -> None:
+    assert torch.equal(
+        logits_under(case_gqa, AblateHeads([(1, 2), (1, 2)])), logits_under(case_gqa, AblateHeads([(1, 2)]))
+    )
+
+
+# --- chosen rows ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positions", ["prompt_last", "cot", "think", "mask"])
+def test_edits_at_chosen_rows(case: Case, positions: str) -> None:
+    batch = case.batch
+    if positions == "mask":
+        generator = torch.Generator().manual_seed(2)
+        mask = (torch.rand(batch.tokens.shape, generator=generator) < 0.4) & batch.attention_mask.bool()
+        rows: Tensor = mask
+        where: Any = mask
+    else:
+        rows, where = rows_of(batch, positions), positions
+    truth = case.oracle.run(
+        batch.tokens,
+        batch.attention_mask,
+        change_z=setter(HEADS, rows),
+        change_post=setter(NEURONS, rows),
+    )
+    found = logits_under(case, AblateHeads(HEADS, positions=where), AblateNeurons(NEURONS, positions=where))
+    same(case, found, truth.logits)
+    differs(case, found)
+
+
+def test_the_last_row_needs_no_batch(case_gqa: Case) -> None:
+    batch, editor = case_gqa.batch, AblateHeads(HEADS, positions="prompt_last")
+    with editor.on(case_gqa.model):
+        found = all_logits(case_gqa.model, batch.tokens, batch.attention_mask)
+    same(case_gqa, found, logits_under(case_gqa, AblateHeads(HEADS, positions="prompt_last")))
+    rows = rows_of(batch, "prompt_last")
+    truth = case_gqa.oracle.run(batch.tokens, batch.attention_mask, change_z=setter(HEADS, rows))
+    same(case_gqa, found, truth.logits)
+
+
+def test_rows_the_model_wrote_in_one_pass(case_gqa: Case) -> None:
+    batch = random_batch(seed=3, n_generated=3)
+    real = batch.attention_mask.bool()
+    for positions, span in (("generated", slice(-3, None)), ("prompt_last", slice(-4, -3))):
+        rows = torch.zeros_like(real)
+        rows[:, span] = True
+        truth = case_gqa.oracle.run(batch.tokens, batch.attention_mask, change_z=setter(HEADS, rows))
+        editor = AblateHeads(HEADS, positions=positions)
+        with bound([editor], batch), editor.on(case_gqa.model):
+            found = all_logits(case_gqa.model, batch.tokens, batch.attention_mask)
+        close(found[real], truth.logits[real])
+
+
+@pytest.mark.parametrize("kind", ["heads", "neurons"])
+@pytest.mark.parametrize("positions", ["all", "prompt_last", "generated", "cot", "mask"])
+def test_edits_under_a_cache_equal_edits_without(case: Case, positions: str, kind: str) -> None:
+    """Step by step under a key-value cache, against one uncached pass of the plain model per length."""
+    batch, n_new = case.batch, 3
+    width = batch.tokens.shape[1]
+    new = torch.randint(2, 71, (len(batch), n_new), generator=torch.Generator().manual_seed(5))
+    tokens = torch.cat([batch.tokens, new], dim=1)
+    mask = torch.cat([batch.attention_mask, torch.ones_like(new)], dim=1)
+    rows = rows_of(batch, "cot" if positions == "mask" else positions, extra=n_new)
+    where: Any = batch.spans["cot"] if positions == "mask" else positions
+    truth = case.oracle.run(
+        tokens,
+        mask,
+        change_z=setter(HEADS, rows) if kind == "heads" else None,
+        change_post=setter(NEURONS, rows) if kind == "neurons" else None,
+    ).logits
+    editor = (
+        AblateHeads(HEADS, positions=where) if kind == "heads" else AblateNeurons(NEURONS, positions=where)
+    )
+    with bound([editor], batch), editor.on(case.model):
+        decoder = Decoder(case.model)
+        found = [decoder.prefill(batch.tokens, batch.attention_mask)]
+        found += [decoder.step(new[:, step]) for step in range(n_new)]
+    close(torch.stack(found, dim=1), truth[:, width - 1 :])
+
+
+@pytest.mark.parametrize("positions", ["prompt_last", "generated"])
+def test_a_cache_needs_no_batch_for_these(case_gqa: Case, positions: str) -> None:
+    batch = case_gqa.batch
+    new = torch.tensor([[5, 6]] * len(batch))
+    rows = rows_of(batch, positions, extra=2)
+    truth = case_gqa.oracle.run(
+        torch.cat([batch.tokens, new], dim=1),
+        torch.cat([batch.attention_mask, torch.ones_like(new)], dim=1),
+        change_z=setter(HEADS, rows),
+    ).logits
+    with AblateHeads(HEADS, positions=positions).on(case_gqa.model):
+        decoder = Decoder(case_gqa.model)
+        found = [decoder.prefill(batch.tokens, batch.attention_mask)]
+        found += [decoder.step(new[:, step]) for step in range(2)]
+    close(torch.stack(found, dim=1), truth[:, batch.tokens.shape[1] - 1 :])
+
+
+# --- means ---------------------------------------------------------------------------------------------
+
+
+def means_by_hand(layers: list[Tensor], rows: Tensor) -> dict[int, Tensor]:
+    return {
+        layer: torch.stack([activation[p, s] for p, s in rows.nonzero().tolist()]).mean(dim=0)
+        for layer, activation in enumerate(layers)
+    }
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt_last", "cot"])
+def test_the_mean_is_over_data(case: Case, positions: str) -> None:
+    """Over prompts and rows of the reference set, padding left out; one mean for each head and each unit of it."""
+    reference = random_batch(seed=21, n_prompts=5, shortest=8, longest=12)
+    shown = case.oracle.run(reference.tokens, reference.attention_mask)
+    taken = rows_of(reference, positions) & reference.attention_mask.bool()
+    rows = rows_of(case.batch, positions)
+    z, post = means_by_hand(shown.z, taken), means_by_hand(shown.post, taken)
+    assert not torch.allclose(z[0][1], z[0].mean(dim=0), atol=1e-2)  # a mean over heads would be seen
+    truth = case.oracle.run(
+        case.batch.tokens,
+        case.batch.attention_mask,
+        change_z=setter(HEADS, rows, z),
+        change_post=setter(NEURONS, rows, post),
+    )
+    heads = AblateHeads(HEADS, "mean", reference, positions=positions)
+    neurons = AblateNeurons(NEURONS, "mean", reference, positions=positions)
+    found = logits_under(case, heads, neurons)
+    same(case, found, truth.logits)
+    assert not torch.allclose(found, logits_under(case, AblateHeads(HEADS, positions=positions)), atol=1e-3)
+
+
+def test_the_mean_is_of_the_model_without_components(case_gqa: Case) -> None:
+    """Attached inside another edit, the reference pass must not read that edit's consequences."""
+    reference = random_batch(seed=21, n_prompts=5)
+    shown = case_gqa.oracle.run(reference.tokens, reference.attention_mask)
+    z = means_by_hand(shown.z, reference.attention_mask.bool())
+    everywhere = torch.ones_like(case_gqa.batch.attention_mask, dtype=torch.bool)
+    truth = case_gqa.oracle.run(
+        case_gqa.batch.tokens,
+        case_gqa.batch.attention_mask,
+        change_z=setter([(1, 2)], everywhere, z),
+        change_post=setter([(0, n) for n in range(52)], everywhere),
+    )
+    outer = AblateNeurons([(0, n) for n in range(52)])
+    same(case_gqa, logits_under(case_gqa, outer, AblateHeads([(1, 2)], "mean", reference)), truth.logits)
+
+
+def test_means_over_many_passes_weigh_each_row_the_same(
+    case_gqa: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = random_batch(seed=22, n_prompts=7, shortest=7, longest=13)
+    whole = logits_under(case_gqa, AblateHeads(HEADS, "mean", reference))
+    monkeypatch.setattr(
+        "rim_lens.hooks.reference.micro_batches", lambda lengths: [[row] for row in range(len(lengths))]
+    )
+    close(logits_under(case_gqa, AblateHeads(HEADS, "mean", reference)), whole)
+
+
+def test_a_mask_picks_rows_of_the_reference_set(case_gqa: Case) -> None:
+    """With a mask the reference set must have the shape of the batch; each prompt keeps its own rows."""
+    batch = case_gqa.batch
+    mask = batch.spans["cot"] | batch.spans["answer"]
+    shown = case_gqa.oracle.run(batch.tokens, batch.attention_mask)
+    truth = case_gqa.oracle.run(
+        batch.tokens, batch.attention_mask, change_z=setter(HEADS, mask, means_by_hand(shown.z, mask))
+    )
+    same(case_gqa, logits_under(case_gqa, AblateHeads(HEADS, "mean", batch, positions=mask)), truth.logits)
+
+
+def test_a_mean_belongs_to_the_model_at_hand(case_gqa: Case) -> None:
+    """The same component on other weights takes its mean there, not from the first model."""
+    from tests.families import Oracle, hf_model, wrapped
+
+    editor = AblateHeads(HEADS, "mean", case_gqa.batch)
+    first = logits_under(case_gqa, editor)
+    other = Oracle(hf_model("qwen3", seed=5))
+    model = wrapped("qwen3", "bridge" if case_gqa.family != "hooked" else "hooked", seed=5)
+    rows = case_gqa.batch.attention_mask.bool()
+    shown = other.run(case_gqa.batch.tokens, case_gqa.batch.attention_mask)
+    truth = other.run(
+        case_gqa.batch.tokens,
+        case_gqa.batch.attention_mask,
+        change_z=setter(HEADS, torch.ones_like(rows), means_by_hand(shown.z, rows)),
+    )
+    with editor.on(model):
+        found = all_logits(model, case_gqa.batch.tokens, case_gqa.batch.attention_mask)
+    same(case_gqa, found, truth.logits)
+    assert torch.equal(logits_under(case_gqa, editor), first)
+
+
+# --- what is refused -----------------------------------------------------------------------------------
+
+
+def test_unknown_heads_and_neurons_are_refused_and_leave_nothing(case_gqa: Case) -> None:
+    for editor, error in (
+        (AblateHeads([(0, 0), (2, 0)]), UnknownHead),
+        (AblateNeurons([(0, 52)]), UnknownNeuron),
+    ):
+        with pytest.raises(error), editor.on(case_gqa.model):
+            pass
+    assert not any(point.fwd_hooks for point in case_gqa.model.hook_dict.values())
+
+
+def test_method_and_reference_go_together(case_gqa: Case) -> None:
+    with pytest.raises(ReferenceMismatch, match="reference=batch"):
+        AblateHeads(HEADS, "mean")
+    with pytest.raises(ReferenceMismatch):
+        AblateNeurons(NEURONS, "zero", reference=case_gqa.batch)
+    with pytest.raises(ValueError, match="'zero' and 'mean'"):
+        AblateHeads(HEADS, "median")  # type: ignore[arg-type]
+
+
+def test_a_reference_of_another_vocabulary_is_refused(case_gqa: Case) -> None:
+    reference = random_batch(seed=21, vocabulary=500)
+    with (
+        pytest.raises(ReferenceMismatch, match="70"),
+        AblateHeads(HEADS, "mean", reference).on(case_gqa.model),
+    ):
+        pass
+
+
+def test_a_reference_without_rows_is_refused(case_gqa: Case) -> None:
+    reference = random_batch(seed=21)
+    with (
+        pytest.raises(ReferenceMismatch, match="no row"),
+        AblateHeads(HEADS, "mean", reference, positions="generated").on(case_gqa.model),
+    ):
+        pass
+    with (
+        pytest.raises(EmptySpan),
+        AblateHeads(HEADS, "mean", reference, positions="gap").on(case_gqa.model),
+    ):
+        pass
+    with (
+        pytest.raises(ReferenceMismatch, match="shape"),
+        AblateHeads(HEADS, "mean", reference, positions=torch.ones(2, 3, dtype=torch.bool)).on(
+            case_gqa.model
+        ),
+    ):
+        pass
+
+
+def test_a_span_without_a_batch_is_refused(case_gqa: Case) -> None:
+    with (
+        AblateHeads(HEADS, positions="cot").on(case_gqa.model),
+        pytest.raises(SpanError, match=r"batch\.spans"),
+    ):
+        last_logits(case_gqa.model, case_gqa.batch.tokens, case_gqa.batch.attention_mask)
+
+
+def test_rows_of_other_prompts_are_refused(case_gqa: Case) -> None:
+    other = random_batch(seed=1, longest=16)
+    for where in (other.spans["cot"], case_gqa.batch.select([0, 1]).spans["cot"]):
+        with AblateHeads(HEADS, positions=where).on(case_gqa.model), pytest.raises(WrongHookShape):
+            last_logits(case_gqa.model, case_gqa.batch.tokens, case_gqa.batch.attention_mask)
+    editor = AblateHeads(HEADS, positions="prompt_last")
+    with bound([editor], other), editor.on(case_gqa.model), pytest.raises(WrongHookShape, match="16"):
+        last_logits(case_gqa.model, case_gqa.batch.tokens, case_gqa.batch.attention_mask)
+
+
+@pytest.mark.skipif("bridge" not in FAMILIES, reason="mixtures of experts are wrapped by the bridge alone")
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_a_mixture_of_experts(architecture: str) -> None:
+    """No neurons to ablate; heads as ever."""
+    from tests.families import Oracle
+
+    model, hf = tiny_moe(architecture)
+    batch = random_batch(seed=4)
+    with pytest.raises(UnsupportedModel, match="mixture of experts"), AblateNeurons([(0, 0)]).on(model):
+        pass
+    oracle = Oracle(hf)
+    oracle.zero_rows(oracle.out_projection(1), 2 * 8, 3 * 8)
+    positions = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    with torch.no_grad():
+        truth = hf(batch.tokens, attention_mask=batch.attention_mask, position_ids=positions).logits
+    with AblateHeads([(1, 2)]).on(model):
+        found = all_logits(model, batch.tokens, batch.attention_mask)
+    real = batch.attention_mask.bool()
+    close(found[real], truth[real])
+
+
+def test_readers_see_what_editors_leave(case_gqa: Case) -> None:
+    reader = NeuronActivations("max")
+    editor = AblateNeurons([(0, n) for n in range(52)])
+    with bound([reader, editor], case_gqa.batch), editor.on(case_gqa.model), reader.on(case_gqa.model):
+        last_logits(case_gqa.model, case_gqa.batch.tokens, case_gqa.batch.attention_mask)
+    found = reader.collect()["neuron_activation"]
+    assert not found[:, 0].any()
+    assert found[:, 1].any()
