@@ -31,7 +31,10 @@ def fit(spec: FormatSpec, tokenizer: Any) -> Rendering:
     tail = joined(rendering.segments(REQUEST, _generation_prompt(rendering))).removeprefix(spec.bos)
     if not plain.startswith(spec.bos) or not plain.endswith(tail):
         raise _mismatch(spec, "a request", plain, spec.bos + tail)
-    rendering = replace(rendering, injected=_injected(spec, plain[len(spec.bos) : len(plain) - len(tail)]))
+    before_user = plain[len(spec.bos) : len(plain) - len(tail)]
+    if spec.bos and spec.bos in before_user:
+        raise _mismatch(spec, "the begin-of-sequence token", plain, spec.bos + tail)
+    rendering = replace(rendering, injected=_injected(spec, before_user))
     if spec.system is not None:
         around = _around_system(rendering, tokenizer, tail)
         rendering = replace(rendering, spec=replace(rendering.spec, system=around))
@@ -85,8 +88,8 @@ def _around_system(rendering: Rendering, tokenizer: Any, tail: str) -> tuple[str
 
 def _with_earlier_reasoning(rendering: Rendering, tokenizer: Any) -> Rendering:
     spec = rendering.spec
-    thought = f"{spec.think_open}Probe thought.{spec.think_close}\n\n{ANSWER}"
-    conversations = [(USER, {"role": "assistant", "content": words}, USER) for words in (ANSWER, thought)]
+    answers = (ANSWER, f"\n{ANSWER} ", f"{spec.think_open}Probe thought.{spec.think_close}\n\n{ANSWER} ")
+    conversations = [(USER, {"role": "assistant", "content": words}, USER) for words in answers]
     theirs = [_apply(spec, tokenizer, *conversation) for conversation in conversations]
     ours: list[str] = []
     for number in range(len(EARLIER_REASONING)):
@@ -99,7 +102,7 @@ def _with_earlier_reasoning(rendering: Rendering, tokenizer: Any) -> Rendering:
         ]
         if ours == theirs:
             return candidate
-    which = 0 if ours[0] != theirs[0] else 1
+    which = next(place for place in range(len(answers)) if ours[place] != theirs[place])
     raise _mismatch(spec, "an earlier turn", theirs[which], ours[which])
 
 

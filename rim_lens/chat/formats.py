@@ -212,6 +212,7 @@ _BUILT_IN = (
     FormatSpec(
         name="gpt_oss",
         vocabulary=("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
+        template_holds=("<|start|>",),
         system=("<|start|>developer<|message|># Instructions\n\n", "<|end|>"),
         injected=("<|start|>system<|message|>", "<|end|>"),
         user="<|start|>user<|message|>",
@@ -226,7 +227,7 @@ _BUILT_IN = (
         think_close="<|end|>",
         after_close="<|start|>assistant<|channel|>final<|message|>",
         lone_close=False,
-        scaffold=r"<\|start\|>[^<]*|<\|channel\|>[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>",
+        scaffold=r"<\|start\|>[^<]*|<\|channel\|>[^<]*(?:<\|constrain\|>[^<]*)?(?:<\|message\|>|$)",
         stops=("<|call|>", "<|endoftext|>"),
     ),
     FormatSpec(

@@ -21,10 +21,11 @@ class Default(Enum):
 
 DEFAULT = Default.DEFAULT
 
-# What a template may do with a think block in an earlier assistant turn: keep it, or drop it and strip what follows.
+# What a template may do with an earlier assistant turn: keep a think block, or drop it and strip what follows.
 EARLIER_REASONING: tuple[Callable[[str, str], str], ...] = (
     lambda words, _close: words,
-    lambda words, close: words.split(close)[-1].lstrip("\n"),
+    lambda words, close: words.split(close)[-1].lstrip("\n") if close in words else words,
+    lambda words, close: words.split(close)[-1].strip() if close in words else words,
     lambda words, close: words.split(close)[-1],
     lambda words, close: words.split(close)[-1].strip(),
 )

@@ -5,6 +5,7 @@ Atoms are disjoint and cover every key that is not padding. Composites are union
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
@@ -167,6 +168,14 @@ class SpanBatch:
     def name(self) -> str:
         """The label, or the condition where no label was given."""
         return self.label or self.think
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of what a model reads and how it is labelled: token ids, mask and atoms."""
+        what = hashlib.sha256()
+        for tensor in (self.tokens, self.attention_mask.long(), *self.spans.atoms().values()):
+            what.update(f"{tuple(tensor.shape)}".encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return what.hexdigest()[:16]
 
     def atoms_of(self, row: int) -> list[str]:
         """The atom of each real token of a row, in order."""
