@@ -10,11 +10,11 @@ from jaxtyping import Float
 
 from rim_lens.batching import MAX_ROWS
 from rim_lens.chat.spans import SpanBatch
-from rim_lens.errors import NotEnoughData
+from rim_lens.errors import NotEnoughData, UnknownHead
 from rim_lens.hooks import AblateHeads
 from rim_lens.lens import Head, Model
 from rim_lens.measures.refusal import refusal_score
-from rim_lens.measures.stats import bootstrap_interval, percentile_among, sign_flip_test
+from rim_lens.measures.stats import bootstrap_interval, family_index, percentile_among, sign_flip_test
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,8 +53,8 @@ def find_heads(
 
     Heads may stand in for each other, so that single effects miss a pair. The first head is the one whose
     removal lowers the mean refusal score most; each next one is chosen among the `n_second` strongest
-    candidates by what it adds to the removal of those before. It stops when refusing is no longer more likely
-    than not on nine of ten requests, when nothing adds `min_gain` nats, or at `max_heads`. Last, a head is dropped
+    candidates by what it adds to the removal of those before. It stops when refusing is more likely than not
+    on no more than one request in fifty, when nothing adds `min_gain` nats, or at `max_heads`. Last, a head is dropped
     if the set does without it.
 
     The set is chosen on these requests; its effect must be measured on others.
@@ -90,7 +90,7 @@ def find_heads(
 
 
 def _gone(scores: Float[np.ndarray, " prompt"]) -> bool:
-    return float((scores > 0).mean()) <= 0.1
+    return float((scores > 0).mean()) <= 0.02
 
 
 def _pruned(score: ScoreWithout, found: list[Head], level: float, min_gain: float) -> list[Head]:
@@ -131,11 +131,16 @@ def head_table(
 
     Raises:
         NotEnoughData: Fewer than two families.
+        UnknownHead: A found head has no effects.
     """
     import pandas as pd
 
-    if len(set(families)) < 2:
-        raise NotEnoughData(f"{len(set(families))} request family; a test over requests needs at least two.")
+    absent = [head for head in found if head not in effects]
+    if absent:
+        raise UnknownHead(f"head {absent[0]} was found, but its effects were not given; measure it as well.")
+    n_families = family_index(families, len(families))[1]
+    if n_families < 2:
+        raise NotEnoughData(f"{n_families} request family; a test over requests needs at least two.")
     p_values: dict[Head, float] = {}
     if found:
         stacked = np.stack([effects[head] for head in found], axis=1)

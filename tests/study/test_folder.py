@@ -43,7 +43,9 @@ def test_a_folder_belongs_to_one_study(tmp_path):
         folder.claim({"model": "b", "seed": [1, 2]})
 
 
-@pytest.mark.parametrize("tail", ['{"key": "c", "val', '{"key": "c", "value": 3}', "\x00\x00", '{"key": "c"}\n'])
+@pytest.mark.parametrize(
+    "tail", ['{"key": "c", "val', '{"key": "c", "value": 3}', "\x00\x00", '{"key": "c"}\n']
+)
 def test_lines_survive_a_write_cut_short(tmp_path, tail):
     lines = StudyFolder(tmp_path).lines("x.jsonl")
     assert lines.get("a", lambda: 1) == 1

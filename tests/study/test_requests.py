@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -43,7 +44,9 @@ def test_a_missing_twin_is_named():
 
 def test_one_family_is_not_enough():
     bad = [replace(request, family="one") for request in load_prompts("harmful") if request.split == "select"]
-    good = [replace(request, family="one") for request in load_prompts("harmless") if request.split == "select"]
+    good = [
+        replace(request, family="one") for request in load_prompts("harmless") if request.split == "select"
+    ]
     with pytest.raises(NotEnoughData, match="at least two families"):
         requests_by_split("en", bad, good, None, None)
 
@@ -54,4 +57,4 @@ def test_a_limit_thins_evenly_over_the_list():
     assert len(thin) == 10
     places = [whole.index(request) for request in thin]
     assert places == sorted(places)
-    assert max(b - a for a, b in zip(places, places[1:], strict=False)) <= len(whole) // 10 + 1
+    assert max(b - a for a, b in pairwise(places)) <= len(whole) // 10 + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,20 @@ import torch
 import rim_lens as rl
 from rim_lens.errors import ModelError, NotEnoughData, StudyFolderError
 from rim_lens.lens import hook_name
-from rim_lens.organisms.toy.host import toy_model, toy_tokenizer
+from rim_lens.organisms.toy import load_toy, toy_model, toy_tokenizer, truth
 from rim_lens.study import stages
+from rim_lens.study.requests import requests_by_split
 
 FAST = rl.Settings(max_new_tokens=10, n_random_sets=6, max_heads=2)
+
+
+def best_pair_by_weights() -> set[tuple[int, int]]:
+    """The pair of all 120 whose removal lowers refusal most on the select side: rows of W_O zeroed, no hook."""
+    hf, _ = load_toy("")
+    requests = requests_by_split("toy", None, None, None, 24)["select"].harmful
+    pairs = list(combinations([(layer, head) for layer in range(2) for head in range(8)], 2))
+    means = [float(truth.refusal_log_odds(truth.without_heads(hf, pair), requests).mean()) for pair in pairs]
+    return set(pairs[means.index(min(means))])
 
 
 def random_toy(seed: int):
@@ -56,21 +67,29 @@ def test_a_model_that_does_not_refuse_stops_at_the_gate(tmp_path):
     assert not result.gate["passed"]
     assert "less than the 0.50" in result.gate["reason"]
     assert not result.measured
-    assert {path.name for path in tmp_path.iterdir()} == {"study.json", "plan.json", "gate.json", "timings.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "study.json",
+        "plan.json",
+        "gate.json",
+        "timings.json",
+    }
 
 
 def test_a_model_that_refuses_everything_stops_at_the_gate(tmp_path):
-    model = random_toy(0)
-    refuse = model.tokenizer.convert_tokens_to_ids("REFUSE")
-    with model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", lambda x, hook: x * 0 + model.W_U[:, refuse] * 50)]):
-        result = rl.Study(model, n_requests=8, settings=FAST).run(tmp_path)
+    hf, tokenizer = load_toy("")
+    refuse = tokenizer.convert_tokens_to_ids("REFUSE")
+    with torch.no_grad():
+        hf.transformer.ln_f.bias += 20 * torch.nn.functional.normalize(hf.lm_head.weight[refuse], dim=0)
+    result = rl.Study(rl.wrap_hf(hf, tokenizer), n_requests=8, settings=FAST).run(tmp_path)
     assert not result.gate["passed"]
     assert "not about harm" in result.gate["reason"]
 
 
 def test_nothing_is_found_in_random_weights(tmp_path):
     settings = rl.Settings(max_new_tokens=6, n_random_sets=6, gate=False)
-    result = rl.Study(random_toy(1), tuned={"other": random_toy(2)}, n_requests=10, settings=settings).run(tmp_path)
+    result = rl.Study(random_toy(1), tuned={"other": random_toy(2)}, n_requests=10, settings=settings).run(
+        tmp_path
+    )
     assert not result.gate["passed"]
     assert result.design["settings"]["gate"] is False
     assert result.measured
@@ -83,11 +102,17 @@ class Stop(BaseException):
     """As abrupt as a keyboard interrupt."""
 
 
-@pytest.mark.parametrize("after", [1, 3, 9, 14, 30, 47])
-def test_interrupted_anywhere_it_goes_on_to_the_same_result(tmp_path, monkeypatch, after):
+@pytest.fixture(scope="module")
+def small_study(tmp_path_factory):
+    """A study, its folder and its result, run in one go."""
+    folder = tmp_path_factory.mktemp("whole")
     study = rl.Study("toy", tuned=["toy:deviate"], n_requests=6, settings=FAST)
-    whole = study.run(tmp_path / "whole")
+    return study, folder, study.run(folder)
 
+
+@pytest.mark.parametrize("after", [1, 9, 31, 48])
+def test_interrupted_anywhere_it_goes_on_to_the_same_result(tmp_path, monkeypatch, small_study, after):
+    study, folder, whole = small_study
     counts = {"units": 0}
 
     def counting(name, limit):
@@ -119,18 +144,17 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_result(tmp_path, monkeypatc
 
         patch.setattr(stages, "scorer", scorer)
         with pytest.raises(Stop):
-            study.run(tmp_path / "cut")
-    resumed = study.run(tmp_path / "cut")
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+            study.run(tmp_path)
+    resumed = study.run(tmp_path)
+    assert contents(tmp_path) == contents(folder)
     assert resumed.heads == whole.heads
 
 
-def test_what_is_there_is_not_measured_again(tmp_path, monkeypatch):
-    study = rl.Study("toy", n_requests=6, settings=FAST)
-    study.run(tmp_path)
+def test_what_is_there_is_not_measured_again(small_study, monkeypatch):
+    study, folder, _ = small_study
     for name in ("generate", "refusal_score", "find_heads"):
         monkeypatch.setattr(stages, name, lambda *_, **__: pytest.fail("measured twice"))
-    assert study.run(tmp_path).measured
+    assert study.run(folder).measured
 
 
 def test_the_folder_of_another_study_is_refused(tmp_path):
@@ -149,7 +173,9 @@ def test_how_it_is_run_is_not_part_of_what_is_asked(tmp_path):
 def test_bad_input_is_refused_before_any_compute(tmp_path):
     model = random_toy(0)
     with pytest.raises(NotEnoughData):
-        rl.Study(model, harmful=["make bomb now + 1 2 3"], harmless=["ban bomb now + 1 2 3"]).run(tmp_path / "a")
+        rl.Study(model, harmful=["make bomb now + 1 2 3"], harmless=["ban bomb now + 1 2 3"]).run(
+            tmp_path / "a"
+        )
     model.train()
     with pytest.raises(ModelError, match="training mode"):
         rl.Study(model, n_requests=6).run(tmp_path / "b")
@@ -195,9 +221,7 @@ def test_the_toy_report_says_what_is_true(toy_study):
     assert rates["without_heads", "harmful", "off"] <= 0.2
     assert rates["deviate", "harmful", "off"] <= rates["base", "harmful", "off"] - 0.3
     found = {tuple(head) for head in toy_study.heads["found"]}
-    from rim_lens.organisms.toy import truth
-
-    assert found >= {tuple(head) for head in truth()["heads"]}
+    assert found == best_pair_by_weights()
     chosen = toy_study.heads["set"]
     assert chosen["effect"]["high"] < 0
     assert chosen["percentile"] >= 90
