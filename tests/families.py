@@ -150,7 +150,11 @@ def tokenizer() -> Any:
 
 def wrapped(architecture: str, family: str, seed: int = 0) -> Any:
     """A fresh model with hooks; change it as you like."""
-    return wrap_hf(hf_model(architecture, seed), tokenizer(), family=family)  # type: ignore[arg-type]
+    if not family.startswith("compat"):
+        return wrap_hf(hf_model(architecture, seed), tokenizer(), family=family)  # type: ignore[arg-type]
+    model = wrap_hf(hf_model(architecture, seed), tokenizer(), family="bridge")
+    model.enable_compatibility_mode(disable_warnings=True, no_processing=family == "compat_plain")
+    return model
 
 
 @dataclass
@@ -304,11 +308,7 @@ class Case:
 
 @functools.cache
 def _case(architecture: str, family: str) -> Case:
-    if family.startswith("compat"):
-        model = wrapped(architecture, "bridge")
-        model.enable_compatibility_mode(disable_warnings=True, no_processing=family == "compat_plain")
-    else:
-        model = wrapped(architecture, family)
+    model = wrapped(architecture, family)
     # Seeded apart from the weights, so that token 7 and weight 7 share nothing.
     return Case(architecture, family, model, Oracle(hf_model(architecture)), random_batch(seed=11))
 

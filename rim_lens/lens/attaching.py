@@ -10,6 +10,7 @@ compatibility mode switched), not when its weights do.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +25,7 @@ from rim_lens.lens.facts import Hook, Model, ModelFacts, model_facts, require_ev
 from rim_lens.lens.sites import Site, hook_name
 
 _PROBE_ROWS, _PROBE_LENGTH = 2, 6
-_proofs: WeakKeyDictionary[Any, tuple[int, set[tuple[str, str]]]] = WeakKeyDictionary()
+_proofs: WeakKeyDictionary[Any, tuple[tuple[Any, ...], set[tuple[str, str]]]] = WeakKeyDictionary()
 _quiet = threading.local()
 
 
@@ -32,7 +33,7 @@ _quiet = threading.local()
 def quiet() -> Iterator[None]:
     """Within this context rim_lens components already on a model do nothing.
 
-    Used by proofs and reference passes, which must see the model itself and not a component's edits.
+    Used by reference passes, which must see the model itself and not a component's edits.
     """
     before = getattr(_quiet, "on", False)
     _quiet.on = True
@@ -118,23 +119,40 @@ def verify(model: Model, reads: Sequence[Site] = (), edits: Sequence[Site] = ())
     }
     missing = wanted - proven
     if missing:
-        with quiet(), torch.no_grad():
+        with _alone(model), torch.no_grad():
             _prove(model, facts, missing)
         _proofs[model] = (wiring, proven | missing)
     return facts
 
 
-def _wiring(model: Model) -> int:
+@contextmanager
+def _alone(model: Model) -> Iterator[None]:
+    """Within this context nobody's hooks act: a proof is about the model itself, and its probes are nobody's data."""
+    points = {id(point): point for point in model.hook_dict.values()}.values()
+    before = [(point, dict(point._forward_hooks)) for point in points if point.fwd_hooks]
+    try:
+        for point, _ in before:
+            for handle in point.fwd_hooks:
+                point._forward_hooks.pop(handle.hook.id, None)
+        yield
+    finally:
+        for point, hooks in before:
+            point._forward_hooks.clear()
+            point._forward_hooks.update(hooks)
+
+
+def _wiring(model: Model) -> tuple[Any, ...]:
+    """What the forward pass runs through, to be compared with ==; keeps nothing alive."""
     inner = getattr(model, "original_model", None)
-    implementation = getattr(getattr(inner, "config", None), "_attn_implementation", None)
-    return hash(
-        (
-            tuple(id(module) for module in model.modules()),
-            implementation,
-            getattr(model, "compatibility_mode", None),
-            getattr(model.cfg, "use_attn_result", None),
-            getattr(model.cfg, "use_split_qkv_input", None),
-        )
+    modules = list(model.modules())
+    return (
+        # Weak references, not ids: a new module may lie where a dead one lay.
+        tuple(weakref.ref(module) for module in modules),
+        tuple("forward" in vars(module) for module in modules),
+        getattr(getattr(inner, "config", None), "_attn_implementation", None),
+        getattr(model, "compatibility_mode", None),
+        getattr(model.cfg, "use_attn_result", None),
+        getattr(model.cfg, "use_split_qkv_input", None),
     )
 
 
