@@ -1,0 +1,7 @@
+"""Pictures, words and pages of what was measured. Nothing here measures a model."""
+
+from rim_lens.views.report import study_html, write_report
+from rim_lens.views.terminal import print_study
+from rim_lens.views.verdict import Finding, findings
+
+__all__ = ["Finding", "findings", "print_study", "study_html", "write_report"]

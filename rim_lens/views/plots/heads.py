@@ -1,0 +1,230 @@
+"""What removing heads does to refusal: every head on the select side, the found ones tested, the set among others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rim_lens.views import numbers
+from rim_lens.views.plots.attention import map_height, outlined
+from rim_lens.views.plots.style import CONTROL, FOUND, Theme, base_layout, figure, spread
+from rim_lens.views.words import per_cent
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from rim_lens.study import StudyResult
+
+MANY = 20  # control sets from which a histogram says more than their points
+
+
+def head_scan(result: StudyResult, theme: Theme = "light") -> go.Figure:
+    """Change of the mean refusal score when one head is zeroed, every head, on the select side. Layer 0 at the top.
+
+    These numbers chose the heads; they test nothing.
+    """
+    import plotly.graph_objects as go
+
+    grid = result.head_scan.pivot(index="layer", columns="head", values="effect")
+    n_layers, n_heads = grid.shape
+    widest = float(np.nanmax(np.abs(grid.to_numpy()))) or 1.0
+    canvas = figure(theme, map_height(n_layers) + 140)
+    canvas.add_trace(
+        go.Heatmap(
+            z=np.round(grid.to_numpy(), 6).tolist(),
+            x=grid.columns.tolist(),
+            y=grid.index.tolist(),
+            coloraxis="coloraxis",
+            hovertemplate="layer %{y}, head %{x}: %{z:.4f} nats<extra></extra>",
+        )
+    )
+    found = [(int(layer), int(head)) for layer, head in result.heads["found"]]
+    if found:
+        canvas.add_trace(outlined(found, n_layers))
+    canvas.update_layout(
+        coloraxis={
+            "cmin": -widest,
+            "cmax": widest,
+            "colorbar": {
+                "title": {"text": "effect (nats;<br>negative:<br>refuses less)", "font": {"size": 12}},
+                "thickness": 12,
+                "outlinewidth": 0,
+            },
+        }
+    )
+    canvas.update_xaxes(
+        title_text=f"head (n = {result.design['n_select']} harmful requests, select side)",
+        dtick=1 if n_heads <= 16 else 4,
+        showgrid=False,
+        zeroline=False,
+    )
+    canvas.update_yaxes(
+        title_text="layer (0 at the top)",
+        autorange="reversed",
+        dtick=1 if n_layers <= 12 else 4,
+        showgrid=False,
+        zeroline=False,
+    )
+    return canvas
+
+
+def head_effects(result: StudyResult, theme: Theme = "light") -> go.Figure:
+    """Effect of zeroing a head on harmful requests against the effect on their twins, on the evaluate side.
+
+    Found heads in colour with 95 % intervals over families; the other heads of their layers, the yardstick, in
+    grey. On the dotted diagonal an effect is the same on both, and so not about refusal.
+
+    Raises:
+        ValueError: No head was found, so none was tested.
+    """
+    import plotly.graph_objects as go
+
+    table = numbers.head_effects(result)
+    if table.empty:
+        raise ValueError("no head was found in this study, so that none was tested.")
+    canvas = figure(theme, 440)
+    for found, name, colour in (
+        (False, "other heads of these layers", CONTROL),
+        (True, "found by ablation", FOUND),
+    ):
+        part = table[table["found"] == found]
+        if part.empty:
+            continue
+        bars = [
+            {
+                "type": "data",
+                "symmetric": False,
+                "array": (part[f"{side}_high"] - part[value]).tolist(),
+                "arrayminus": (part[value] - part[f"{side}_low"]).tolist(),
+                "thickness": 1.5,
+                "width": 4,
+            }
+            if found
+            else None
+            for side, value in (("effect", "effect"), ("twins", "effect_twins"))
+        ]
+        canvas.add_trace(
+            go.Scatter(
+                mode="markers+text" if found else "markers",
+                name=name,
+                x=part["effect"].tolist(),
+                y=part["effect_twins"].tolist(),
+                error_x=bars[0],
+                error_y=bars[1],
+                text=part["name"].tolist(),
+                textposition="top right",
+                customdata=part[["effect_low", "effect_high", "twins_low", "twins_high"]].to_numpy().tolist(),
+                hovertemplate="%{text}<br>on harmful: %{x:.4f} nats [%{customdata[0]:.4f}, %{customdata[1]:.4f}]"
+                "<br>on twins: %{y:.4f} nats [%{customdata[2]:.4f}, %{customdata[3]:.4f}]<extra></extra>",
+                marker={"size": 10 if found else 7, "color": colour, "opacity": 1 if found else 0.7},
+            )
+        )
+    reach = table[["effect_low", "effect_high", "effect_twins", "twins_low", "twins_high"]].to_numpy()
+    low, high = min(float(reach.min()), 0.0), max(float(reach.max()), 0.0)
+    edge = 0.06 * (high - low or 1.0)
+    canvas.add_shape(
+        type="line",
+        x0=low - edge,
+        y0=low - edge,
+        x1=high + edge,
+        y1=high + edge,
+        line={"color": "#808080", "width": 1, "dash": "dot"},
+        layer="below",
+    )
+    n = result.design["n_evaluate"]
+    canvas.update_xaxes(
+        title_text=f"effect on harmful requests (nats; edited − baseline; n = {n})",
+        range=[low - edge, high + 2 * edge],
+    )
+    canvas.update_yaxes(title_text=f"effect on harmless twins (nats; n = {n})")
+    return canvas
+
+
+def head_set(result: StudyResult, theme: Theme = "light") -> go.Figure:
+    """Effect of the found set beside that of random sets with as many heads in each layer, harmful requests.
+
+    Raises:
+        ValueError: No head was found.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    if not result.heads["found"]:
+        raise ValueError("no head was found in this study, so that there is no set.")
+    effect = result.heads["set"]
+    controls = [control["effect"] for control in effect["controls"]]
+    names = [
+        ", ".join(numbers.head_name(*head) for head in control["heads"]) for control in effect["controls"]
+    ]
+    estimate, n_controls = effect["effect"]["estimate"], effect["n_controls"]
+    heads = ", ".join(numbers.head_name(*head) for head in result.heads["found"])
+    many = n_controls >= MANY
+    canvas = make_subplots(
+        rows=2 if many else 1,
+        shared_xaxes=True,
+        row_heights=[0.75, 0.25] if many else None,
+        vertical_spacing=0.04,
+    )
+    grey = {"color": CONTROL}
+    title = f"{n_controls} other sets with as many heads in each layer"
+    if many:
+        canvas.add_trace(
+            go.Histogram(
+                x=controls,
+                nbinsx=40,
+                marker=grey,
+                hovertemplate="%{y} sets between %{x} nats<extra></extra>",
+                showlegend=False,
+            ),
+            row=1,
+            col=1,
+        )
+    strip = 2 if many else 1
+    canvas.add_trace(
+        go.Scatter(
+            x=controls,
+            y=spread(n_controls, 1.0),
+            mode="markers",
+            name=title,
+            marker={"size": 7, "opacity": 0.6, **grey},
+            text=names,
+            hovertemplate="%{text}<br>%{x:.4f} nats<extra></extra>",
+        ),
+        row=strip,
+        col=1,
+    )
+    canvas.add_trace(
+        go.Scatter(
+            x=[estimate],
+            y=[0],
+            mode="markers",
+            name=f"the found set: larger in size than {per_cent(effect['percentile'])} of them",
+            error_x={
+                "type": "data",
+                "symmetric": False,
+                "array": [effect["effect"]["high"] - estimate],
+                "arrayminus": [estimate - effect["effect"]["low"]],
+                "thickness": 2,
+                "width": 6,
+            },
+            text=[heads],
+            hovertemplate="%{text}<br>%{x:.4f} nats<extra></extra>",
+            marker={"symbol": "diamond", "size": 13, "color": FOUND},
+        ),
+        row=strip,
+        col=1,
+    )
+    canvas.add_vline(x=estimate, line={"color": FOUND, "width": 1.5, "dash": "dash"})
+    canvas.add_vline(x=0, line={"color": "#808080", "width": 1, "dash": "dot"})
+    canvas.update_layout(**base_layout(theme, 400 if many else 230), bargap=0.05)
+    canvas.update_xaxes(
+        title_text=f"effect on harmful requests (nats; edited − baseline; n = {effect['effect']['n']} requests)",
+        zeroline=False,
+        row=strip,
+    )
+    canvas.update_yaxes(title_text="number of sets", row=1)
+    canvas.update_yaxes(
+        title_text="", showticklabels=False, showgrid=False, zeroline=False, range=[-1, 1], row=strip
+    )
+    return canvas

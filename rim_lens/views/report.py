@@ -1,0 +1,516 @@
+"""A study's report: one self-contained page, and the same for machines as Markdown and JSON.
+
+The page loads nothing: plotly stands in it once, its content security policy allows no request, and only the two
+scripts whose digests it names run. Text from models and prompts is escaped wherever it stands.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rim_lens.views import numbers, plots, reproduce, tables, verdict
+from rim_lens.views.plots.style import template
+from rim_lens.views.tables import Table, Token
+from rim_lens.views.text import markdown_code, markdown_text, visible
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+    from rim_lens.study import StudyResult
+    from rim_lens.views.verdict import Finding
+
+FORMAT_VERSION = 1
+_NUMBER = re.compile(r"^(p [=<] )?[≤−+\[]?[\d.,]+( nats| s| min| %| B| kB| MB)?( ?[\[/(].*)?$|^\[.*\]$|^–$")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with what to look for, and what it does not show."""
+
+    key: str
+    figure: go.Figure
+    look: str
+    not_shown: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report."""
+
+    key: str
+    title: str
+    paragraphs: tuple[str, ...] = ()
+    figures: list[Figure] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    code: tuple[tuple[str, str], ...] = ()
+
+
+def write_report(result: StudyResult, path: str | Path | None = None) -> Path:
+    """Write a study's report: ``report.html``, and beside it ``report.md`` and ``report.json``.
+
+    Args:
+        result: A study that came to its end, or stopped at its gate.
+        path: Of the page; ``report.html`` in the study's folder when None. The other two take its name.
+
+    Returns:
+        The path of the page. It opens offline in any browser.
+
+    Raises:
+        StudyFolderError: The study was interrupted, or its folder is incomplete.
+    """
+    target = Path(path) if path is not None else result.path / "report.html"
+    said = verdict.findings(result)
+    sections = _sections(result, said)
+    _write(target, _page(result, said, sections))
+    _write(target.with_suffix(".md"), _markdown(result, said, sections))
+    _write(target.with_suffix(".json"), _json(result, said, sections))
+    return target
+
+
+def study_html(result: StudyResult) -> str:
+    """A small summary for a notebook: the verdict and the main tables, in a frame that can run nothing.
+
+    Raises:
+        StudyFolderError: The study was interrupted, or its folder is incomplete.
+    """
+    import html
+
+    said = verdict.findings(result)
+    shown = [tables.outcome_table(result), *tables.head_tables(result)[:1]] if result.measured else []
+    page = _render(
+        "summary.html",
+        title=visible(result.design["model"]),
+        question=verdict.question(result),
+        findings=said,
+        tables=[_cells(table) for table in [tables.gate_table(result), *shown]],
+    )
+    return (
+        f'<iframe sandbox srcdoc="{html.escape(page)}" title="rim_lens study"'
+        ' style="width:100%;height:34em;border:1px solid #8884;border-radius:6px"></iframe>'
+    )
+
+
+# --- what it holds -----------------------------------------------------------------------------------
+
+
+def _sections(result: StudyResult, said: list[Finding]) -> list[Section]:
+    gate = Section("gate", "The gate", tables=[tables.gate_table(result)])
+    ending = [
+        _methods(result),
+        _reproduce(result),
+        Section(
+            "files",
+            "Time and files",
+            (verdict.time_line(result),),
+            tables=[tables.time_table(result), tables.file_table(result)],
+        ),
+    ]
+    if len(said) == 1:  # stopped at the gate
+        return [gate, *ending]
+    return [
+        gate,
+        Section(
+            "outcomes",
+            "What it writes",
+            figures=[
+                Figure(
+                    "outcomes",
+                    plots.outcomes(result),
+                    "Look at the blue part: it is what the model refuses. Compare careful with off, and then with"
+                    " filler and unrelated, its controls. Whiskers: 95 % Wilson interval of the refused share.",
+                    "Whether an answer that is not refused helps anyone, or whether anything behind the opening words"
+                    " changed.",
+                )
+            ],
+            tables=[tables.outcome_table(result), tables.contrast_table(result)],
+        ),
+        Section(
+            "scores",
+            "How far it leans to refusing",
+            figures=[
+                Figure(
+                    "scores",
+                    plots.scores(result),
+                    "Points above the dotted line lean to refusing. Look for conditions in which filled points"
+                    " (harmful) come down to the hollow ones (their twins). Diamonds: means with 95 % intervals over families.",
+                    "What is written after the first word. A word that opens refusals and answers alike moves the score"
+                    " as well.",
+                )
+            ],
+            tables=[tables.score_table(result)],
+        ),
+        _attention(result),
+        _heads(result),
+        *_shift(result),
+        Section(
+            "words",
+            "First words",
+            ("Enough to judge the judge by. Control characters are written out.",),
+            tables=tables.words_tables(result),
+        ),
+        Section("limits", "What none of this shows", verdict.ALWAYS),
+        *ending,
+    ]
+
+
+def _attention(result: StudyResult) -> Section:
+    hint = "What a head does with what it reads. A head can look hard and carry nothing: see its ablation effect."
+    figures = [
+        Figure(
+            "attention_off",
+            plots.attention_map(result, "careful", "off"),
+            "Each cell is a head; the menu changes the span. In the right panel, vermillion heads look at the span more"
+            " under a careful CoT, blue ones more with thinking off. Outlined: heads found by ablation. The think block"
+            " holds more tokens with a CoT than without, so that its mass can rise from length alone.",
+            hint,
+        )
+    ]
+    both = set(numbers.attention_mass(result, "harmful", "careful")["span"].values.tolist()) & set(
+        numbers.attention_mass(result, "harmful", "filler")["span"].values.tolist()
+    )
+    if "cot" in both:
+        figures.append(
+            Figure(
+                "attention_filler",
+                plots.attention_map(result, "careful", "filler", span="cot"),
+                "The same against filler of equal length: what is left here is not length.",
+                hint,
+            )
+        )
+    if result.heads["found"]:
+        figures.append(
+            Figure(
+                "attention_found",
+                plots.attention_by_head(result),
+                "Where each found head looks from the last prompt token, by condition; the spans' masses sum to 1.",
+                hint,
+            )
+        )
+    return Section(
+        "attention",
+        "Where heads look",
+        (
+            "Mass: the sum of a row's post-softmax attention over a span's tokens, mean over requests. The row is that of"
+            " the last prompt token, which produces the first word.",
+        ),
+        figures,
+        [tables.attention_table(result, "think", "careful", "off")],
+    )
+
+
+def _heads(result: StudyResult) -> Section:
+    figures = [
+        Figure(
+            "head_scan",
+            plots.head_scan(result),
+            "Blue cells: without that head the model leans less to refusing. Outlined: the heads chosen.",
+            "A test. These are the requests that chose the heads, and heads that stand in for each other do not show"
+            " one by one.",
+        )
+    ]
+    if result.heads["found"]:
+        figures += [
+            Figure(
+                "tested_heads",
+                plots.head_effects(result),
+                "Found heads should lie to the left (an effect on harmful requests) and near 0 vertically (none on their"
+                " twins). On the dotted diagonal an effect is the same on both, so not about refusal. Grey: the other"
+                " heads of the same layers.",
+                "How heads act together, or what they compute.",
+            ),
+            Figure(
+                "head_set",
+                plots.head_set(result),
+                "The found set should lie outside the grey sets. Each grey set has as many heads in each layer.",
+                "That the set is the only one: another set can do as much if it was not among these.",
+            ),
+        ]
+    return Section(
+        "heads",
+        "Heads found by ablation",
+        (
+            "Each head was zeroed at every position and the refusal score measured again with thinking off, on the"
+            " select side; a small set was built greedily and pruned. Its effect was then measured on other requests.",
+        ),
+        figures,
+        tables.head_tables(result),
+    )
+
+
+def _shift(result: StudyResult) -> list[Section]:
+    table = tables.shift_table(result)
+    if table is None:
+        return []
+    return [
+        Section(
+            "shift",
+            "What tuning moved",
+            (
+                "RAS is the harmonic mean of two one-sided relative shifts: how far neurons fall on safety prompts and"
+                " rise on reasoning prompts, from the base to the tuned model. The safety set holds, in each layer, the"
+                " neurons most active on harmful requests beyond their twins, on the select side.",
+                verdict.UNSPECIFIC,
+            ),
+            [
+                Figure(
+                    "shift",
+                    plots.activation_shift(result),
+                    "The diamond (safety set) should lie beyond the grey points (random sets) before it means anything.",
+                    "That refusal got worse, that these neurons did it, or that they are special. Values of different models"
+                    " do not compare.",
+                ),
+                Figure(
+                    "tuned_outcomes",
+                    plots.tuned_outcomes(result),
+                    "Blue: refused with thinking off, by the base and by each tuned model. Grey replies are neither refusal"
+                    " nor compliance.",
+                    "Whether twins are spared: they were not measured on tuned models.",
+                ),
+            ],
+            [table],
+        )
+    ]
+
+
+def _methods(result: StudyResult) -> Section:
+    settings = result.design["settings"]
+    return Section(
+        "methods",
+        "Methods, parameters, versions",
+        (
+            "Conditions. off: an empty think block, closed. careful: a worked CoT put into the block, closed. filler:"
+            " meaningless text of the same token length. unrelated: a sound CoT of another task, same length. open: the model"
+            " writes its own CoT. In all but open the next token is the answer's.",
+            "Outcomes. Greedy decoding, judged by the opening words of the answer, or of the CoT where there is no answer:"
+            " refuse, comply, or other (neither).",
+            "Refusal score. Log-odds, in nats, of a refusing first word: log-sum-exp of the logits of refusal openers minus"
+            " that of all other tokens, at the first token that is not whitespace.",
+            f"Heads. Greedy search by ablation on the select side, at most {settings['max_heads']} heads, then pruned. Effect ="
+            " edited − baseline. Specificity = effect on harmful requests − effect on their twins. Verdict refusal: p at most"
+            " 0.05 and a specificity interval that leaves out 0; general: an effect without that.",
+            "Tests. Signs of paired differences flipped by request family, corrected by the largest statistic. Intervals at"
+            " 95 %: bootstrap over families; Wilson for shares. Random sets match the number of heads or neurons in each layer.",
+            "RAS. Activations of mlp.hook_post, maximum over tokens, mean over prompts; a neuron whose activation is not positive"
+            " in either model is left out of that side's sum and counted (arXiv 2509.00544, section 4).",
+        ),
+        tables=[tables.parameter_table(result)],
+    )
+
+
+def _reproduce(result: StudyResult) -> Section:
+    line = reproduce.command(result)
+    code = (*((("shell", line),) if line else ()), ("Python", reproduce.python(result)))
+    said = "The same folder goes on where a run was stopped; an empty one measures everything anew." + (
+        ""
+        if line
+        else " The model or its settings were given in Python, so that no command line says the same."
+    )
+    return Section(
+        "reproduce",
+        "How to reproduce",
+        (
+            said,
+            "If requests of your own were given, give them again: the digest of the requests above must come out the"
+            " same, as must that of the weights.",
+        ),
+        code=code,
+    )
+
+
+# --- the page ----------------------------------------------------------------------------------------
+
+
+def _page(result: StudyResult, said: list[Finding], sections: list[Section]) -> str:
+    figures = {
+        figure.key: _bare(figure.figure.to_json()) for section in sections for figure in section.figures
+    }
+    library = _plotly() if figures else ""
+    script = (Path(__file__).parent / "templates" / "report.js").read_text(encoding="utf-8")
+    scripts = [text for text in (library, script) if text]
+    return _render(
+        "report.html",
+        title=visible(result.design["model"]),
+        question=visible(verdict.question(result)),
+        findings=said,
+        sections=sections,
+        cells=_cells,
+        policy=_policy(scripts if figures else []),
+        library=library,
+        script=script,
+        data=_harmless_json(
+            {"figures": figures, "templates": {theme: template(theme) for theme in ("light", "dark")}}
+        )
+        if figures
+        else "",
+        written=_now(),
+        version=result.design["versions"]["rim_lens"],
+    )
+
+
+def _policy(scripts: list[str]) -> str:
+    """No request at all, and no script but these."""
+    digests = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts
+    )
+    # Plotly sets styles of its own, and draws maps as images made in the page.
+    return (
+        f"default-src 'none'; script-src {digests or chr(39) + 'none' + chr(39)}; style-src 'unsafe-inline'; img-src data:;"
+        " base-uri 'none'; form-action 'none'"
+    )
+
+
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    # A digest is taken of what the browser reads, and it reads line ends as newlines.
+    library = str(get_plotlyjs()).replace("\r\n", "\n").replace("\r", "\n")
+    return re.sub(r"</(script)", r"<\\/\1", library, flags=re.IGNORECASE)
+
+
+def _bare(figure: str) -> Any:
+    """A figure without its template: the page sets that by its theme, once for all."""
+    plain = json.loads(figure)
+    plain["layout"].pop("template", None)
+    return plain
+
+
+def _harmless_json(value: Any) -> str:
+    """JSON that can stand in a page: no character opens or closes a tag."""
+    text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _render(name: str, **values: Any) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name).render(**values)
+
+
+def _cells(table: Table) -> dict[str, Any]:
+    """A table whose cells know how they are shown."""
+    return {
+        "table": table,
+        "rows": [
+            [
+                {
+                    "text": visible(cell),
+                    "token": isinstance(cell, Token),
+                    "number": len(row) > 2 and not isinstance(cell, Token) and bool(_NUMBER.match(cell)),
+                }
+                for cell in row
+            ]
+            for row in table.rows
+        ],
+    }
+
+
+# --- for machines ------------------------------------------------------------------------------------
+
+
+def _markdown(result: StudyResult, said: list[Finding], sections: list[Section]) -> str:
+    lines = [f"# rim_lens study: {markdown_text(result.design['model'])}", ""]
+    lines += [markdown_text(verdict.question(result)), "", "## Verdict", ""]
+    lines += [
+        f"- **{markdown_text(finding.topic)}** ({finding.status}): {markdown_text(finding.text)}"
+        for finding in said
+    ]
+    for section in sections:
+        lines += ["", f"## {section.title}", ""]
+        for paragraph in section.paragraphs:
+            lines += [markdown_text(paragraph), ""]
+        for language, code in section.code:
+            lines += [f"```{language.lower()}", code, "```", ""]
+        for table in section.tables:
+            lines += _markdown_table(table)
+    lines += ["", f"Written {_now()} by rim\\_lens {result.design['versions']['rim_lens']}.", ""]
+    return "\n".join(lines)
+
+
+def _markdown_table(table: Table) -> list[str]:
+    rows = [
+        " | ".join(markdown_code(cell) if isinstance(cell, Token) else markdown_text(cell) for cell in row)
+        for row in table.rows
+    ]
+    head = " | ".join(markdown_text(column) for column in table.columns)
+    return [
+        f"**{markdown_text(table.title)}**",
+        "",
+        f"| {head} |",
+        f"|{' --- |' * len(table.columns)}",
+        *(f"| {row} |" for row in rows),
+        "",
+        *([markdown_text(table.note), ""] if table.note else []),
+    ]
+
+
+def _json(result: StudyResult, said: list[Finding], sections: list[Section]) -> str:
+    measured: dict[str, Any] = {}
+    if len(said) > 1:
+        measured = {
+            "outcomes": numbers.outcome_shares(result).to_dict(orient="records"),
+            "scores": numbers.score_means(result).to_dict(orient="records"),
+            "contrasts": {
+                kind: {
+                    measure: numbers.contrasts(result, measure, kind).to_dict(orient="records")
+                    for measure in ("refused", "score")
+                }
+                for kind in numbers.KINDS
+            },
+            "heads": result.heads,
+            "shift": result.shift,
+        }
+    gate = {key: value for key, value in result.gate.items() if key != "outcomes"}
+    whole = {
+        "format_version": FORMAT_VERSION,
+        "question": verdict.question(result),
+        "verdict": [finding.to_dict() for finding in said],
+        "caveats": list(verdict.ALWAYS),
+        "gate": gate,
+        **measured,
+        "design": result.design,
+        "plan": numbers.plan_of(result),
+        "timings": result.timings,
+        "reproduce": {"command": reproduce.command(result), "python": reproduce.python(result)},
+        "files": [{"path": name, "bytes": n_bytes} for name, n_bytes in numbers.files_of(result)],
+        "sections": [section.key for section in sections],
+        "written": _now(),
+    }
+    return json.dumps(_finite(whole), indent=1, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity as null: JSON has no other word for them."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(unfinished, path)

@@ -1,0 +1,73 @@
+"""How to run a study again: the command, and the same in Python."""
+
+from __future__ import annotations
+
+import shlex
+from typing import TYPE_CHECKING, Any
+
+from rim_lens.study.stages import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rim_lens.study import StudyResult
+
+# Settings that the command line can give; others need Python.
+OPTIONS = ("max_new_tokens", "gate")
+
+
+def command(result: StudyResult) -> str | None:
+    """The shell command that runs this study again, or None where only Python can (a model or setting of one's own)."""
+    design = result.design
+    if "given" in design["tuned"].values() or set(_changed(design)) - set(OPTIONS):
+        return None
+    if not _by_name(design["model"]):
+        return None
+    words = ["rim-lens", "study", design["model"], "--out", "FOLDER", "--requests", str(_requests(design))]
+    for source in design["tuned"].values():
+        words += ["--tuned", source]
+    words += ["--max-new-tokens", str(design["settings"]["max_new_tokens"])]
+    if not design["settings"]["gate"]:
+        words.append("--no-gate")
+    return shlex.join(words)
+
+
+def python(result: StudyResult) -> str:
+    """The same in Python, with every setting that is not the default."""
+    design = result.design
+    model = repr(design["model"]) if _by_name(design["model"]) else "model"
+    tuned = {
+        name: repr(source) if source != "given" else f"tuned_model_{place}"
+        for place, (name, source) in enumerate(design["tuned"].items())
+    }
+    arguments = [model]
+    if tuned:
+        arguments.append(f"tuned={{{', '.join(f'{name!r}: {source}' for name, source in tuned.items())}}}")
+    arguments.append(f"n_requests={_requests(design)}")
+    changed = _changed(design)
+    if changed:
+        arguments.append(
+            f"settings=rl.Settings({', '.join(f'{key}={value!r}' for key, value in changed.items())})"
+        )
+    lines = ["import rim_lens as rl", "", f"study = rl.Study({', '.join(arguments)})"]
+    lines += ["print(study.plan())", 'result = study.run("FOLDER")']
+    return "\n".join(lines)
+
+
+def _requests(design: Mapping[str, Any]) -> int:
+    # A limit as large as the longest list gives the same requests, whether or not a limit was given.
+    return max(design["n_select"], design["n_evaluate"], design["n_reasoning"])
+
+
+def _changed(design: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = Settings()
+    return {key: value for key, value in design["settings"].items() if value != getattr(defaults, key, value)}
+
+
+def _by_name(model: str) -> bool:
+    """Whether the recorded model is something `load_model` takes, not the class name of a given one."""
+    from pathlib import Path
+
+    from rim_lens.lens.loading import known_sources
+
+    return model.partition(":")[0] in known_sources() or "/" in model or Path(model).exists()

@@ -1,0 +1,81 @@
+"""A study in the terminal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rim_lens.views import tables, verdict
+from rim_lens.views.tables import Table, Token
+from rim_lens.views.text import visible
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    from rim_lens.study import StudyResult
+
+_STYLES = {"shown": "green", "not shown": "yellow", "cannot tell": "yellow", "note": "dim"}
+
+
+def print_study(result: StudyResult, console: Console) -> None:
+    """Print the question, the verdict, and the tables of gate, outcomes, heads, set and RAS.
+
+    Args:
+        result: A study that came to its end, or stopped at its gate.
+        console: Where to; a `rich.console.Console`.
+
+    Raises:
+        StudyFolderError: The study was interrupted, or its folder is incomplete.
+    """
+    from rich.padding import Padding
+    from rich.text import Text
+
+    said = verdict.findings(result)
+    console.print(Text(visible(verdict.question(result)), style="bold"))
+    console.print()
+    shown = [tables.gate_table(result)]
+    if len(said) > 1:
+        shift = tables.shift_table(result)
+        shown += [tables.outcome_table(result), *_found_only(tables.head_tables(result))]
+        shown += [shift] if shift else []
+    for table in shown:
+        console.print(_rich(table))
+        console.print()
+    for finding in said:
+        head = Text.assemble(
+            (f"[{finding.status}] ", _STYLES[finding.status]), (visible(finding.topic), "bold")
+        )
+        console.print(head)
+        console.print(Padding(Text(visible(finding.text)), (0, 0, 1, 2)))
+
+
+def _found_only(shown: list[Table]) -> list[Table]:
+    """The yardstick's rows are for the report."""
+    from dataclasses import replace
+
+    return [
+        replace(table, rows=tuple(row for row in table.rows if row[1] == "yes"))
+        if table.key == "heads"
+        else table
+        for table in shown
+    ]
+
+
+def _rich(table: Table) -> RichTable:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    drawn = RichTable(
+        title=Text(visible(table.title)),
+        caption=Text(visible(table.note)) if table.note else None,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for column in table.columns:
+        drawn.add_column(Text(column), overflow="fold")
+    for row in table.rows:
+        # Text, not markup: brackets in a name are no style.
+        drawn.add_row(*(Text(visible(cell), style="cyan" if isinstance(cell, Token) else "") for cell in row))
+    return drawn
