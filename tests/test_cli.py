@@ -1,0 +1,84 @@
+"""The command line: plans, runs, stops at the gate, shows, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+import rim_lens as rl
+from rim_lens import cli
+from rim_lens.organisms.toy import toy_model, toy_tokenizer
+
+run = CliRunner().invoke
+SMALL = ["--requests", "6", "--max-new-tokens", "10"]
+
+
+def test_help_teaches():
+    out = run(cli.app, ["--help"]).output
+    for word in ("demo", "study", "show", "organism"):
+        assert word in out
+    assert "rim-lens demo" in re.sub(r"\s+", " ", out)
+
+
+def test_a_plan_runs_nothing(tmp_path):
+    result = run(cli.app, ["demo", "--plan", "--json", "--out", str(tmp_path / "x"), *SMALL])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.output)
+    assert {step["stage"] for step in plan["steps"]} >= {"gate", "attention", "heads", "neurons"}
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    return folder, run(cli.app, ["study", "toy", "--tuned", "toy:deviate", "--out", str(folder), *SMALL])
+
+
+def test_a_study_ends_with_its_report(finished):
+    folder, result = finished
+    assert result.exit_code == 0, result.output
+    assert "report.html" in result.output
+    assert (folder / "report.html").stat().st_size > 100_000
+    assert rl.load_study(folder).measured
+
+
+def test_show_prints_what_is_there(finished):
+    folder, _ = finished
+    shown = run(cli.app, ["show", str(folder), "--json"])
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(shown.output)
+
+
+def test_a_model_that_does_not_refuse_exits_with_3(tmp_path):
+    hf = toy_model()
+    hf.save_pretrained(tmp_path / "model")
+    toy_tokenizer().save_pretrained(tmp_path / "model")
+    result = run(cli.app, ["study", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *SMALL])
+    assert result.exit_code == cli.GATE_EXIT, result.output
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_users_files(tmp_path):
+    for kind in ("harmful", "harmless"):
+        rows = [json.dumps(p.to_dict()) for p in rl.load_prompts(kind, language="toy", split="evaluate")[:12]]
+        (tmp_path / f"{kind}.jsonl").write_text("\n".join(rows) + "\n")
+    files = ["--harmful", str(tmp_path / "harmful.jsonl"), "--harmless", str(tmp_path / "harmless.jsonl")]
+    result = run(cli.app, ["study", "toy", "--plan", *files])
+    assert result.exit_code != 0  # every request is on the evaluate side: nothing to select on
+    assert "select side has 0 harmful" in str(result.exception)
+
+
+def test_errors_say_what_is_wrong_and_exit_with_1(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["rim-lens", "show", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    assert "study.json does not exist" in re.sub(r"\s+", " ", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("0-2", [0, 1, 2]), ("4", [4]), ("0,3", [0, 3])])
+def test_seeds(text, seeds):
+    assert cli._seeds(text) == seeds

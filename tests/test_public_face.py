@@ -1,0 +1,78 @@
+"""The public names work together as the README and the design say."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import rim_lens as rl
+
+DEMOS = sorted((Path(__file__).parents[1] / "demos").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def toy():
+    model = rl.load_model("toy")
+    chat = rl.ChatFormat.from_model(model)
+    harmful = rl.load_prompts("harmful", language="toy", split="evaluate")[:8]
+    return model, chat, harmful
+
+
+def test_every_public_name_is_there():
+    for name in rl.__all__:
+        assert getattr(rl, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = rl.nonsense
+
+
+def test_plain_transformer_lens_style_equals_the_context_manager(toy):
+    model, chat, harmful = toy
+    off = chat.render(harmful, think="off")
+    with rl.AblateHeads([(0, 5)]).on(model):
+        inside = model(off.tokens, attention_mask=off.attention_mask)
+    hooks = rl.AblateHeads([(0, 5)]).fwd_hooks(model)
+    plain = model.run_with_hooks(off.tokens, attention_mask=off.attention_mask, fwd_hooks=hooks)
+    assert torch.equal(inside, plain)
+    assert not torch.equal(inside, model(off.tokens, attention_mask=off.attention_mask))
+
+
+def test_the_empty_gap_of_the_toy_is_refused_with_advice(toy):
+    model, chat, harmful = toy
+    off = chat.render(harmful, think="off")
+    assert not off.spans["gap"].any()
+    with pytest.raises(rl.errors.EmptySpan, match="Ask for 'think' instead"):
+        rl.capture(model, off, rl.SpanAttention(spans=["gap"]))
+
+
+def test_readers_run_on_what_the_model_itself_wrote(toy):
+    model, chat, harmful = toy
+    out = rl.generate(model, chat.render(harmful, think="open"), max_new_tokens=12)
+    assert len(out.cot) == len(out.answer) == len(out.outcome) == len(harmful)
+    data = rl.capture(model, out.batch, rl.SpanAttention(), rl.NeuronActivations(positions="generated"))
+    atoms = [name for name in data["span"].values if name != "think"]
+    # spans that only some rows have are left out, so that the masses need not reach 1
+    assert float(data["attention_mass"].sel(span=atoms).sum("span").max()) <= 1 + 1e-5
+
+
+def test_a_study_shift_equals_the_function_on_the_captured_arrays(toy):
+    model, chat, harmful = toy
+    tuned = rl.load_model("toy:deviate")
+    reasoning = rl.load_prompts("reasoning", language="toy", split="evaluate")[:8]
+    arrays = [
+        rl.capture(m, chat.render(requests, think="off"), rl.NeuronActivations())["neuron_activation"]
+        for requests in (harmful, reasoning)
+        for m in (model, tuned)
+    ]
+    labelled = rl.reciprocal_activation_shift(*arrays)
+    plain = rl.reciprocal_activation_shift(*[np.asarray(array) for array in arrays])
+    assert labelled.value == plain.value
+    assert labelled.value > 0
+
+
+@pytest.mark.parametrize("demo", DEMOS, ids=lambda path: path.stem)
+def test_demos_run(demo):
+    runpy.run_path(str(demo))
