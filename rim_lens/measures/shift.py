@@ -12,9 +12,9 @@ needs positive activations, and pooled activations of gated MLPs can be zero or 
 not stated in the paper, and is said here in `reciprocal_activation_shift`.
 
 What it does not prove: that refusal got worse, that these neurons did it, or that they are special. Any drift of
-the weights moves activations both ways and so has a RAS; random neurons of the same layers can show as
-much, and can follow lost refusal as well as chosen ones do. Read it beside random sets, and beside a control model that
-drifted as far. It carries the unit of the activations: values of two models, layers or pools do not compare.
+the weights moves activations both ways and so has a RAS; random neurons of the same layers can show as much,
+and can follow lost refusal as well as chosen ones do. Read it beside random sets, and beside a control model
+that drifted as far. It carries the unit of the activations: values of two models, layers or pools do not compare.
 """
 
 from __future__ import annotations
@@ -229,8 +229,9 @@ def one_sided_shift(
 ) -> tuple[Float[np.ndarray, " *neuron"], Bool[np.ndarray, " *neuron"]]:
     """Return what each neuron adds to n·δ, (high − low) / low · high where high > low, and which are usable.
 
-    For δ⁻ `high` is the base model, for δ⁺ the tuned one. Without a floor a neuron is usable where both values are positive,
-    with one where at least one is. Summed over any subset and divided by its size, this is that subset's δ.
+    For δ⁻ `high` is the base model, for δ⁺ the tuned one. Without a floor a neuron is usable where both values are
+    positive, with one where at least one is. Summed over any subset and divided by its size, this is that subset's δ
+    (where the subset has a usable neuron), so that many random sets cost one call.
 
     >>> added, usable = one_sided_shift(np.array([1.0, 3.0, -1.0]), np.array([2.0, 1.0, 2.0]))
     >>> added.tolist(), usable.tolist()
@@ -318,17 +319,19 @@ def _check_alike(pooled: list[_Pooled]) -> None:
     for other in pooled[1:]:
         if isinstance(first.shape, dict) != isinstance(other.shape, dict):
             raise ReferenceMismatch(
-                f"{first.name} and {other.name} are mixed, one with named dimensions and one without; give all four alike."
+                f"{first.name} and {other.name} are mixed, one with named dimensions and one without;"
+                " give all four alike."
             )
         if first.shape != other.shape:
             raise ReferenceMismatch(
-                f"{first.name} has neurons of shape {first.shape} and {other.name} of {other.shape} (without prompts);"
+                f"{first.name} has neurons of shape {first.shape} and {other.name} of {other.shape};"
                 " all four are of the same neurons."
             )
         for dim in (first.labels.keys() & other.labels.keys()) - {"prompt"}:
             if first.labels[dim] != other.labels[dim]:
                 raise ReferenceMismatch(
-                    f"{first.name} and {other.name} have different labels along {dim!r}; select the same neurons in all four."
+                    f"{first.name} and {other.name} have different labels along {dim!r};"
+                    " select the same neurons in all four."
                 )
     for base, tuned in (pooled[:2], pooled[2:]):
         if base.n_prompts != tuned.n_prompts:

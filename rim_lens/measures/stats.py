@@ -245,8 +245,8 @@ def benjamini_hochberg(p: ArrayLike) -> Float[np.ndarray, " *head"]:
 def specificity(effect_on_harmful: ArrayLike, effect_on_twins: ArrayLike) -> Float[np.ndarray, " pair *head"]:
     """Return the effect on each harmful request minus the effect on its harmless twin.
 
-    Ready for `sign_flip_test` and `bootstrap_interval`. An edit that shifts every answer alike, harmful or not, has an effect
-    but no specificity, and is not about refusal.
+    Ready for `sign_flip_test` and `bootstrap_interval`. An edit that shifts every answer alike, harmful or
+    not, has an effect but no specificity, and is not about refusal.
 
     Args:
         effect_on_harmful: Edited − baseline, [pair, head …], in nats of refusal log-odds.
@@ -591,23 +591,26 @@ def to_numpy(values: Any) -> Float[np.ndarray, "..."]:
 def check_finite(values: np.ndarray, name: str, axes: Sequence[str] = ("request", "head")) -> None:
     """Refuse NaN and infinity.
 
+    Args:
+        values: Any shape.
+        name: What to call them in the message.
+        axes: Names of the axes; the last stands for all axes from there on, as head (2, 5) is layer 2, head 5.
+
     Raises:
         NotFinite: It says how many, and where the first is.
 
     >>> check_finite(np.array([1.0, np.nan]), "differences")
     Traceback (most recent call last):
-    rim_lens.errors.NotFinite: differences holds 1 number of 2 that is NaN or infinite (first: request 1); find out why, or leave those requests out and say so.
+    rim_lens.errors.NotFinite: differences: 1 of 2 numbers NaN or infinite (first: request 1); leave it out, or mend it.
     """
     bad = np.argwhere(~np.isfinite(values))
     if len(bad):
-        # The last name stands for all axes from there on: head (2, 5) is layer 2, head 5.
-        named = dict(zip(axes, bad[0].tolist(), strict=False))
-        if values.ndim > len(axes):
-            named[axes[-1]] = tuple(bad[0][len(axes) - 1 :].tolist())
-        where = ", ".join(f"{axis} {place}" for axis, place in named.items())
+        first = bad[0].tolist()
+        if len(first) > len(axes):
+            first = [*first[: len(axes) - 1], tuple(first[len(axes) - 1 :])]
+        where = ", ".join(f"{axis} {place}" for axis, place in zip(axes, first, strict=False))
         raise NotFinite(
-            f"{name} holds {len(bad)} number{'s' * (len(bad) > 1)} of {values.size} that {'are' if len(bad) > 1 else 'is'} NaN or infinite"
-            f" (first: {where}); find out why, or leave those {axes[0]}s out and say so."
+            f"{name}: {len(bad)} of {values.size} numbers NaN or infinite (first: {where}); leave it out, or mend it."
         )
 
 
