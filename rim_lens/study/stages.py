@@ -326,41 +326,39 @@ def run_shift(bench: Bench, tuned: Sequence[str]) -> dict[str, Any]:
         controls = random_neurons_per_layer(safety, facts.d_mlp, settings.n_random_sets, settings.seed)
         bench.folder.write("neurons/safety_set.json", [list(pair) for pair in safety])
         _write_tensors(bench, contrast, tuned, activations)
-        before = {job: activations("base", job).values for job in ("harmful", "reasoning")}
+        before = {job: activations("base", job) for job in ("harmful", "reasoning")}
         result = {}
         for name in tuned:
-            after = {job: activations(name, job).values for job in ("harmful", "reasoning")}
-
-            def ras(
-                chosen: Sequence[tuple[int, int]] | None, after: dict[str, np.ndarray] = after
-            ) -> dict[str, Any]:
-                def pick(array: np.ndarray) -> np.ndarray:
-                    if chosen is None:
-                        return array.reshape(len(array), -1)
-                    layers, neurons = zip(*chosen, strict=True)
-                    return array[:, list(layers), list(neurons)]
-
-                return reciprocal_activation_shift(
-                    pick(before["harmful"]),
-                    pick(after["harmful"]),
-                    pick(before["reasoning"]),
-                    pick(after["reasoning"]),
-                ).to_dict()
-
-            safety_shift, random_shifts = ras(safety), [ras(control)["value"] for control in controls]
-            usable = [value for value in random_shifts if np.isfinite(value)]
+            after = {job: activations(name, job) for job in ("harmful", "reasoning")}
+            arrays = (before["harmful"], after["harmful"], before["reasoning"], after["reasoning"])
+            on_all = reciprocal_activation_shift(*arrays)
+            on_safety = reciprocal_activation_shift(*(_pick(array, safety) for array in arrays))
+            on_random = [
+                reciprocal_activation_shift(*(_pick(array, control) for array in arrays)).value
+                for control in controls
+            ]
+            usable = [value for value in on_random if np.isfinite(value)]
+            comparable = bool(usable) and bool(np.isfinite(on_safety.value))
             result[name] = {
-                "all": ras(None),
-                "safety": safety_shift,
-                "random": random_shifts,
+                "all": on_all.to_dict(),
+                "safety": on_safety.to_dict(),
+                "random": usable,
                 "n_controls": len(usable),
-                "percentile": percentile_among(safety_shift["value"], usable).percentile
-                if usable and np.isfinite(safety_shift["value"])
-                else None,
+                "percentile": percentile_among(on_safety.value, usable).percentile if comparable else None,
             }
         return {"set_size": len(safety), "per_layer": size, "tuned": result}
 
     return bench.folder.once("neurons/shift.json", measure)
+
+
+def _pick(activations: xr.DataArray, neurons: Sequence[tuple[int, int]]) -> xr.DataArray:
+    """Some neurons of every prompt, [prompt, neuron]; labels kept, so that mixed-up prompts are noticed."""
+    import xarray as xr
+
+    layers, numbers = zip(*neurons, strict=True)
+    return activations.isel(
+        layer=xr.DataArray(list(layers), dims="unit"), neuron=xr.DataArray(list(numbers), dims="unit")
+    )
 
 
 def _write_tensors(bench: Bench, contrast: np.ndarray, tuned: Sequence[str], activations: Any) -> None:
