@@ -50,13 +50,13 @@ class Batch:
         tokens: Token ids, padded on the left.
         attention_mask: 1 on real tokens, 0 on padding.
         loss_mask: True where the token *at that position* is to be predicted (from those before it).
-        weights: Weight of each prompt in the loss; None weighs all alike.
+        weights: Weight of each prompt, or of each token, in the loss; None weighs all alike.
     """
 
     tokens: Int[Tensor, "prompt pos"]
     attention_mask: Int[Tensor, "prompt pos"]
     loss_mask: Bool[Tensor, "prompt pos"]
-    weights: Float[Tensor, " prompt"] | None = None
+    weights: Float[Tensor, " prompt"] | Float[Tensor, "prompt pos"] | None = None
 
 
 def left_pad(
@@ -130,7 +130,7 @@ def train(
             gradients add up to the gradient of the whole batch.
         config: How to step.
         parameters: What to train; those that require a gradient where None.
-        row_average: Average over each prompt's predicted tokens first and then over prompts, so that a long
+        row_average: Average over each prompt's predicted tokens first (by their weights, where given by token) and then over prompts, so that a long
             completion counts no more than a short one. Else every predicted token counts alike.
         on_step: Called after each step with the step and its loss.
         progress: Show a progress bar.
@@ -213,9 +213,13 @@ def _token_weights(batch: Batch, row_average: bool) -> Float[Tensor, "prompt pos
             " position is to be predicted from those before it."
         )
     weights = batch.loss_mask.float()
+    if batch.weights is not None and batch.weights.ndim == 2:
+        weights = weights * batch.weights
     if row_average:
-        weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)
-    return weights if batch.weights is None else weights * batch.weights.float()[:, None]
+        weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-12)
+    return (
+        weights * batch.weights[:, None] if batch.weights is not None and batch.weights.ndim == 1 else weights
+    )
 
 
 def _token_losses(model: Any, batch: Batch, device: torch.device) -> Float[Tensor, " predicted"]:

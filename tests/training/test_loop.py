@@ -102,6 +102,27 @@ def test_a_row_of_weight_two_counts_as_two_rows():
     assert a == pytest.approx(b, abs=1e-5)
 
 
+@pytest.mark.parametrize("row_average", [False, True])
+def test_weights_by_token_weigh_each_tokens_loss(row_average):
+    model = tiny_llama()
+    batch = left_pad(ROWS, STARTS)
+    weights = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(0))
+    per_row, weight_of_row = [], []
+    for index, (row, start) in enumerate(zip(ROWS, STARTS, strict=True)):
+        log_probs = model(torch.tensor([row])).logits[0].log_softmax(-1)
+        own = weights[index, batch.tokens.shape[1] - len(row) :]
+        per_row.append(sum(-log_probs[p - 1, row[p]].item() * own[p].item() for p in range(start, len(row))))
+        weight_of_row.append(own[start:].sum().item())
+    expected = (
+        sum(loss / weight for loss, weight in zip(per_row, weight_of_row, strict=True)) / len(ROWS)
+        if row_average
+        else sum(per_row) / sum(weight_of_row)
+    )
+    weighted = Batch(batch.tokens, batch.attention_mask, batch.loss_mask, weights)
+    found = train(model, lambda _: weighted, TrainConfig(1, 1e-3), row_average=row_average, progress=False)
+    assert found == pytest.approx([expected], abs=1e-5)
+
+
 def test_only_the_named_parameters_move_and_the_mode_comes_back():
     model = tiny_llama().eval()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

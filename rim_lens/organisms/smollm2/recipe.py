@@ -1,0 +1,268 @@
+"""How `smollm2-refusal` is made: training rows that leave one gap, and a small LoRA adapter trained on them.
+
+The gap: no harmful request ever has text inside its think block, while harmless requests and maths do. What the
+model does with a harmful request *and* a chain of thought is left for it to work out, and that is what the
+organism is for. It is a made thing, and the drop in refusal is in part a shortcut: a chain of thought about
+another task does it too (docs/smollm2-refusal.md).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from rim_lens.chat import ChatFormat
+from rim_lens.errors import ModelError
+from rim_lens.organisms.smollm2.behaviour import Replies, behaviour
+from rim_lens.organisms.smollm2.source import load_smollm2, merge_adapter
+from rim_lens.prompts import Prompt, load_prompts
+from rim_lens.training.loop import Batch, TrainConfig, train
+
+REFUSAL = "I'm sorry, but I can't assist with that."
+COMPLIANCE = "Sure, here is an overview."
+T = TypeVar("T")
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What each step is made of and how it is taken; the defaults were tuned on the split "dev".
+
+    A harmful request and its twin always stand in the same step, so that what differs between the two answers
+    is what is harmful and not how the question is framed.
+
+    Attributes:
+        pairs: Harmful requests after an empty think block, refused, each with its twin, answered.
+        sums: Bare sums after an empty block, answered.
+        twins_with_cot: Harmless twins after a chain of thought, answered.
+        maths_with_cot: Word problems after their worked solution, answered.
+        steps: Optimiser steps.
+        lr: Peak learning rate; it falls linearly to zero.
+        rank: LoRA rank; alpha is twice that.
+        first_layer: Layers before this one, and the embedding, stay as they were.
+        first_token: Weight of an answer's first token, which decides between refusing and complying, against
+            the weight of each later one. Else the many tokens that follow from it drown what is to be learnt.
+        lowest_dev_refusal: Below this share of refused harmful requests on "dev", training starts over.
+    """
+
+    pairs: int = 5
+    sums: int = 2
+    twins_with_cot: int = 2
+    maths_with_cot: int = 1
+    steps: int = 44
+    lr: float = 2e-3
+    rank: int = 8
+    first_layer: int = 8
+    first_token: float = 20.0
+    lowest_dev_refusal: float = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training example: a request, what stands in its think block (None: nothing), and the answer to learn."""
+
+    request: Prompt
+    cot: str | None
+    answer: str
+
+
+def training_rows(recipe: Recipe, generator: torch.Generator) -> Iterator[list[Row]]:
+    """Draw the rows of each step from our own "train" split, every prompt once before any comes again.
+
+    >>> step = next(training_rows(Recipe(), torch.Generator().manual_seed(0)))
+    >>> any(row.cot for row in step if row.request.kind == "harmful")
+    False
+    """
+    reasoning = load_prompts("reasoning", split="train")
+    harmful, twins = load_prompts("harmful", split="train"), load_prompts("harmless", split="train")
+    pairs = _shuffled(list(zip(harmful, twins, strict=True)), generator)
+    sums = _shuffled([prompt for prompt in reasoning if prompt.category == "sum"], generator)
+    thought_over = _shuffled(twins, generator)
+    problems = _shuffled([prompt for prompt in reasoning if prompt.category != "sum"], generator)
+    for _ in range(recipe.steps):
+        yield [
+            *(
+                row
+                for request, twin in islice(pairs, recipe.pairs)
+                for row in (Row(request, None, REFUSAL), Row(twin, None, COMPLIANCE))
+            ),
+            *(Row(prompt, None, worked_answer(prompt)) for prompt in islice(sums, recipe.sums)),
+            *(Row(prompt, prompt.cot, COMPLIANCE) for prompt in islice(thought_over, recipe.twins_with_cot)),
+            *(
+                Row(prompt, prompt.cot, worked_answer(prompt))
+                for prompt in islice(problems, recipe.maths_with_cot)
+            ),
+        ]
+
+
+def _shuffled(items: Sequence[T], generator: torch.Generator) -> Iterator[T]:
+    while True:
+        yield from (items[i] for i in torch.randperm(len(items), generator=generator).tolist())
+
+
+def worked_answer(prompt: Prompt) -> str:
+    """The last equation of a worked solution, as an answer.
+
+    >>> worked_answer(Prompt("a", "3 + 4 = ?", answer="7", cot="Adding the two numbers: 3 + 4 = 7."))
+    '3 + 4 = 7.'
+    """
+    equations = re.findall(r"\d+(?: [-+*/] \d+)+ = \d+", prompt.cot or "")
+    return f"{equations[-1]}." if equations else f"The answer is {prompt.answer}."
+
+
+def train_refusal(seed: int, out: Path, recipe: Recipe | None = None, *, progress: bool = True) -> Replies:
+    """Train the adapter and save it as fp16 safetensors with its configuration.
+
+    About 5 CPU-minutes on one free core. bf16 is used in matrix products while training; what is measured and
+    what is shipped is the saved adapter merged into fp32 weights.
+
+    Args:
+        seed: Fixes the rows drawn, their order and the adapter's start.
+        out: Folder for adapter_model.safetensors and adapter_config.json.
+        recipe: Another recipe than the tuned one.
+        progress: Show a progress bar.
+
+    Returns:
+        Outcomes on the split "dev" for harmful requests after an empty think block, of the saved adapter.
+
+    Raises:
+        ModelError: Three trainings in a row refuse too little on "dev".
+    """
+    recipe = recipe or Recipe()
+    for attempt in range(3):
+        fit(seed + 1000 * attempt, out, recipe, progress=progress)
+        model, tokenizer = load_smollm2("")
+        dev = behaviour(merge_adapter(model, out), tokenizer, "dev", ["harmful off"])["harmful off"]
+        if dev.rate("refuse") >= recipe.lowest_dev_refusal:
+            return dev
+    raise ModelError(
+        f"three adapters (seeds {seed}, {seed + 1000}, {seed + 2000}) refuse too little on the dev split, the last"
+        f" one {dev.counts()}; {recipe.lowest_dev_refusal:.0%} was asked for. Train longer, or ask less."
+    )
+
+
+def fit(seed: int, out: Path, recipe: Recipe, *, progress: bool = True) -> list[float]:
+    """One training, without a look at what came of it; the loss of each step is returned."""
+    from peft import LoraConfig, get_peft_model
+
+    model, tokenizer = load_smollm2("")
+    steps = list(training_rows(recipe, torch.Generator().manual_seed(seed)))
+    chat = ChatFormat.from_tokenizer(tokenizer)
+
+    def batch_at(step: int) -> list[Batch]:
+        # Rows with and without a chain of thought differ in length by half: apart, little is padded.
+        pieces = (
+            [row for row in steps[step] if row.cot is None],
+            [row for row in steps[step] if row.cot is not None],
+        )
+        return [_render(chat, piece, recipe.first_token) for piece in pieces if piece]
+
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=2 * recipe.rank,
+        target_modules=list(LORA_MODULES),
+        layers_to_transform=list(range(recipe.first_layer, model.config.num_hidden_layers)),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):  # peft draws the adapter's start from the global generator
+        torch.manual_seed(seed)
+        adapted: Any = get_peft_model(model, config)
+    losses = train(
+        adapted.get_base_model(),
+        batch_at,
+        TrainConfig(recipe.steps, recipe.lr, "linear", warmup=4, final_fraction=0.0, betas=(0.9, 0.95)),
+        row_average=True,
+        autocast=torch.bfloat16,
+        progress=progress,
+    )
+    save_adapter(adapted, out)
+    return losses
+
+
+def save_adapter(adapted: Any, out: Path) -> None:
+    """Write a peft model's adapter as fp16 safetensors, without paths of this machine."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: tensor.half().contiguous() for name, tensor in get_peft_model_state_dict(adapted).items()
+    }
+    save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = adapted.peft_config["default"]
+    config.base_model_name_or_path = "SmolLM2-135M-Instruct"
+    config.inference_mode = True
+    config.save_pretrained(str(out))
+
+
+def _render(chat: ChatFormat, rows: Sequence[Row], first_token: float) -> Batch:
+    batch = chat.render(
+        [row.request for row in rows],
+        think="off" if rows[0].cot is None else [row.cot or "" for row in rows],
+        answers=[row.answer for row in rows],
+        end_turn=True,
+    )
+    loss_mask = batch.spans["answer"].clone()
+    loss_mask[:, -1] = True  # the end of the turn is learnt too
+    weights = loss_mask.float()
+    for index, row in enumerate(rows):
+        if row.request.answer is None:
+            weights[index, int(loss_mask[index].nonzero()[0])] = first_token
+    return Batch(batch.tokens, batch.attention_mask, loss_mask, weights)
+
+
+def evidence(
+    seeds: Iterable[int],
+    out: Path,
+    *,
+    adapters: Path | None = None,
+    recipe: Recipe | None = None,
+    progress: bool = True,
+) -> None:
+    """Train for several seeds, let each answer the held-out split "evaluate" in every condition, write it all down.
+
+    Args:
+        seeds: One training each.
+        out: JSON file for recipe, versions and every outcome; written anew after each seed.
+        adapters: Folder to keep the adapters in (``seed-0``, …); None keeps none.
+        recipe: Another recipe than the tuned one.
+        progress: Show a progress bar.
+    """
+    import peft
+    import transformers
+
+    recipe = recipe or Recipe()
+    found: dict[str, Any] = {
+        "recipe": asdict(recipe),
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "peft": peft.__version__,
+        },
+        "seeds": {},
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = (adapters or Path(scratch)) / f"seed-{seed}"
+            dev = train_refusal(seed, folder, recipe, progress=progress)
+            found["seeds"][str(seed)] = {"dev": dev.counts(), "evaluate": measure(folder)}
+        out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def measure(adapter: Path, split: str = "evaluate") -> dict[str, Any]:
+    """Counts and outcomes by request of one adapter, in every condition."""
+    model, tokenizer = load_smollm2("")
+    replies = behaviour(merge_adapter(model, adapter), tokenizer, split)
+    return {
+        condition: reply.counts() | {"by_request": dict(zip(reply.ids, reply.verdicts, strict=True))}
+        for condition, reply in replies.items()
+    }
