@@ -1,7 +1,8 @@
 """The tokenizers that tests/fetch_tokenizers.py brought, one per chat format; absent ones skip, but never where CI=true.
 
 Five packages make seven formats: DeepSeek-V3's vocabulary with R1's two think tokens, gpt-oss's with a template of ours,
-and Llama's with the two ChatML tokens for a ChatML tokenizer whose think tags are ordinary text, as SmolLM2's are.
+and Llama's with the two ChatML tokens and SmolLM2's pre-tokeniser for a ChatML tokenizer whose think tags are ordinary text
+and where, as with SmolLM2, two newlines are one token at the end of a prompt and two before a word.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def _loaded(name: str) -> Any:
         if os.environ.get("CI") == "true":
             pytest.fail(advice)
         pytest.skip(advice)
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(cache_folder() / package)
@@ -65,6 +67,9 @@ def _loaded(name: str) -> Any:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
         tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "pad_token": "<|end_of_text|>"})
         tokenizer.chat_template = SMOLLM2_TEMPLATE
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(True), ByteLevel(add_prefix_space=False)]
+        )
     return tokenizer
 
 

@@ -198,10 +198,13 @@ class ChatFormat:
         answers: str | Sequence[str] | None = None,
         end_turn: bool = False,
     ) -> SpanBatch:
-        """Render requests under one think condition, as left-padded token ids with named spans.
+        r"""Render requests under one think condition, as left-padded token ids with named spans.
 
-        The text is tokenised once, as a whole and with nothing added (a BOS comes from the format, once), and each span is
-        checked by decoding its tokens back to the text it claims.
+        The prompt is tokenised once, as a whole and with nothing added (a BOS comes from the format, once), and each span is
+        checked by decoding its tokens back to the text it claims. A given answer is tokenised apart and follows the prompt, so
+        that a row with an answer begins with exactly the tokens of the row without: the prompt a model answers is the prompt it
+        was trained on, also where the tokenizer would merge or split whitespace otherwise before the answer's first word
+        (SmolLM2: ``\n\n`` is one token at the end of a prompt and two before a word).
 
         Args:
             requests: Records or strings.
@@ -239,13 +242,22 @@ class ChatFormat:
                 self._rendering.block(condition, cots[row]),
                 system=system,
                 history=histories[row],
-                answer=None if said is None else said[row],
-                end_turn=end_turn,
             )
             for row, prompt in enumerate(prompts)
         ]
+        ids, atoms = self._tokenise(rows)
         texts = [joined(segments) for segments in rows]
-        ids, atoms = self._tokenise(rows, texts)
+        if said is not None:
+            answer_rows = [self._rendering.answer(answer, end_turn) for answer in said]
+            answer_ids, answer_atoms = self._tokenise(answer_rows)
+            ids = [
+                prompt_part + answer_part for prompt_part, answer_part in zip(ids, answer_ids, strict=True)
+            ]
+            atoms = [
+                prompt_part + answer_part
+                for prompt_part, answer_part in zip(atoms, answer_atoms, strict=True)
+            ]
+            texts = [text + joined(segments) for text, segments in zip(texts, answer_rows, strict=True)]
         return self._batch(
             ids,
             atoms,
@@ -429,9 +441,8 @@ class ChatFormat:
 
     # --- text to tokens ------------------------------------------------------------------------------
 
-    def _tokenise(
-        self, rows: list[list[Segment]], texts: list[str]
-    ) -> tuple[list[list[int]], list[list[str]]]:
+    def _tokenise(self, rows: list[list[Segment]]) -> tuple[list[list[int]], list[list[str]]]:
+        texts = [joined(segments) for segments in rows]
         for row, text in enumerate(texts):
             if any("\ud800" <= character <= "\udfff" for character in text):
                 raise SpanError(

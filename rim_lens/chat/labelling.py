@@ -153,27 +153,33 @@ def character_ranges(
     ranges: list[Range] = []
     place = 0
     while place < len(ids):
-        for size in range(1, min(MAX_TOKENS_PER_CHARACTER, len(ids) - place) + 1):
-            group = ids[place : place + size]
-            piece = pieces.setdefault(group[0], decode(group)) if size == 1 else decode(group)
-            if NOT_A_CHARACTER not in piece:
-                break
-        else:
-            size, group = 1, ids[place : place + 1]
-            piece = pieces[group[0]]
-        ranges += [
-            (len(text) + start, len(text) + stop) for start, stop in _prefix_ranges(group, piece, decode)
-        ]
+        if ids[place] not in pieces:
+            pieces[ids[place]] = decode(ids[place : place + 1])
+        piece, size = pieces[ids[place]], 1
+        if NOT_A_CHARACTER in piece:
+            piece, size = _whole_character(ids[place : place + MAX_TOKENS_PER_CHARACTER], piece, decode)
+        group = ids[place : place + size]
+        inside = [(0, len(piece))] if size == 1 else _prefix_ranges(group, piece, decode)
+        ranges += [(len(text) + start, len(text) + stop) for start, stop in inside]
         text += piece
         place += size
     # Token by token does not give the whole where decoding depends on the neighbours (words joined by spaces).
     return (text, ranges) if text == whole else (whole, _prefix_ranges(ids, whole, decode))
 
 
+def _whole_character(
+    ids: Sequence[int], first: str, decode: Callable[[Sequence[int]], str]
+) -> tuple[str, int]:
+    """Text and number of the fewest tokens that end on a whole character; the first alone where none do."""
+    for size in range(2, len(ids) + 1):
+        piece = decode(ids[:size])
+        if NOT_A_CHARACTER not in piece:
+            return piece, size
+    return first, 1
+
+
 def _prefix_ranges(ids: Sequence[int], whole: str, decode: Callable[[Sequence[int]], str]) -> list[Range]:
     """Characters covered by each token, from how far each prefix of the ids agrees with the whole text."""
-    if len(ids) == 1:
-        return [(0, len(whole))]
     ranges, start = [], 0
     for size in range(1, len(ids) + 1):
         prefix = decode(ids[:size]) if size < len(ids) else whole

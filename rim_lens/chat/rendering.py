@@ -65,10 +65,8 @@ class Rendering:
         block: Sequence[Segment],
         system: str | Default | None = None,
         history: Sequence[Message] = (),
-        answer: str | None = None,
-        end_turn: bool = False,
     ) -> list[Segment]:
-        """The pieces of a row, neighbours of one atom joined, none empty."""
+        """The pieces of a prompt, neighbours of one atom joined, none empty."""
         spec = self.spec
         pieces = [Segment(spec.bos, "template")]
         system_turn = self._system_turn(system)
@@ -89,9 +87,14 @@ class Rendering:
             Segment(after_role, "template"),
             *block,
         ]
-        if answer is not None:
-            pieces += [Segment(answer, "answer"), Segment(spec.answer_end if end_turn else "", "template")]
         return merge(separate(pieces, spec.separator))
+
+    def answer(self, words: str, end_turn: bool) -> list[Segment]:
+        """The pieces that follow a prompt when the assistant's words are given."""
+        pieces = [Segment(words, "answer"), Segment(self.spec.answer_end if end_turn else "", "template")]
+        return merge(
+            [Segment(self.spec.separator + piece.text, piece.atom) for piece in pieces if piece.text]
+        )
 
     def _system_turn(self, system: str | Default | None) -> list[Segment]:
         if system is DEFAULT:

@@ -13,7 +13,12 @@ from tests.true_tokenizers import PACKAGES, load_tokenizer, toy_tokenizer, true_
 
 REQUEST, COT, ANSWER, SYSTEM = "Name a fruit.", "They want one fruit.\nI pick one.", "Pear.", "Be brief."
 FORMATS = [pytest.param(name, marks=pytest.mark.npm) for name in PACKAGES]
-OWN_NEWLINE = {"qwen3", "deepseek_r1", "gemma3"}  # the newlines next to a tag are tokens of their own
+OWN_NEWLINE = {
+    "qwen3",
+    "deepseek_r1",
+    "gemma3",
+    "chatml",
+}  # the newlines next to a tag are tokens of their own
 
 
 def runs(chat, batch, row=0) -> list[tuple[str, str]]:
@@ -101,8 +106,10 @@ EXPECTED = {
         ("template", "\n<|im_start|>"),
         ("assistant", "assistant"),
         ("template", "\n"),
-        ("think_open", "<think>\n\n"),
-        ("think_close", "</think>\n\n"),
+        ("think_open", "<think>"),
+        ("gap", "\n\n"),
+        ("think_close", "</think>"),
+        ("template", "\n\n"),
         ("answer", ANSWER),
         ("template", "<|im_end|>"),
     ],
@@ -166,7 +173,7 @@ def test_an_open_prompt_ends_where_the_model_is_to_write(name):
         "deepseek_r1": [("think_open", "<think>"), ("gap", "\n")],
         "gemma3": [("think_open", "<think>"), ("gap", "\n")],
         "llama3_1": [("think_open", "<think>\n")],
-        "chatml": [("think_open", "<think>\n")],
+        "chatml": [("think_open", "<think>"), ("gap", "\n")],
     }
     assert last == expected[name]
     assert batch.spans["think"].any() == chat.opener_in_prompt
@@ -227,6 +234,25 @@ def test_qwen3_answers_are_its_template_with_the_assistants_turn_given():
     for think, content in (("off", ANSWER), (COT, f"<think>\n{COT}\n</think>\n\n{ANSWER}")):
         theirs = chat.tokenizer.apply_chat_template(chat_turns(REQUEST, content), tokenize=False)
         assert chat.render(REQUEST, think=think, answers=ANSWER, end_turn=True).texts[0] + "\n" == theirs
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_with_an_answer_begins_with_the_tokens_of_the_row_without(name):
+    chat = true_chat(name)
+    for think in ("off", COT):
+        prompt = chat.render(REQUEST, think=think).tokens[0].tolist()
+        answered = chat.render(REQUEST, think=think, answers=ANSWER, end_turn=True).tokens[0].tolist()
+        end = chat.encode(chat.spec.answer_end)
+        assert answered == prompt + chat.encode(ANSWER) + end
+        assert chat.render(REQUEST, think=think, answers="", end_turn=True).tokens[0].tolist() == prompt + end
+
+
+@pytest.mark.npm
+def test_that_matters_where_newlines_are_split_before_a_word():
+    chat = true_chat("chatml")
+    row = chat.render(REQUEST, answers=ANSWER)
+    assert row.tokens[0].tolist() != chat.encode(row.texts[0])
+    assert chat.decode(row.tokens[0]) == row.texts[0]
 
 
 @pytest.mark.parametrize("name", FORMATS)
