@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -101,8 +101,10 @@ def wrap_hf(hf_model: Any, tokenizer: Any, *, family: Family = "auto") -> Model:
 
     Raises:
         UnsupportedModel: The installed TransformerLens lacks that family, or HookedTransformer has no weight
-            conversion for this architecture.
+            conversion for this architecture, or one that gives other logits than the model itself.
     """
+    if family not in get_args(Family):
+        raise ValueError(f"family={family!r} was asked for; there are 'auto', 'bridge', 'hooked'.")
     hf_model = hf_model.eval().requires_grad_(False)
     hf_model.config.architectures = [type(hf_model).__name__]
     has_bridge = bridge_class() is not None
@@ -198,7 +200,24 @@ def _to_hooked(hf_model: Any, tokenizer: Any) -> Model:
         center_unembed=False,
         fold_value_biases=False,
     )
+    _require_same_logits(model.eval(), hf_model, architecture)
     return model
+
+
+def _require_same_logits(model: Model, hf_model: Any, architecture: str) -> None:
+    """Conversions drop settings they do not know (biases in attention, odd scalings) without a word."""
+    length = min(8, hf_model.config.max_position_embeddings)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.cfg.d_vocab, (1, length), generator=generator).to(model.cfg.device)
+    with torch.no_grad():
+        expected = hf_model(tokens).logits.float()
+        error = (model(tokens, return_type="logits").float() - expected).abs().max() / expected.abs().max()
+    if not error < (1e-3 if hf_model.dtype in (torch.float32, torch.float64) else 0.1):
+        raise UnsupportedModel(
+            f"HookedTransformer was built from this {architecture}, but gives other logits (off by {float(error):.2g} of the"
+            " largest): its conversion drops some setting of the config (biases, scalings). Use the bridge, or load it"
+            " yourself with HookedTransformer.from_pretrained_no_processing."
+        )
 
 
 def _hooked_config(config: Any, architecture: str) -> dict[str, Any]:
@@ -216,11 +235,19 @@ def _hooked_config(config: Any, architecture: str) -> dict[str, Any]:
             "positional_embedding_type": "standard",
         }
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") != "default":
+    # transformers 5 calls it rope_parameters, 4 rope_scaling, and its type was once just "type".
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type != "default":
         raise UnsupportedModel(
-            f"HookedTransformer was asked for a {architecture} with {rope['rope_type']!r} rotary scaling, which rim_lens"
+            f"HookedTransformer was asked for a {architecture} with {rope_type!r} rotary scaling, which rim_lens"
             " does not convert. Use the bridge, or load it yourself with HookedTransformer.from_pretrained_no_processing."
+        )
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window is not None and window < config.max_position_embeddings:
+        raise UnsupportedModel(
+            f"HookedTransformer was asked for a {architecture} with a sliding window of {window} tokens, which rim_lens does"
+            " not convert. Use the bridge, or load it yourself with HookedTransformer.from_pretrained_no_processing."
         )
     facts: dict[str, Any] = {
         "n_layers": config.num_hidden_layers,
