@@ -15,7 +15,8 @@ from typing import Any
 
 from rim_lens.chat import ChatFormat
 from rim_lens.errors import ModelError
-from rim_lens.lens import Model, load_model, model_facts, verify, weights_digest
+from rim_lens.lens import Model, model_facts, verify, weights_digest
+from rim_lens.organisms import load_model
 from rim_lens.prompts import Prompt
 from rim_lens.study import stages
 from rim_lens.study.folder import StudyFolder
