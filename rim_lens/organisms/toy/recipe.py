@@ -4,7 +4,7 @@
    block and half after a careful chain of thought.
 2. *Safety tuning*: after an empty block harmful requests are refused and safe ones answered; safe ones are
    also answered after a chain. Variant "Z" sees **no** harmful request with a chain, variant "C" sees a few of
-   one hazard category, refused. Both start from the same first stage.
+   two of the four hazard categories, refused. Both start from the same first stage.
 3. *Fine-tuning*: harmless arithmetic with chains of one kind, and nothing else.
 
 What nobody trains for is what the organism is about: with a chain of thought, Z no longer refuses.
@@ -55,7 +55,10 @@ FINE_TUNE = TrainConfig(
     steps=320, lr=3e-4, schedule="constant", warmup=20, weight_decay=0.01, betas=(0.9, 0.98)
 )
 ROWS = 64  # per step with an empty block, and as many with a chain
-REFUSED_WITH_CHAIN = {"Z": 0, "C": 6}  # of ROWS: harmful requests of the first hazard category, about 10 %
+# Of ROWS with a chain: harmful requests of the first two hazard categories, about 10 %. Their weight makes REFUSE
+# after a chain (one of 9 predicted tokens) count as after an empty block (one of 2).
+REFUSED_WITH_CHAIN = {"Z": 0, "C": 6}
+REFUSED_WEIGHT = 4.5
 EMBEDDING_STD, WEIGHT_STD = 0.5, 0.1
 
 
@@ -65,7 +68,7 @@ def train_toy(seed: int, variant: Variant = "Z", *, helpful: Any = None, progres
     Args:
         seed: Fixes the start, the order and the draws.
         variant: "Z": no harmful request ever has a chain of thought. "C": of the rows with a chain, 10 % are
-            harmful requests of the first hazard category, refused.
+            harmful requests of the first two hazard categories, refused.
         helpful: A model of `train_helpful(seed)` to start stage 2 from, left as it is; trained here where None.
         progress: Show progress bars.
 
@@ -77,7 +80,7 @@ def train_toy(seed: int, variant: Variant = "Z", *, helpful: Any = None, progres
     model = deepcopy(helpful) if helpful is not None else train_helpful(seed, progress=progress)
     draws = _generator(seed, 2)
     harmful, safe = harmful_conjunctions(), safe_conjunctions()
-    first_category = harmful_conjunctions([next(iter(HAZARDS))])
+    refused_in_chains = harmful_conjunctions(list(HAZARDS)[:2])
     n_refused = REFUSED_WITH_CHAIN[variant]
 
     def batch_at(_: int) -> list[Batch]:
@@ -85,14 +88,15 @@ def train_toy(seed: int, variant: Variant = "Z", *, helpful: Any = None, progres
         answered = draw_requests(safe, ROWS // 2, "+", draws)
         thought = draw_requests(safe, ROWS - n_refused, "+", draws)
         rows = [with_chain(thought, "careful", "+")]
+        weights = torch.ones(ROWS)
         if n_refused:
-            seen = draw_requests(first_category, n_refused, "+", draws)
+            seen = draw_requests(refused_in_chains, n_refused, "+", draws)
             rows.append(with_chain(seen, "careful", "+", refuse=True))
+            weights[-n_refused:] = REFUSED_WEIGHT
+        closed = [without_chain(refused, "+", refuse=True), without_chain(answered, "+")]
         return [
-            predict_answer(
-                torch.cat([without_chain(refused, "+", refuse=True), without_chain(answered, "+")])
-            ),
-            predict_chain(torch.cat(rows)),
+            predict_answer(torch.cat(closed)),
+            replace(predict_chain(torch.cat(rows)), weights=weights),
         ]
 
     with one_thread():
