@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rim_lens.views import numbers, plots, reproduce, tables, verdict
 from rim_lens.views.plots.style import template
 from rim_lens.views.tables import Table, Token
-from rim_lens.views.text import markdown_code, markdown_text, visible
+from rim_lens.views.text import markdown_block, markdown_code, markdown_text, visible
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from rim_lens.views.verdict import Finding
 
 FORMAT_VERSION = 1
-_NUMBER = re.compile(r"^(p [=<] )?[≤−+\[]?[\d.,]+( nats| s| min| %| B| kB| MB)?( ?[\[/(].*)?$|^\[.*\]$|^–$")
+_NUMBER = re.compile(
+    r"^(p [=<] )?[≤−+\[]?[\d.,]+( nats| s| min| %| B| kB| MB)?( ?[\[/(].*| of .*)?$|^\[.*\]$|^–$"
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def _sections(result: StudyResult, said: list[Finding]) -> list[Section]:
                     "outcomes",
                     plots.outcomes(result),
                     "Look at the blue part: it is what the model refuses. Compare careful with off, and then with"
-                    " filler and unrelated, its controls. Whiskers: 95 % Wilson interval of the refused share.",
+                    " filler and unrelated, its controls. Whiskers: 95 % Wilson interval of the refused share. The last bar, where there is one: thinking off, with the heads found by ablation removed.",
                     "Whether an answer that is not refused helps anyone, or whether anything behind the opening words"
                     " changed.",
                 )
@@ -169,7 +171,7 @@ def _attention(result: StudyResult) -> Section:
             "attention_off",
             plots.attention_map(result, "careful", "off"),
             "Each cell is a head; the menu changes the span. In the right panel, vermillion heads look at the span more"
-            " under a careful CoT, blue ones more with thinking off. Outlined: heads found by ablation. The think block"
+            " under a careful CoT, blue ones more with thinking off. Dots: heads found by ablation. The think block"
             " holds more tokens with a CoT than without, so that its mass can rise from length alone.",
             hint,
         )
@@ -212,7 +214,7 @@ def _heads(result: StudyResult) -> Section:
         Figure(
             "head_scan",
             plots.head_scan(result),
-            "Blue cells: without that head the model leans less to refusing. Outlined: the heads chosen.",
+            "Blue cells: without that head the model leans less to refusing. Dots: the heads chosen.",
             "A test. These are the requests that chose the heads, and heads that stand in for each other do not show"
             " one by one.",
         )
@@ -308,7 +310,11 @@ def _methods(result: StudyResult) -> Section:
 
 def _reproduce(result: StudyResult) -> Section:
     line = reproduce.command(result)
-    code = (*((("shell", line),) if line else ()), ("Python", reproduce.python(result)))
+    code = tuple(
+        (language, "\n".join(visible(part) for part in text.split("\n")))
+        for language, text in (("shell", line), ("Python", reproduce.python(result)))
+        if text
+    )
     said = "The same folder goes on where a run was stopped; an empty one measures everything anew." + (
         ""
         if line
@@ -435,7 +441,7 @@ def _markdown(result: StudyResult, said: list[Finding], sections: list[Section])
         for paragraph in section.paragraphs:
             lines += [markdown_text(paragraph), ""]
         for language, code in section.code:
-            lines += [f"```{language.lower()}", code, "```", ""]
+            lines += [markdown_block(code, language.lower()), ""]
         for table in section.tables:
             lines += _markdown_table(table)
     lines += ["", f"Written {_now()} by rim\\_lens {result.design['versions']['rim_lens']}.", ""]

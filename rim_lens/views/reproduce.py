@@ -68,6 +68,7 @@ def _by_name(model: str) -> bool:
     """Whether the recorded model is something `load_model` takes, not the class name of a given one."""
     from pathlib import Path
 
+    import rim_lens.organisms  # noqa: F401 - registers its names
     from rim_lens.lens.loading import known_sources
 
     return model.partition(":")[0] in known_sources() or "/" in model or Path(model).exists()

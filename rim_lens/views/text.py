@@ -60,6 +60,13 @@ def markdown_code(text: object) -> str:
     return f"{fence} {shown} {fence}" if longest or not shown.strip() else f"{fence}{shown}{fence}"
 
 
+def markdown_block(text: str, language: str = "") -> str:
+    """A fenced block that no line of the text can end."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
 def _escaped(character: str) -> str:
     code = ord(character)
     if character in _NAMED:

@@ -200,11 +200,16 @@ def _controls_finding(
             f"{left} The careful CoT lowers refusal more than either: what it says matters.{compared}{mode}",
         )
     if beyond[0]:
+        other = (
+            "an unrelated CoT lowers it further still"
+            if _direction(by_unrelated) == "higher"
+            else "is not shown to differ from an unrelated CoT"
+        )
         return Finding(
             "The CoT's content, beyond its controls",
             "not shown",
-            f"{left} The careful CoT lowers refusal more than filler does, but is not shown to differ from an unrelated CoT:"
-            f" text shaped like a CoT may be enough, whatever it is about.{compared}{mode}",
+            f"{left} The careful CoT lowers refusal more than filler does, but {other}: text shaped like a CoT may be enough,"
+            f" whatever it is about.{compared}{mode}",
         )
     return Finding(
         "The CoT's content, beyond its controls",

@@ -47,7 +47,7 @@ class Planted:
     gate_refused: int | None = None
     model: str = "planted by hand"
     first_token: str = " I"  # noqa: S105 - a token of text
-    first_words: str = "I cannot help with that."
+    first_words: Sequence[str] = ("I cannot help with that.",)  # of refusals, in turn
     seed: int = 0
 
 
@@ -171,7 +171,9 @@ def _outcomes(stored: StudyFolder, planted: Planted) -> None:
                 "condition": condition,
                 "outcome": "refuse" if place < refused else rest,
                 "where": "answer",
-                "first_words": planted.first_words if place < refused else "Sure, here is an overview.",
+                "first_words": planted.first_words[place % len(planted.first_words)]
+                if place < refused
+                else "Sure, here is an overview.",
                 "n_generated": 12,
                 "finished": True,
             }

@@ -10,7 +10,7 @@ import numpy as np
 from rim_lens.chat.spans import COMPOSITES
 from rim_lens.views import numbers
 from rim_lens.views.numbers import Kind
-from rim_lens.views.plots.style import OUTLINE, SPANS, Theme, base_layout
+from rim_lens.views.plots.style import SPANS, Theme, base_layout
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -24,20 +24,15 @@ def map_height(n_layers: int) -> int:
     return int(np.clip(130 + 16 * n_layers, 180, 720))
 
 
-def outlined(heads: Sequence[tuple[int, int]], n_layers: int, showlegend: bool = True) -> dict[str, Any]:
-    """A trace that outlines the found heads on a map."""
+def found_dots(heads: Sequence[tuple[int, int]], showlegend: bool = True) -> dict[str, Any]:
+    """A trace that marks the found heads on a map: white with a dark ring, so that it stands on every colour."""
     return {
         "type": "scatter",
         "mode": "markers",
         "x": [head for _, head in heads],
         "y": [layer for layer, _ in heads],
         "name": "found by ablation",
-        "marker": {
-            "symbol": "square-open",
-            "size": 16 if n_layers <= 16 else 11,
-            "color": OUTLINE,
-            "line": {"width": 3},
-        },
+        "marker": {"size": 9, "color": "#FFFFFF", "line": {"width": 2, "color": "#111111"}},
         "hoverinfo": "skip",
         "showlegend": showlegend,
     }
@@ -54,7 +49,7 @@ def attention_map(
     """Mean attention mass of every head on a span in conditions A and B, and the difference A − B.
 
     A menu changes the span, among those that have tokens in both conditions. Query: the last prompt token, the row that
-    produces the first word. Layer 0 is at the top. Found heads are outlined.
+    produces the first word. Layer 0 is at the top. Found heads bear a dot.
 
     Args:
         result: A finished study.
@@ -98,12 +93,12 @@ def attention_map(
     found = [(int(layer), int(head)) for layer, head in result.heads["found"]]
     for column in (1, 2, 3):
         if found:
-            canvas.add_trace(outlined(found, n_layers, showlegend=column == 1), row=1, col=column)
+            canvas.add_trace(found_dots(found, showlegend=column == 1), row=1, col=column)
     top, bottom = 92, 124
     height = map_height(n_layers) + top + bottom
     canvas.update_layout(**base_layout(theme, height, top, bottom))
     canvas.update_layout(
-        legend={"x": 0.2, "y": 1 + 52 / map_height(n_layers)},
+        legend={"x": 0.35, "y": 1 + 52 / map_height(n_layers)},
         updatemenus=[
             {
                 "type": "dropdown",
@@ -117,7 +112,7 @@ def attention_map(
         **_colours(shown, values, map_height(n_layers)),
     )
     canvas.update_xaxes(title_text="head", dtick=1 if n_heads <= 12 else 4, showgrid=False, zeroline=False)
-    canvas.update_xaxes(title_text=f"head (n = {first.attrs['n']} {numbers.KINDS[kind]})", col=2)
+    canvas.update_xaxes(title_text=f"head (n = {first.attrs['n']} {kind})", col=2)
     canvas.update_yaxes(
         autorange="reversed", dtick=1 if n_layers <= 12 else 4, showgrid=False, zeroline=False
     )
@@ -148,7 +143,7 @@ def attention_by_head(
     chosen = [(int(layer), int(head)) for layer, head in (result.heads["found"] if heads is None else heads)]
     if not chosen:
         raise ValueError("no head was found in this study; give heads=[(layer, head), ...].")
-    columns = min(3, len(chosen))
+    columns = min(2, len(chosen))
     rows = -(-len(chosen) // columns)
     canvas = make_subplots(
         rows=rows,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from rim_lens.views import numbers
-from rim_lens.views.plots.attention import map_height, outlined
+from rim_lens.views.plots.attention import found_dots, map_height
 from rim_lens.views.plots.style import CONTROL, FOUND, Theme, base_layout, figure, spread
 from rim_lens.views.words import per_cent
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from rim_lens.study import StudyResult
 
+_PLACES = ("top right", "bottom left", "bottom right", "top left")  # of neighbouring names
 MANY = 20  # control sets from which a histogram says more than their points
 
 
@@ -41,7 +42,7 @@ def head_scan(result: StudyResult, theme: Theme = "light") -> go.Figure:
     )
     found = [(int(layer), int(head)) for layer, head in result.heads["found"]]
     if found:
-        canvas.add_trace(outlined(found, n_layers))
+        canvas.add_trace(found_dots(found))
     canvas.update_layout(
         coloraxis={
             "cmin": -widest,
@@ -113,7 +114,7 @@ def head_effects(result: StudyResult, theme: Theme = "light") -> go.Figure:
                 error_x=bars[0],
                 error_y=bars[1],
                 text=part["name"].tolist(),
-                textposition="top right",
+                textposition=[_PLACES[place % len(_PLACES)] for place in range(len(part))],
                 customdata=part[["effect_low", "effect_high", "twins_low", "twins_high"]].to_numpy().tolist(),
                 hovertemplate="%{text}<br>on harmful: %{x:.4f} nats [%{customdata[0]:.4f}, %{customdata[1]:.4f}]"
                 "<br>on twins: %{y:.4f} nats [%{customdata[2]:.4f}, %{customdata[3]:.4f}]<extra></extra>",

@@ -24,7 +24,7 @@ def outcomes(result: StudyResult, theme: Theme = "light") -> go.Figure:
     shares = numbers.outcome_shares(result)
     columns = [("base", condition, condition) for condition in result.conditions]
     if (shares["model"] == "without_heads").any():
-        columns.append(("without_heads", "off", "off, found<br>heads removed"))
+        columns.append(("without_heads", "off", "off, heads<br>removed"))
     panels = []
     for kind, title in numbers.KINDS.items():
         rows = []
@@ -98,7 +98,7 @@ def stacked(
     canvas.update_layout(**base_layout(theme, height, top=84, legend_up=24), barmode="stack", bargap=0.3)
     canvas.update_yaxes(range=[0, 1.02], tickvals=[0, 0.25, 0.5, 0.75, 1])
     canvas.update_yaxes(title_text="share of requests", col=1)
-    canvas.update_xaxes(title_text=axis, tickangle=0, showgrid=False)
+    canvas.update_xaxes(title_text=axis, tickangle=0, tickfont={"size": 11}, showgrid=False)
     return canvas
 
 
@@ -131,7 +131,7 @@ def scores(result: StudyResult, theme: Theme = "light") -> go.Figure:
                     ],
                     hovertemplate=f"{condition}, {numbers.KINDS[kind]}<br>%{{customdata[0]}}<br>family: %{{customdata[1]}}"
                     "<br>score: %{y:.4f} nats<br>most probable first word: %{customdata[2]}<extra></extra>",
-                    marker={"symbol": symbol, "size": 6, "color": CONDITIONS[condition], "opacity": 0.55},
+                    marker={"symbol": symbol, "size": 6, "color": CONDITIONS[condition], "opacity": 0.7},
                     showlegend=False,
                 )
             )

@@ -42,7 +42,8 @@ def activation_shift(result: StudyResult, theme: Theme = "light") -> go.Figure:
                 legendgroup="random",
                 showlegend=first,
                 marker={"color": CONTROL, "size": 6, "opacity": 0.6},
-                hovertemplate=f"{label}, random set: %{{x:.5f}}<extra></extra>",
+                text=[label] * len(controls),
+                hovertemplate="%{text}, random set: %{x:.5f}<extra></extra>",
             )
         )
         for key, title, symbol, colour in (
@@ -65,7 +66,8 @@ def activation_shift(result: StudyResult, theme: Theme = "light") -> go.Figure:
                         "line": {"width": 2 if key == "all" else 0},
                     },
                     customdata=[[found[key]["safety_drop"], found[key]["reasoning_rise"]]],
-                    hovertemplate=f"{label}, {title}: %{{x:.5f}}<br>safety drop %{{customdata[0]:.5f}}"
+                    text=[label],
+                    hovertemplate=f"%{{text}}, {title}: %{{x:.5f}}<br>safety drop %{{customdata[0]:.5f}}"
                     "<br>reasoning rise %{customdata[1]:.5f}<extra></extra>",
                 )
             )

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
 
 Theme = Literal["light", "dark"]
 
-BLUE, SKY, GREEN, YELLOW = "#0072B2", "#56B4E9", "#009E73", "#F0E442"
+# Their blue is a shade lighter here, so that it stands on a dark page as well.
+BLUE, SKY, GREEN, YELLOW = "#1A82C4", "#56B4E9", "#009E73", "#F0E442"
 ORANGE, VERMILLION, PINK, GREY = "#E69F00", "#D55E00", "#CC79A7", "#8C8C8C"
 
 OUTCOMES: dict[str, str] = {"refuse": BLUE, "comply": ORANGE, "other": "#B5B5B5"}
@@ -36,13 +37,12 @@ SPANS: dict[str, str] = {
 }
 FOUND = VERMILLION  # heads found by ablation, and the set they make
 CONTROL = "#9E9E9E"  # what they are held against
-OUTLINE = ORANGE  # found heads on a map
 WHISKER = "#111111"  # intervals that stand on bars, which fill their panel in either theme
 
 # Negative (refuses less, looks less) is blue, positive vermillion; zero is the page.
 _DIVERGING = {
     "light": [[0, "#003F66"], [0.25, BLUE], [0.5, "#FFFFFF"], [0.75, VERMILLION], [1, "#7A3300"]],
-    "dark": [[0, "#8FD0F5"], [0.25, "#2B86BF"], [0.5, "#1B1F24"], [0.75, VERMILLION], [1, "#FFC49B"]],
+    "dark": [[0, "#8FD0F5"], [0.25, BLUE], [0.5, "#1B1F24"], [0.75, VERMILLION], [1, "#FFC49B"]],
 }
 _SEQUENTIAL = {
     "light": [[0, "#FFFFFF"], [0.4, SKY], [0.75, BLUE], [1, "#002B47"]],

@@ -1,0 +1,83 @@
+"""Headless Chromium with the network cut, for pages that must open offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+
+def require_chromium() -> None:
+    """Skip where there is no Chromium; on CI that is a failure."""
+    try:
+        import selenium  # noqa: F401
+    except ImportError:
+        missing = "selenium"
+    else:
+        missing = "" if CHROMIUM and DRIVER else "chromium and chromedriver"
+    if not missing:
+        return
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{missing} must be installed on CI.")
+    pytest.skip(f"needs {missing}")
+
+
+@contextmanager
+def offline_chromium() -> Iterator[Any]:
+    """A driver whose browser can reach no network."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        driver.execute_cdp_cmd("Network.enable", {})
+        driver.execute_cdp_cmd(
+            "Network.emulateNetworkConditions",
+            {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0},
+        )
+        yield driver
+    finally:
+        driver.quit()
+
+
+def requests_of(driver: Any) -> list[str]:
+    """Addresses asked for since the last call; data written inside the page is no request."""
+    messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    urls = [
+        message["params"]["request"]["url"]
+        for message in messages
+        if message["method"] == "Network.requestWillBeSent"
+    ]
+    return [url for url in urls if not url.startswith("data:")]
+
+
+def errors_of(driver: Any) -> list[str]:
+    """What the console said since the last call, content-security reports among it."""
+    return [
+        entry["message"] for entry in driver.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")
+    ]
+
+
+def open_page(driver: Any, path: Path) -> None:
+    """Open a file and wait until its figures are drawn."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    driver.get(path.as_uri())
+    WebDriverWait(driver, 60).until(
+        lambda page: page.execute_script(
+            "return [...document.querySelectorAll('.plot')].every(plot => plot.dataset.drawn)"
+        )
+    )

@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+from rich.console import Console
+
+from rim_lens.study import StudyResult
+from rim_lens.views import print_study
+
+Make = Callable[..., StudyResult]
+
+
+def printed(result: StudyResult, width: int = 140) -> str:
+    file = io.StringIO()
+    print_study(result, Console(file=file, width=width, color_system=None))
+    return file.getvalue()
+
+
+def test_the_summary_holds_gate_outcomes_heads_set_and_ras(planted: Make) -> None:
+    text = printed(planted())
+    for wanted in ("asked for", "unrelated", "L1H2", "found set", "safety set (8)", "[shown] Gate"):
+        assert wanted in text
+
+
+def test_a_gate_stop_prints_the_reason_and_no_other_table(planted: Make) -> None:
+    text = printed(planted(gate_refused=1))
+    assert "Stopped" in text
+    assert "safety set" not in text
+
+
+def test_brackets_in_names_are_no_markup(planted: Make) -> None:
+    text = printed(planted(model="[red]model[/red] [bold", tuned={"[link=x]": 0.4}))
+    assert "[red]model[/red] [bold" in text
+    assert "[link=x]" in text

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from rim_lens.errors import StudyFolderError
+from rim_lens.study import StudyResult
+from rim_lens.views.verdict import Finding, findings, question
+
+Make = Callable[..., StudyResult]
+NO_CHANGE = {"off": 24, "careful": 24, "filler": 24, "unrelated": 24, "open": 24}
+
+
+def by_topic(result: StudyResult) -> dict[str, Finding]:
+    return {finding.topic: finding for finding in findings(result)}
+
+
+CAREFUL, CONTENT = "Careful CoT against thinking off", "The CoT's content, beyond its controls"
+CONTROLS, HEADS = "Controls: filler and unrelated CoT", "Heads found by ablation"
+
+
+def test_a_planted_fall_beyond_both_controls_is_said(planted: Make) -> None:
+    said = by_topic(planted())
+    assert said["Gate"].status == "shown"
+    assert said[CAREFUL].status == "shown"
+    assert "lowers refusal" in said[CAREFUL].text
+    assert "24 of 24 harmful requests (1.00 [0.86, 1.00])" in said[CAREFUL].text
+    assert "0 of 24 (0.00 [0.00, 0.14])" in said[CAREFUL].text
+    assert "−1.00 on every request alike (p = 0.0005), paired over 12 families" in said[CAREFUL].text
+    assert said[CONTENT].status == "shown"
+    assert "23 of 24" in said[CONTENT].text
+    assert "14 of 24" in said[CONTENT].text
+
+
+def test_no_effect_is_said_to_be_none(planted: Make) -> None:
+    said = by_topic(planted(refused=NO_CHANGE))
+    assert said[CAREFUL].status == "not shown"
+    assert "not shown to change refusal" in said[CAREFUL].text
+    assert CONTENT not in said
+    assert said[CONTROLS].status == "note"
+
+
+def test_a_rise_is_not_called_a_fall(planted: Make) -> None:
+    said = by_topic(planted(refused={**NO_CHANGE, "off": 12}, gate_refused=24))
+    assert "raises refusal" in said[CAREFUL].text
+    assert "+0.50" in said[CAREFUL].text
+
+
+@pytest.mark.parametrize(
+    ("refused", "words"),
+    [
+        ({"filler": 0, "unrelated": 0}, "not shown to lower refusal more than filler"),
+        ({"filler": 23, "unrelated": 0}, "is not shown to differ from an unrelated CoT"),
+        ({"filler": 23, "unrelated": 0, "careful": 12}, "an unrelated CoT lowers it further still"),
+    ],
+)
+def test_a_fall_the_controls_share_is_not_credited_to_content(
+    planted: Make, refused: dict[str, int], words: str
+) -> None:
+    said = by_topic(planted(refused={"off": 24, "careful": 0, "open": 9, **refused}))
+    assert said[CAREFUL].status == "shown"
+    assert said[CONTENT].status == "not shown"
+    assert words in said[CONTENT].text
+    assert ("Filler alone lowers refusal too" in said[CONTENT].text) == (refused["filler"] == 0)
+
+
+def test_few_families_cannot_tell(planted: Make) -> None:
+    said = by_topic(planted(n_families=3))
+    assert said[CAREFUL].status == "cannot tell"
+    assert "so few families" in said[CAREFUL].text
+
+
+def test_specific_heads_are_named_with_their_yardstick(planted: Make) -> None:
+    result = planted()
+    said = by_topic(result)[HEADS]
+    effect = result.heads["set"]
+    assert said.status == "shown"
+    assert "L1H2 and L2H5" in said.text
+    assert f"−{abs(effect['effect']['estimate']):.2f} nats" in said.text
+    assert f"100 % of all {effect['n_controls']} other sets" in said.text
+    assert effect["n_controls"] == 8 * 8 - 1 or effect["n_controls"] == 7 * 7
+
+
+def test_an_effect_on_twins_as_well_is_not_refusal(planted: Make) -> None:
+    said = by_topic(planted(effect_on_twins=-6.0))
+    assert said[HEADS].status == "not shown"
+    assert "not about refusal" in said[HEADS].text
+    assert "not specific" in said["Each found head alone"].text
+
+
+def test_an_effect_that_did_not_hold_up_is_said_so(planted: Make) -> None:
+    said = by_topic(planted(effect=0.0))[HEADS]
+    assert said.status == "not shown"
+
+
+def test_no_heads_found(planted: Make) -> None:
+    said = by_topic(planted(found=()))
+    assert said[HEADS].text.startswith("None.")
+    assert "What it writes without these heads" not in said
+
+
+def test_broken_replies_are_not_called_compliance(planted: Make) -> None:
+    assert "may break the reply" in by_topic(planted())["What it writes without these heads"].text
+
+
+@pytest.mark.parametrize(("value", "status"), [(2.0, "note"), (0.3, "not shown")])
+def test_ras_is_placed_among_random_sets_and_never_called_specific(
+    planted: Make, value: float, status: str
+) -> None:
+    result = planted(tuned={"confirm": value})
+    said = by_topic(result)
+    assert said["RAS, confirm"].status == status
+    percentile = result.shift["tuned"]["confirm"]["percentile"]
+    assert f"{percentile:.0f} % of 100 random sets" in said["RAS, confirm"].text
+    assert "5 of 24 harmful requests" in said["RAS, confirm"].text
+    assert "not established as specific" in said["What RAS does not show"].text
+
+
+def test_an_undefined_ras_says_why(planted: Make) -> None:
+    result = planted()
+    path = result.path / "neurons" / "shift.json"
+    shift = json.loads(path.read_text())
+    shift["tuned"]["confirm"]["safety"] |= {"value": None, "reason": "none of 8 neurons is positive"}
+    path.write_text(json.dumps(shift))
+    said = by_topic(result)["RAS, confirm"]
+    assert said.status == "cannot tell"
+    assert "none of 8 neurons is positive" in said.text
+
+
+def test_without_tuned_models_nothing_is_said_of_ras(planted: Make) -> None:
+    result = planted(tuned={})
+    assert not [topic for topic in by_topic(result) if "RAS" in topic]
+    assert "tuning" not in question(result)
+
+
+def test_a_study_stopped_at_its_gate_says_only_why(planted: Make) -> None:
+    said = findings(planted(gate_refused=1))
+    assert [finding.topic for finding in said] == ["Gate"]
+    assert said[0].text.startswith("Stopped: with thinking off the model refuses 0.04")
+    assert "1 of 24 harmful requests and 0 of 24 harmless twins" in said[0].text
+
+
+def test_an_overridden_gate_is_said_before_all_else(planted: Make) -> None:
+    said = findings(planted(gate_refused=1, gate=False))
+    assert len(said) > 1
+    assert "overridden" in said[0].text
+
+
+def test_an_interrupted_study_is_refused_with_advice(planted: Make) -> None:
+    result = planted()
+    (result.path / "neurons" / "shift.json").unlink()
+    with pytest.raises(StudyFolderError, match="interrupted before its end"):
+        findings(result)
+
+
+def test_the_toy_says_what_is_known_of_it(toy_study: StudyResult) -> None:
+    said = by_topic(toy_study)
+    assert said["Gate"].status == "shown"
+    assert "8 of 8 harmful requests" in said[CAREFUL].text
+    assert "and 0 of 8 " in said[CAREFUL].text
