@@ -151,17 +151,17 @@ class SpanAttention(Reader):
             return  # a later step of a generation: the row asked for was read at the prefill
         if not self._names:
             self._names = self._choose(masks)
-        keys = _membership(masks, self._names, n_keys).to(pattern)
+        keys = _membership(masks, self._names, n_keys).to(pattern.device).float()
         rows, visible = _mean_rows(pattern, queries, masks, offset)
         mass = torch.einsum("phk,psk->phs", rows, keys)
         if self.normalise == "uniform":
-            expected = torch.einsum("pk,psk->ps", visible.to(pattern), keys)
+            expected = torch.einsum("pk,psk->ps", visible, keys)
             if bool((expected == 0).any()):
                 raise EmptySpan(
                     "a span lies wholly after the query rows: uniform attention there is 0, nothing to divide by."
                 )
             mass = mass / expected[:, None]
-        self.keep("attention_mass", layer, mass.float())
+        self.keep("attention_mass", layer, mass)
         if self._one_row():
             atoms = _membership(masks, ATOMS, n_keys).to(pattern.device)
             top = rows.argmax(dim=-1)
@@ -229,7 +229,7 @@ class AttentionRows(Reader):
         rows, _ = _mean_rows(pattern, queries, spans, offset)
         for place, (its_layer, head) in enumerate(heads):
             if its_layer == layer:  # `place` stands in for the layer: rows come back in the order asked for
-                padded = torch.nn.functional.pad(rows[:, head].float(), (self._width - n_keys, 0))
+                padded = torch.nn.functional.pad(rows[:, head], (self._width - n_keys, 0))
                 self.keep("attention_rows", place, padded)
 
 
@@ -259,11 +259,11 @@ def _mean_rows(
     causal = torch.arange(n_keys, device=pattern.device)[None] <= absolute[:, None]
     if bool((queries.sum(dim=1) == 1).all()):
         index = queries.int().argmax(dim=1)
-        rows = pattern[torch.arange(pattern.shape[0], device=pattern.device), :, index]
+        rows = pattern[torch.arange(pattern.shape[0], device=pattern.device), :, index].float()
         visible = (real & causal[index]).float()
         return rows, visible / visible.sum(dim=1, keepdim=True)
     weights = queries.float() / queries.sum(dim=1, keepdim=True)
-    rows = torch.einsum("phqk,pq->phk", pattern, weights.to(pattern.dtype))
+    rows = torch.einsum("phqk,pq->phk", pattern, weights.to(pattern.dtype)).float()
     uniform = (real[:, None] & causal[None]).float()
     uniform = uniform / uniform.sum(dim=-1, keepdim=True).clamp(min=1)
     return rows, torch.einsum("pqk,pq->pk", uniform, weights)

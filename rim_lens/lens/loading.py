@@ -211,6 +211,8 @@ def _require_same_logits(model: Model, hf_model: Any, architecture: str) -> None
     tokens = torch.randint(0, model.cfg.d_vocab, (1, length), generator=generator).to(model.cfg.device)
     with torch.no_grad():
         expected = hf_model(tokens).logits.float()
+        if not torch.isfinite(expected).all():
+            return  # `verify` tells broken weights from a broken conversion
         error = (model(tokens, return_type="logits").float() - expected).abs().max() / expected.abs().max()
     if not error < (1e-3 if hf_model.dtype in (torch.float32, torch.float64) else 0.1):
         raise UnsupportedModel(

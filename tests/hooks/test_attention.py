@@ -10,7 +10,7 @@ from rim_lens.chat.spans import ATOMS, COMPOSITES, SpanBatch
 from rim_lens.errors import EmptySpan, SpanError, UnknownHead, UnknownSpan, WrongHookShape
 from rim_lens.hooks import AttentionRows, SpanAttention, bound
 from rim_lens.lens import Decoder, all_logits, last_logits
-from tests.families import Case, close, random_batch
+from tests.families import FAMILIES, Case, close, random_batch, wrapped
 
 pytestmark = pytest.mark.family_contract
 
@@ -80,6 +80,21 @@ def test_the_atoms_sum_to_one(case: Case) -> None:
     present = [name for name in ATOMS if case.batch.spans[name].any()]
     masses = read(case, SpanAttention(present))["attention_mass"]
     close(masses.sum(dim=-1), torch.ones(masses.shape[:-1]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_is_summed_in_full(family: str) -> None:
+    """The entries are bf16; their sum need not be."""
+    model = wrapped("llama", family).to(torch.bfloat16)
+    model.cfg.dtype = torch.bfloat16
+    batch = random_batch(seed=9, longest=40, shortest=30)
+    reader = SpanAttention(["request", "cot"])
+    with bound([reader], batch), reader.on(model), torch.no_grad():
+        _, cache = model.run_with_cache(batch.tokens, attention_mask=batch.attention_mask)
+    masses = reader.collect()["attention_mass"]
+    patterns = [cache[f"blocks.{layer}.attn.hook_pattern"].float() for layer in range(3)]
+    for place, name in enumerate(["request", "cot"]):
+        close(masses[..., place], mass_by_hand(patterns, batch, name, -1), 1e-6)
 
 
 def test_without_names_every_span_present_is_read(case_gqa: Case) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -108,6 +109,27 @@ def test_processed_weights_still_have_the_neurons(case_processed: Case) -> None:
     real = case_processed.batch.attention_mask.bool()
     truth = oracle.run(case_processed.batch.tokens, case_processed.batch.attention_mask).logits
     found = logits_under(case_processed, AblateNeurons(NEURONS))
+    close(found[real].log_softmax(-1), truth[real].log_softmax(-1), 1e-4)
+
+
+def test_processed_weights_move_a_constant_out_of_z(case_processed: Case) -> None:
+    """Zero means another thing there: what the biases put into every value is folded into the output bias.
+
+    Without such biases (Llama, Qwen3) it is the plain model's ablation; with them (GPT-2) the constant stays.
+    """
+    oracle, batch, facts = case_processed.oracle, case_processed.batch, case_processed.facts
+    width = facts.n_heads * facts.d_head
+    left: dict[int, Tensor] = {}
+    for layer, block in enumerate(oracle.blocks):
+        constant = torch.zeros(width)
+        if oracle.is_gpt2:
+            projection = block.attn.c_attn
+            constant = projection.bias[2 * width :] + block.ln_1.bias @ projection.weight[:, 2 * width :]
+        left[layer] = constant.view(facts.n_heads, -1)
+    everywhere = torch.ones_like(batch.attention_mask, dtype=torch.bool)
+    truth = oracle.run(batch.tokens, batch.attention_mask, change_z=setter(HEADS, everywhere, left)).logits
+    real = batch.attention_mask.bool()
+    found = logits_under(case_processed, AblateHeads(HEADS))
     close(found[real].log_softmax(-1), truth[real].log_softmax(-1), 1e-4)
 
 
@@ -222,6 +244,36 @@ def test_a_cache_needs_no_batch_for_these(case_gqa: Case, positions: str) -> Non
         found = [decoder.prefill(batch.tokens, batch.attention_mask)]
         found += [decoder.step(new[:, step]) for step in range(2)]
     close(torch.stack(found, dim=1), truth[:, batch.tokens.shape[1] - 1 :])
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt_last", "generated"])
+def test_edits_while_transformer_lens_generates(case: Case, positions: str) -> None:
+    """`model.generate` with its own cache, against greedy decoding of the plain model without one."""
+    if version("transformer-lens").startswith("2.") and case.architecture.startswith("gpt2"):
+        pytest.skip(
+            "generate of TransformerLens 2 masks as if every token were token 0, which is the pad here"
+        )
+    prompt = case.batch.select([0]).tokens
+    width, n_new = prompt.shape[1], 4
+    expected = prompt
+    for _ in range(n_new):
+        rows = torch.zeros(1, expected.shape[1], dtype=torch.bool)
+        rows[
+            :, {"all": slice(None), "prompt_last": slice(width - 1, width)}.get(positions, slice(width, None))
+        ] = True
+        logits = case.oracle.run(expected, torch.ones_like(expected), change_z=setter(HEADS, rows)).logits
+        expected = torch.cat([expected, logits[:, -1].argmax(dim=-1, keepdim=True)], dim=1)
+    with AblateHeads(HEADS, positions=positions).on(case.model), torch.no_grad():
+        found = case.model.generate(
+            prompt,
+            max_new_tokens=n_new,
+            do_sample=False,
+            stop_at_eos=False,
+            verbose=False,
+            use_past_kv_cache=True,
+            return_type="tokens",
+        )
+    assert found.tolist() == expected.tolist()
 
 
 # --- means ---------------------------------------------------------------------------------------------
