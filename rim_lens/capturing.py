@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Sequence
@@ -66,7 +65,7 @@ def capture(
     editors = [component for component in components if not isinstance(component, Reader)]
     facts = model_facts(model)
     variables = _layout(readers, facts, batch)
-    attrs = _attributes(model, facts, batch, editors)
+    attrs = _attributes(model, facts, batch, readers, editors)
     with ExitStack() as stack:
         for component in (
             *editors,
@@ -86,8 +85,7 @@ def capture(
         with tqdm(total=len(waiting), desc=f"capture {batch.name}", disable=not progress) as bar:
             for group in groups:
                 rows = sorted(waiting[place] for place in group)
-                part = batch.select(rows)
-                with bound(components, part):
+                with bound(components, batch, rows) as part:
                     last_logits(model, part.tokens, part.attention_mask)
                     store.write(rows, _collect(readers, batch, rows))
                 bar.update(len(rows))
@@ -130,7 +128,11 @@ def _collect(readers: Sequence[Reader], batch: SpanBatch, rows: list[int]) -> di
 
 
 def _attributes(
-    model: Model, facts: ModelFacts, batch: SpanBatch, editors: Sequence[Component]
+    model: Model,
+    facts: ModelFacts,
+    batch: SpanBatch,
+    readers: Sequence[Reader],
+    editors: Sequence[Component],
 ) -> dict[str, Any]:
     from rim_lens import __version__
 
@@ -143,6 +145,7 @@ def _attributes(
         "condition": batch.name,
         "think": batch.think,
         "chat_format": batch.format,
-        "tokens_digest": hashlib.sha256(batch.tokens.numpy().tobytes()).hexdigest()[:16],
+        "prompts_digest": batch.digest,
+        "readers": json.dumps([repr(reader) for reader in readers]),
         "editors": json.dumps([repr(editor) for editor in editors]),
     }

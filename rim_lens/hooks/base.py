@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Self
@@ -34,6 +35,11 @@ class Component:
     def __init__(self) -> None:
         self._batch: SpanBatch | None = None
         self._removers: list[Callable[[], None]] = []
+
+    def __repr__(self) -> str:
+        settings = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        told = ", ".join(f"{name}={describe(value)}" for name, value in settings.items())
+        return f"{type(self).__name__}({told})"
 
     def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
         """Return (hook name, function of the tensor) pairs. Called after the proof; override this."""
@@ -71,16 +77,57 @@ class Component:
 
 
 @contextmanager
-def bound(components: Sequence[Component], batch: SpanBatch) -> Iterator[None]:
-    """Say which prompts the next forward passes read; needed where spans or generated rows are asked for."""
-    before = [component._batch for component in components]
-    for component in components:
-        component._batch = batch
+def bound(
+    components: Sequence[Component], batch: SpanBatch, rows: Sequence[int] | None = None
+) -> Iterator[SpanBatch]:
+    """Say which prompts the next forward passes read; needed where spans or generated rows are asked for.
+
+    Args:
+        components: Readers and editors.
+        batch: The prompts.
+        rows: Only these of them are read next. Masks [prompt, pos] that a component was given for the whole batch are
+            cut to them meanwhile.
+
+    Yields:
+        The prompts that are read next, in that order.
+    """
+    part = batch if rows is None else batch.select(rows)
+    unique = {id(component): component for component in components}.values()
+    before = [_cut(component, batch, part, rows) for component in unique]
     try:
-        yield
+        yield part
     finally:
-        for component, earlier in zip(components, before, strict=True):
-            component._batch = earlier
+        for component, earlier in zip(unique, before, strict=True):
+            vars(component).update(earlier)
+
+
+def _cut(
+    component: Component, batch: SpanBatch, part: SpanBatch, rows: Sequence[int] | None
+) -> dict[str, Any]:
+    """Bind the prompts and cut the masks; return what stood there before."""
+    before: dict[str, Any] = {"_batch": component._batch}
+    component._batch = part
+    if rows is not None:
+        for name, value in list(vars(component).items()):
+            if not name.startswith("_") and isinstance(value, Tensor) and value.shape == batch.tokens.shape:
+                before[name] = value
+                setattr(component, name, value[list(rows), -part.tokens.shape[1] :])
+    return before
+
+
+def describe(value: Any) -> str:
+    """A setting of a component in words; what is too long to print by its size and a digest.
+
+    >>> import torch
+    >>> describe("prompt_last"), describe(torch.ones(2, 3))
+    ("'prompt_last'", 'tensor(2, 3):f4691328')
+    """
+    if isinstance(value, Tensor):
+        data = value.detach().cpu().contiguous().numpy().tobytes()
+        return f"tensor{tuple(value.shape)}:{hashlib.sha256(data).hexdigest()[:8]}"
+    if isinstance(value, SpanBatch):
+        return f"{len(value)} prompts:{value.digest[:8]}"
+    return repr(value)
 
 
 def _unless_quiet(edit: Edit) -> Hook:

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import ReferenceMismatch
-from rim_lens.hooks.base import Component, Edit
+from rim_lens.hooks.base import Component, Edit, describe
 from rim_lens.hooks.positions import Positions, RowOffset, chosen_rows
 from rim_lens.hooks.reference import reference_means
 from rim_lens.lens import Head, Model, ModelFacts, Site, hook_name
@@ -43,9 +43,8 @@ class _Ablation(Component):
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        where = self.positions if isinstance(self.positions, str) else f"mask{tuple(self.positions.shape)}"
-        data = "" if self.reference is None else f", reference={len(self.reference)} prompts"
-        return f"{type(self).__name__}({self.what()}, {self.method!r}{data}, positions={where!r})"
+        data = "" if self.reference is None else f", reference={describe(self.reference)}"
+        return f"{type(self).__name__}({self.what()}, {self.method!r}{data}, positions={describe(self.positions)})"
 
     def chosen(self, facts: ModelFacts) -> dict[int, list[int]]:
         """Columns to replace, by layer. Override this."""
