@@ -77,8 +77,6 @@ class DiskStore:
     def __init__(
         self, folder: Path, variables: Sequence[Variable], coords: Mapping[str, Any], attrs: Mapping[str, Any]
     ) -> None:
-        import h5netcdf
-
         self.path = folder / FILE
         fingerprint = _fingerprint(variables, coords, attrs)
         if not self.path.exists():
@@ -91,23 +89,21 @@ class DiskStore:
                 " empty folder, or delete that file."
             )
         # A finished file is not opened for writing: a dataset opened from it earlier may still be in use.
-        self._file = None if self._stored.all() else h5netcdf.File(self.path, "a")
+        self._file = None if self._stored.all() else _open_to_write(self.path)
 
     def missing(self) -> list[int]:
         """Rows still to be read."""
         return np.flatnonzero(~self._stored).tolist()
 
     def write(self, rows: Sequence[int], values: Mapping[str, np.ndarray]) -> None:
-        """Store some rows, numbers first, then the mark that they are there."""
+        """Store some rows, in rising order: numbers first, then the mark that they are there."""
         if self._file is None:
             raise CaptureError(f"{self.path} is complete; there is nothing left to write.")
+        places = list(rows)
         for name, value in values.items():
-            variable = self._file.variables[name]
-            for row, item in zip(rows, value, strict=True):
-                variable[row] = item
+            self._file.variables[name][places] = value
         self._file.flush()
-        for row in rows:
-            self._file.variables["stored"][row] = 1
+        self._file.variables["stored"][places] = np.ones(len(places), dtype="int8")
         self._file.flush()
 
     def close(self) -> None:
@@ -134,7 +130,29 @@ def open_capture(folder: str | Path) -> xr.Dataset:
             f"{path} holds {int(stored.sum())} of {stored.size} prompts: the capture was cut short. Run the same"
             " rl.capture call again; it goes on where it stopped."
         )
-    return xr.open_dataset(path, engine="h5netcdf").drop_vars("stored")
+    try:
+        return xr.open_dataset(path, engine="h5netcdf").drop_vars("stored")
+    except Exception as error:
+        raise _corrupt(path, error) from error
+
+
+def _corrupt(path: Path, error: Exception) -> CaptureError:
+    return CaptureError(f"{path} is not a capture, or is corrupt ({error}). Delete it and capture again.")
+
+
+def _in_use(path: Path, error: OSError) -> CaptureError:
+    return CaptureError(
+        f"{path} cannot be opened ({error}): another process is capturing into it. Wait for it to end."
+    )
+
+
+def _open_to_write(path: Path) -> Any:
+    import h5netcdf
+
+    try:
+        return h5netcdf.File(path, "a")
+    except BlockingIOError as error:
+        raise _in_use(path, error) from error
 
 
 def _look(path: Path) -> tuple[np.ndarray, str]:
@@ -143,15 +161,16 @@ def _look(path: Path) -> tuple[np.ndarray, str]:
     try:
         with h5netcdf.File(path, "r") as file:
             return np.asarray(file.variables["stored"][:]).astype(bool), str(file.attrs["fingerprint"])
-    except (OSError, KeyError) as error:
-        raise CaptureError(
-            f"{path} is not a capture, or is corrupt ({error}). Delete it and capture again."
-        ) from error
+    except BlockingIOError as error:
+        raise _in_use(path, error) from error
+    except Exception as error:  # damage shows as any of them: OSError, KeyError, RuntimeError, ValueError …
+        raise _corrupt(path, error) from error
 
 
 def _fingerprint(variables: Sequence[Variable], coords: Mapping[str, Any], attrs: Mapping[str, Any]) -> str:
+    labels = {name: list(coords[name][1]) for name in ("category", "family", "kind")}
     what = json.dumps(
-        [[repr(variable) for variable in variables], list(coords["prompt"]), dict(attrs)],
+        [[repr(variable) for variable in variables], list(coords["prompt"]), labels, dict(attrs)],
         sort_keys=True,
         default=str,
     )
