@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 HARMFUL_ANSWER_CAP = 64  # tokens; enough to judge an answer, too few to be of use
+_LONGEST_TAG = 12  # tokens; a think tag spelled out in text takes at most so many, spaces before it included
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,8 @@ def generate(
             stack.enter_context(component.on(model))
         groups = micro_batches(batch.lengths.tolist(), max_rows=max_rows)
         for group in tqdm(groups, desc=f"generate {batch.name}", disable=not progress):
-            part = batch.select(group)
-            done = _stopper(chat, part, keep_text)
-            with bound(components, part):
+            with bound(components, batch, group) as part:
+                done = _stopper(chat, part, keep_text)
                 for row, tokens in zip(group, _greedy(model, part, steps, done), strict=True):
                     written[row] = tokens
     return _label(chat, batch, [written[row] for row in range(len(batch))], keep_text)
@@ -155,19 +155,30 @@ def _most_probable(logits: Float[Tensor, "prompt d_vocab"]) -> Int[Tensor, " pro
 
 def _stopper(chat: ChatFormat, part: SpanBatch, keep_text: bool) -> Callable[[int, Sequence[int]], bool]:
     stops = set(chat.stop_ids)
-    closing = chat.spec.think_close
     begun: list[int | None] = [None if part.think == "open" else 0] * len(part)  # where the answer begins
 
     def done(row: int, tokens: Sequence[int]) -> bool:
         if tokens[-1] in stops:
             return True
-        if begun[row] is None and closing and closing in chat.decode(tokens[-8:]):
-            begun[row] = len(tokens)
+        if begun[row] is None:
+            begun[row] = _answer_start(chat, tokens)
         start = begun[row]
         cap = part.prompts[row].kind == "harmful" and not keep_text
         return cap and start is not None and len(tokens) - start >= HARMFUL_ANSWER_CAP
 
     return done
+
+
+def _answer_start(chat: ChatFormat, tokens: Sequence[int]) -> int | None:
+    """Where the answer to an open prompt begins: after the block, or at once where the model opens none."""
+    opening, closing = chat.spec.think_open, chat.spec.think_close
+    if closing and closing in chat.decode(tokens[-_LONGEST_TAG:]):
+        return len(tokens)
+    if chat.opener_in_prompt:
+        return None
+    head = chat.decode(tokens[:_LONGEST_TAG]).lstrip()
+    may_come = opening.startswith(head) and len(tokens) < _LONGEST_TAG
+    return None if head.startswith(opening) or may_come else 0
 
 
 def _label(chat: ChatFormat, batch: SpanBatch, rows: Sequence[Sequence[int]], keep_text: bool) -> Generation:
