@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def opener_ids(tokenizer: Any, openers: Iterable[str] | None = None) -> list[int
     """
     vocabulary = tokenizer.get_vocab()
     texts = openers if openers is not None else (TOY_OPENERS if "REFUSE" in vocabulary else OPENERS)
-    texts = list(texts)
+    texts = [texts] if isinstance(texts, str) else list(texts)
     special = {tokenizer.unk_token_id}
     ids = {
         encoded[0]
@@ -107,7 +108,8 @@ def refusal_score(
         tokens passed over).
 
     Raises:
-        ConditionError: The think block is open, so that the next token belongs to the CoT.
+        ConditionError: The think block is open, so that the next token belongs to the CoT; or the prompts end with
+            what the model wrote.
         NotFinite: NaN or infinity in the logits.
 
     >>> import rim_lens as rl
@@ -123,6 +125,11 @@ def refusal_score(
         raise ConditionError(
             "refusal_score was asked at an open think block: the next token there is the CoT's, not the answer's. Use"
             " rl.generate(model, batch) and rl.refusal_rate, or close the block (think='off', or a given CoT)."
+        )
+    if any(batch.n_generated):
+        raise ConditionError(
+            "refusal_score was asked after what the model itself wrote: the next token there opens no answer. Score the"
+            " prompts as rendered, and the text with rl.refusal_rate."
         )
     if skip not in ("greedy", "none"):
         raise ValueError(f"skip={skip!r} was asked for; there are 'greedy' and 'none'.")
@@ -141,8 +148,7 @@ def refusal_score(
         for component in components:
             stack.enter_context(component.on(model))
         for rows in micro_batches(batch.lengths.tolist(), max_rows=max_rows):
-            part = batch.select(rows)
-            with bound(components, part):
+            with bound(components, batch, rows) as part:
                 scores = _score(model, part, ids, blank)
             log_odds[rows], first[rows], skipped[rows] = scores.log_odds, scores.first, scores.skipped
     return xr.DataArray(
@@ -188,14 +194,21 @@ def _log_odds(
     return wide[:, ids].logsumexp(dim=1) - wide[:, others].logsumexp(dim=1)
 
 
+# How vocabularies write whitespace: byte-level, sentence-piece, byte fall-back, and as it is.
+_BLANK = re.compile(r"(?:[\s\u0120\u010a\u0109\u010d\u2581]|\u00c2\u0142|<0x(?:09|0A|0B|0C|0D|20)>)+")
+
+
 def _whitespace_ids(tokenizer: Any, d_vocab: int) -> Int[Tensor, " blank"]:
     """Ids of the tokens that are nothing but whitespace."""
     special = set(tokenizer.all_special_ids)
-    marks = "\u0120\u010a\u0109\u2581 \n\t\r\u010d\u00a0"  # how byte-level and sentence-piece vocabularies write whitespace
     found = [
         index
         for token, index in tokenizer.get_vocab().items()
-        if index < d_vocab and index not in special and token and not token.strip(marks)
+        # Decoding decides: "\u0120" is a space in one vocabulary and a letter in another.
+        if _BLANK.fullmatch(token)
+        and index < d_vocab
+        and index not in special
+        and not tokenizer.decode([index]).strip()
     ]
     return torch.tensor(sorted(found), dtype=torch.long)
 
