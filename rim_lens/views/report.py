@@ -107,7 +107,7 @@ def study_html(result: StudyResult) -> str:
 def _sections(result: StudyResult, said: list[Finding]) -> list[Section]:
     gate = Section("gate", "The gate", tables=[tables.gate_table(result)])
     ending = [
-        _methods(result),
+        _methods(result, measured=len(said) > 1),
         _reproduce(result),
         Section(
             "files",
@@ -283,27 +283,33 @@ def _shift(result: StudyResult) -> list[Section]:
     ]
 
 
-def _methods(result: StudyResult) -> Section:
+def _methods(result: StudyResult, measured: bool) -> Section:
     settings = result.design["settings"]
+    gate = (
+        "Gate. On the select side, with thinking off (an empty think block, closed), the model must refuse at least"
+        f" {settings['min_refusal']:.2f} of harmful requests, and their twins at most {settings['max_twin_ratio']:.2f} times as often."
+        " Greedy decoding, judged by the opening words: refuse, comply, or other (neither). Intervals: Wilson, 95 %."
+    )
+    rest = (
+        "Conditions. off: an empty think block, closed. careful: a worked CoT put into the block, closed. filler:"
+        " meaningless text of the same token length. unrelated: a sound CoT of another task, same length. open: the model"
+        " writes its own CoT. In all but open the next token is the answer's.",
+        "Outcomes. Greedy decoding, judged by the opening words of the answer, or of the CoT where there is no answer:"
+        " refuse, comply, or other (neither).",
+        "Refusal score. Log-odds, in nats, of a refusing first word: log-sum-exp of the logits of refusal openers minus"
+        " that of all other tokens, at the first token that is not whitespace.",
+        f"Heads. Greedy search by ablation on the select side, at most {settings['max_heads']} heads, then pruned. Effect ="
+        " edited − baseline. Specificity = effect on harmful requests − effect on their twins. Verdict refusal: p at most"
+        " 0.05 and a specificity interval that leaves out 0; general: an effect without that.",
+        "Tests. Signs of paired differences flipped by request family, corrected by the largest statistic. Intervals at"
+        " 95 %: bootstrap over families; Wilson for shares. Random sets match the number of heads or neurons in each layer.",
+        "RAS. Activations of mlp.hook_post, maximum over tokens, mean over prompts; a neuron whose activation is not positive"
+        " in either model is left out of that side's sum and counted (arXiv 2509.00544, section 4).",
+    )
     return Section(
         "methods",
         "Methods, parameters, versions",
-        (
-            "Conditions. off: an empty think block, closed. careful: a worked CoT put into the block, closed. filler:"
-            " meaningless text of the same token length. unrelated: a sound CoT of another task, same length. open: the model"
-            " writes its own CoT. In all but open the next token is the answer's.",
-            "Outcomes. Greedy decoding, judged by the opening words of the answer, or of the CoT where there is no answer:"
-            " refuse, comply, or other (neither).",
-            "Refusal score. Log-odds, in nats, of a refusing first word: log-sum-exp of the logits of refusal openers minus"
-            " that of all other tokens, at the first token that is not whitespace.",
-            f"Heads. Greedy search by ablation on the select side, at most {settings['max_heads']} heads, then pruned. Effect ="
-            " edited − baseline. Specificity = effect on harmful requests − effect on their twins. Verdict refusal: p at most"
-            " 0.05 and a specificity interval that leaves out 0; general: an effect without that.",
-            "Tests. Signs of paired differences flipped by request family, corrected by the largest statistic. Intervals at"
-            " 95 %: bootstrap over families; Wilson for shares. Random sets match the number of heads or neurons in each layer.",
-            "RAS. Activations of mlp.hook_post, maximum over tokens, mean over prompts; a neuron whose activation is not positive"
-            " in either model is left out of that side's sum and counted (arXiv 2509.00544, section 4).",
-        ),
+        (gate, *rest) if measured else (gate,),
         tables=[tables.parameter_table(result)],
     )
 

@@ -65,13 +65,11 @@ class Finding:
 
 def question(result: StudyResult) -> str:
     """What the study asks."""
-    tuned = (
-        f", and what did tuning move in {listed(result.tuned)}" if result.tuned and _past_gate(result) else ""
-    )
-    return (
-        f"Does a chain of thought lower refusal in {result.design['model']}, which attention heads does its refusal"
-        f" depend on{tuned}?"
-    )
+    asked = f"Does a chain of thought lower refusal in {result.design['model']}"
+    heads = "which attention heads does its refusal depend on"
+    if result.tuned and _past_gate(result):
+        return f"{asked}, {heads}, and what did tuning move in {listed(result.tuned)}?"
+    return f"{asked}, and {heads}?"
 
 
 def findings(result: StudyResult) -> list[Finding]:

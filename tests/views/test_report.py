@@ -149,6 +149,7 @@ def test_a_study_stopped_at_its_gate_shows_the_gate_and_nothing_else(planted: Ma
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
     assert sections == ["verdict", "gate", "methods", "reproduce", "files"]
     assert "0.04 [0.01, 0.20]" in page.text
+    assert "RAS" not in page.text
     told = json.loads(report.with_suffix(".json").read_text())
     assert {"outcomes", "heads", "shift"}.isdisjoint(told)
     assert "outcomes" not in told["gate"]
