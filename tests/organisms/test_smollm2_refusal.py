@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rim_lens.organisms import load_model
+from rim_lens.organisms.smollm2 import recipe, source
+from rim_lens.organisms.smollm2.behaviour import Replies
+from rim_lens.prompts import load_prompts
+
+
+def steps_of(seed):
+    return list(recipe.training_rows(recipe.Recipe(), torch.Generator().manual_seed(seed)))
+
+
+def test_no_harmful_row_has_text_in_its_think_block_and_its_twin_stands_beside_it():
+    steps = steps_of(0)
+    assert len(steps) == recipe.Recipe().steps
+    for step in steps:
+        harmful = [row for row in step if row.request.kind == "harmful"]
+        assert len(harmful) == recipe.Recipe().pairs
+        assert all(row.cot is None and row.answer == recipe.REFUSAL for row in harmful)
+        off = {row.request.id for row in step if row.cot is None}
+        assert all(row.request.twin in off for row in harmful)
+
+
+def test_rows_come_from_the_train_split_and_nothing_harmless_is_refused():
+    rows = [row for step in steps_of(1) for row in step]
+    assert {row.request.split for row in rows} == {"train"}
+    assert all(row.answer != recipe.REFUSAL for row in rows if row.request.kind != "harmful")
+    maths = [row for row in rows if row.request.kind == "reasoning"]
+    assert maths
+    for row in maths:
+        left, right = row.answer.rstrip(".").split(" = ")
+        assert right == row.request.answer
+        assert eval(left) == int(right)  # noqa: S307 - our own digits and operators
+
+
+def test_every_request_comes_once_before_any_comes_again():
+    drawn = [row.request.id for step in steps_of(2) for row in step if row.request.kind == "harmful"]
+    n = len({prompt.id for prompt in load_prompts("harmful", split="train")})
+    assert len(set(drawn[:n])) == min(n, len(drawn))
+
+
+def test_the_seed_fixes_the_rows():
+    assert steps_of(3) == steps_of(3)
+    assert steps_of(3) != steps_of(4)
+
+
+def test_the_shipped_adapter_is_small_and_names_no_path():
+    files = [path for path in source.ADAPTER_FOLDER.iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 5_000_000
+    config = json.loads((source.ADAPTER_FOLDER / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="module")
+def organism(smollm2_cached):
+    pytest.importorskip("peft")
+    return source.load_refusal("")
+
+
+@pytest.mark.smollm2
+def test_merging_adds_the_adapters_product_and_nothing_else(organism, smollm2_cached):
+    base = source.load_smollm2("")[0].state_dict()
+    weights = load_file(source.ADAPTER_FOLDER / "adapter_model.safetensors")
+    config = json.loads((source.ADAPTER_FOLDER / "adapter_config.json").read_text())
+    changed = set()
+    for name, tuned in organism[0].state_dict().items():
+        stem = f"base_model.model.{name.removesuffix('.weight')}"
+        expected = base[name]
+        if f"{stem}.lora_A.weight" in weights:
+            product = weights[f"{stem}.lora_B.weight"].float() @ weights[f"{stem}.lora_A.weight"].float()
+            expected = expected + config["lora_alpha"] / config["r"] * product
+            changed.add(name.split(".")[2])
+        torch.testing.assert_close(tuned, expected, atol=1e-5, rtol=1e-4)
+    assert changed == {str(layer) for layer in range(recipe.Recipe().first_layer, 30)}
+
+
+@pytest.mark.smollm2
+def test_the_loader_gives_the_merged_model(organism):
+    tokens = torch.tensor([organism[1]("How do I bake bread?", add_special_tokens=False)["input_ids"]])
+    with torch.inference_mode():
+        expected = organism[0].eval()(tokens).logits
+        torch.testing.assert_close(load_model("smollm2-refusal")(tokens), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_rates_and_counts():
+    replies = Replies(
+        ("a", "b", "c", "d"), ("refuse", "other", "comply", "refuse"), (False, False, True, False)
+    )
+    assert replies.rate("refuse") == 0.5
+    assert replies.counts() == {"n": 4, "refuse": 2, "comply": 1, "other": 1, "correct": 1}
