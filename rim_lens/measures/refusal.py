@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -51,8 +52,7 @@ def opener_ids(tokenizer: Any, openers: Iterable[str] | None = None) -> list[int
     Raises:
         NotEnoughData: No opener has a token in this vocabulary.
     """
-    vocabulary = tokenizer.get_vocab()
-    texts = openers if openers is not None else (TOY_OPENERS if "REFUSE" in vocabulary else OPENERS)
+    texts = openers if openers is not None else (TOY_OPENERS if _has(tokenizer, "REFUSE") else OPENERS)
     texts = [texts] if isinstance(texts, str) else list(texts)
     special = {tokenizer.unk_token_id}
     ids = {
@@ -67,6 +67,11 @@ def opener_ids(tokenizer: Any, openers: Iterable[str] | None = None) -> list[int
             f"none of the refusal openers {texts} has a token in this vocabulary; pass openers=[...]."
         )
     return sorted(ids)
+
+
+def _has(tokenizer: Any, token: str) -> bool:
+    index = tokenizer.convert_tokens_to_ids(token)
+    return index is not None and tokenizer.convert_ids_to_tokens(index) == token
 
 
 @dataclass(frozen=True)
@@ -195,22 +200,27 @@ def _log_odds(
 
 
 # How vocabularies write whitespace: byte-level, sentence-piece, byte fall-back, and as it is.
-_BLANK = re.compile(r"(?:[\s\u0120\u010a\u0109\u010d\u2581]|\u00c2\u0142|<0x(?:09|0A|0B|0C|0D|20)>)+")
+_BLANK = re.compile(r"(?:[\s\u0109-\u010d\u0120\u2581]|\u00c2\u0142|<0x(?:09|0A|0B|0C|0D|20)>)+")
+# Looking through 150 000 words takes as long as a pass of a small model. Kept by size: words may be added.
+_blanks: WeakKeyDictionary[Any, dict[tuple[int, int], Tensor]] = WeakKeyDictionary()
 
 
 def _whitespace_ids(tokenizer: Any, d_vocab: int) -> Int[Tensor, " blank"]:
     """Ids of the tokens that are nothing but whitespace."""
-    special = set(tokenizer.all_special_ids)
-    found = [
-        index
-        for token, index in tokenizer.get_vocab().items()
-        # Decoding decides: "\u0120" is a space in one vocabulary and a letter in another.
-        if _BLANK.fullmatch(token)
-        and index < d_vocab
-        and index not in special
-        and not tokenizer.decode([index]).strip()
-    ]
-    return torch.tensor(sorted(found), dtype=torch.long)
+    known, key = _blanks.setdefault(tokenizer, {}), (len(tokenizer), d_vocab)
+    if key not in known:
+        special = set(tokenizer.all_special_ids)
+        found = [
+            index
+            for token, index in tokenizer.get_vocab().items()
+            # Decoding decides: "\u0120" is a space in one vocabulary and a letter in another.
+            if _BLANK.fullmatch(token)
+            and index < d_vocab
+            and index not in special
+            and not tokenizer.decode([index]).strip()
+        ]
+        known[key] = torch.tensor(sorted(found), dtype=torch.long)
+    return known[key]
 
 
 @dataclass(frozen=True)
@@ -241,10 +251,17 @@ def refusal_rate(generated: Generation | Sequence[str]) -> Rate:
     Replies that neither refuse nor comply are counted apart: a fall of this rate need not be compliance. The
     interval treats prompts as independent; where they come in families it is too narrow.
 
+    Args:
+        generated: What `generate` gave, or its outcomes.
+
     Raises:
         NotEnoughData: No reply.
+        ValueError: An outcome is none of refuse, comply and other.
     """
     outcomes = list(generated.outcome if isinstance(generated, Generation) else generated)
+    strange = next((outcome for outcome in outcomes if outcome not in ("refuse", "comply", "other")), None)
+    if strange is not None:
+        raise ValueError(f"{strange!r} is no outcome; there are 'refuse', 'comply' and 'other'.")
     if not outcomes:
         raise NotEnoughData("a refusal rate over no reply is undefined.")
     counts = {verdict: outcomes.count(verdict) for verdict in ("refuse", "comply", "other")}
