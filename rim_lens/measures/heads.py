@@ -57,7 +57,9 @@ def find_heads(
     on no more than one request in fifty, when nothing adds `min_gain` nats, or at `max_heads`. Last, a head is dropped
     if the set does without it.
 
-    The set is chosen on these requests; its effect must be measured on others.
+    What it cannot see: two heads of which either alone does the whole work show no effect one by one, and where
+    no head has one the search ends before it begins. The set is chosen on these requests; its effect must be
+    measured on others.
 
     Args:
         score: Scores by removed heads, see `scorer`; best on requests of the `select` split.
@@ -69,6 +71,7 @@ def find_heads(
     Returns:
         The heads, in the order found; empty where no removal lowers the score by `min_gain`.
     """
+    score = _measured_once(score)
     candidates = list(candidates)
     means = {head: float(score([head]).mean()) for head in candidates}
     ranked = sorted(candidates, key=lambda head: (means[head], head))
@@ -87,6 +90,18 @@ def find_heads(
             break
         pool = [head for head in ranked[: n_second + len(found)] if head not in found]
     return _pruned(score, found, current, min_gain)
+
+
+def _measured_once(score: ScoreWithout) -> ScoreWithout:
+    known: dict[frozenset[Head], Float[np.ndarray, " prompt"]] = {}
+
+    def remembered(heads: Sequence[Head]) -> Float[np.ndarray, " prompt"]:
+        key = frozenset(heads)
+        if key not in known:
+            known[key] = score(heads)
+        return known[key]
+
+    return remembered
 
 
 def _gone(scores: Float[np.ndarray, " prompt"]) -> bool:
