@@ -171,7 +171,8 @@ def writer(name: str, family: str, n_positions: int = 160) -> Writer:
     with torch.no_grad():
         for part, parameter in hf.named_parameters():
             parameter.fill_(1 if "ln_" in part and part.endswith("weight") else 0)
-            if ".attn." in part or ".mlp." in part:  # a little of everything, so that every edit shows
+            # A little of everything, so that every edit shows and logits can be compared.
+            if ".attn." in part or ".mlp." in part or "lm_head" in part:
                 parameter.normal_(generator=generator, std=0.02)
         hf.transformer.wpe.weight.copy_(torch.eye(n_positions))
     model = wrap_hf(hf, tokenizer, family=family)  # type: ignore[arg-type]

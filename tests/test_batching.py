@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,7 +31,7 @@ def test_no_group_is_left_smaller_than_it_could_be(
     lengths: list[int], max_tokens: int, max_rows: int
 ) -> None:
     groups = micro_batches(lengths, max_tokens, max_rows)
-    for group, later in zip(groups, groups[1:], strict=False):
+    for group, later in pairwise(groups):
         assert later
         assert len(group) == max_rows or (len(group) + 1) * lengths[group[0]] > max_tokens
 
@@ -37,7 +39,7 @@ def test_no_group_is_left_smaller_than_it_could_be(
 @given(LENGTHS)
 def test_equal_lengths_keep_their_order(lengths: list[int]) -> None:
     rows = [row for group in micro_batches(lengths) for row in group]
-    for first, second in zip(rows, rows[1:], strict=False):
+    for first, second in pairwise(rows):
         assert lengths[first] > lengths[second] or first < second
 
 

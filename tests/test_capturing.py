@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import gc
 import json
@@ -585,6 +586,8 @@ def test_a_file_that_another_process_writes_is_refused(case_gqa: Case, tmp_path:
 
 def peak(task: Callable[[], Any]) -> float:
     """Highest resident memory of this process while it does something, in MiB."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests freed must not hide what is taken now
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     task()
     status = Path("/proc/self/status").read_text().splitlines()
@@ -609,7 +612,7 @@ def measured(send: Any, folder: Path) -> None:
         many = row.select([0] * n)
         return replace(many, prompts=tuple(Prompt(id=str(number), text="") for number in range(n)))
 
-    few, many = batch(100), batch(1500)
+    few, many = batch(100), batch(2400)
 
     def run(prompts: SpanBatch, out: Path | None) -> None:
         rl.capture(model, prompts, SpanAttention(), NeuronActivations(), out=out, max_rows=32).close()
@@ -624,9 +627,9 @@ def measured(send: Any, folder: Path) -> None:
     )
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc and trims glibc's heap")
 def test_memory_is_flat_in_the_number_of_prompts(tmp_path: Path) -> None:
-    """1 500 prompts of 16 kB each: 23 MiB in memory, and on disk next to nothing more than 100 prompts."""
+    """2 400 prompts of 16 kB each: 38 MiB in memory, and on disk next to nothing more than 100 prompts."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=measured, args=(send, tmp_path))
@@ -634,8 +637,8 @@ def test_memory_is_flat_in_the_number_of_prompts(tmp_path: Path) -> None:
     assert receive.poll(120)
     few, many, in_memory = receive.recv()
     process.join(60)
-    assert in_memory - few > 15  # the measure can tell
-    assert many - few < 8, f"{many - few:.0f} MiB more for 1500 prompts than for 100"
+    assert in_memory - few > 20  # the measure can tell
+    assert many - few < 10, f"{many - few:.0f} MiB more for 2400 prompts than for 100"
 
 
 class CountsPatterns(Component):
