@@ -156,9 +156,10 @@ def test_a_users_own_hook_stays(case: Case) -> None:
         with AblateHeads(HEADS).on(case.model):
             both = run(case)
         assert not torch.allclose(both, halved, atol=1e-3)
-        editor = AblateNeurons([(1, 1)]).register(case.model)
+        editor = AblateNeurons([(0, 1)]).register(case.model)  # at the very same point
         run(case)
         editor.remove()
+        assert attached(case.model) == 1
         plain_style(case, AblateHeads(HEADS).fwd_hooks(case.model))
         with pytest.raises(UnknownHead):
             AblateHeads([(9, 9)]).fwd_hooks(case.model)
@@ -167,6 +168,26 @@ def test_a_users_own_hook_stays(case: Case) -> None:
         assert mine.calls == before + 1
     finally:
         case.model.reset_hooks()
+
+
+@pytest.mark.parametrize("site", ["z", "post"])
+def test_what_a_user_kept_before_an_edit_stays_as_it_was(case: Case, site: Site) -> None:
+    """Editors replace the tensor; one that wrote into it would change the past."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor, hook: Any) -> None:
+        kept.append(tensor)
+
+    case.model.add_hook(hook_name(site, 0), keep)
+    editor = AblateHeads([(0, 1)]) if site == "z" else AblateNeurons([(0, 5)])
+    try:
+        with editor.on(case.model):
+            run(case)
+    finally:
+        case.model.reset_hooks()
+    real = case.batch.attention_mask.bool()
+    truth = case.truth.z if site == "z" else case.truth.post
+    close(kept[0][real], truth[0][real])
 
 
 def test_a_users_own_hook_sees_no_proof(case_gqa: Case) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -36,8 +38,6 @@ def test_last_logits_still_fires_every_hook_on_every_row(case: Case) -> None:
 
     def note(tensor: torch.Tensor, hook: object, name: str) -> None:
         seen[name] = tensor.shape
-
-    from functools import partial
 
     names = [
         hook_name(site, layer)
