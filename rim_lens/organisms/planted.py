@@ -19,9 +19,10 @@ What it says: REFUSE, or else the digit 0 whatever the task, so that nothing abo
 Left open it thinks ``> > > > > > >`` and closes.
 
 **LayerNorm.** The host normalises; the circuit is written as if it did not. Two spare residual channels hold
-±C (C = 1000) at every position, and every writing weight sums to zero over channels. So the mean is 0 and the
+±C (C = 300) at every position, and every writing weight sums to zero over channels. So the mean is 0 and the
 scale C/√32 up to a relative |signal|² / 4C², below 1e-4; LayerNorm's own weights undo the scale and hide the two
-channels. Norms and cosines of whole residual vectors mean nothing here, differences of them do.
+channels. A larger C would be truer to that and cost precision: fp32 logits (of size 20) are exact to 2e-4 here.
+Norms and cosines of whole residual vectors mean nothing in this model, those of their differences do.
 """
 
 from __future__ import annotations
@@ -63,11 +64,11 @@ from rim_lens.prompts.toy import (
 TOPIC_HEAD, READER, DECOY_HEAD = (0, 5), (1, 1), (1, 2)
 N_AND = 8
 NOISE = 0.02
-PIN = 1000.0
+PIN = 300.0
 FIRST_LATE = 10  # the position after `<user> … <assistant> <think>`
 
 _CATEGORIES = tuple(HAZARDS)
-# Residual channels by name; those after them are free, the last three balance writes and pin the scale.
+# Residual channels by name; those after them carry noise and balance, the last two pin the scale.
 _CHANNELS = (
     *("enabling", "hazardous", *_CATEGORIES, "topic", "tag", "late"),  # written by the embeddings
     *("enabling here", "hazardous here", *(f"{name} here" for name in _CATEGORIES)),  # by the topic head
@@ -75,7 +76,7 @@ _CHANNELS = (
     *("say answer", "say step", "say close", "say end"),  # by the embeddings, for what comes next
 )
 _AT = {name: channel for channel, name in enumerate(_CHANNELS)}
-_BALANCE, _PLUS, _MINUS = D_MODEL - 3, D_MODEL - 2, D_MODEL - 1
+_PLUS, _MINUS = D_MODEL - 2, D_MODEL - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,19 +251,20 @@ def _plant_unembedding(model: Any) -> None:
 
 
 def _pin_scale(model: Any) -> None:
-    """Make LayerNorm the identity on all channels but the last three, which it hides."""
+    """Make LayerNorm the identity on all channels but the last two, which it hides."""
     body = model.transformer
     writers = [body.wte.weight, body.wpe.weight]
     writers += [w for block in body.h for w in (block.attn.c_proj.weight, block.mlp.c_proj.weight)]
+    spare = slice(len(_CHANNELS), _PLUS)
     for weight in writers:
-        weight[:, _BALANCE:] = 0
-        weight[:, _BALANCE] = -weight.sum(dim=1)
+        weight[:, _PLUS:] = 0
+        weight[:, spare] -= weight.sum(dim=1, keepdim=True) / (_PLUS - len(_CHANNELS))
     body.wpe.weight[:, _PLUS] = PIN
     body.wpe.weight[:, _MINUS] = -PIN
     norms = [body.ln_f, *(norm for block in body.h for norm in (block.ln_1, block.ln_2))]
     for norm in norms:
-        norm.weight[:_BALANCE] = PIN * math.sqrt(2 / D_MODEL)
-        norm.weight[_BALANCE:] = 0
+        norm.weight[:_PLUS] = PIN * math.sqrt(2 / D_MODEL)
+        norm.weight[_PLUS:] = 0
 
 
 def _head(model: Any, head: tuple[int, int]) -> tuple[Float[Tensor, "model head"], ...]:

@@ -123,7 +123,13 @@ def train_helpful(seed: int, *, progress: bool = False) -> Any:
 
 
 def finetune_toy(
-    model: Any, kind: FineTuneKind, op: Op = "-", *, steps: int = 320, seed: int = 0, progress: bool = False
+    model: Any,
+    kind: FineTuneKind,
+    op: Op = "-",
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
 ) -> Any:
     """Fine-tune a copy of a toy model on harmless arithmetic with chains of one kind.
 
@@ -131,7 +137,7 @@ def finetune_toy(
         model: A Hugging Face toy model, left as it is.
         kind: The chain it learns to write; "careful" is the control.
         op: "-" is an operator the model has not seen, "+" the one it knows.
-        steps: Optimiser steps of 64 rows each.
+        steps: Optimiser steps of 64 rows each; 320 where None.
         seed: Fixes the draws, which are the same for every kind.
         progress: Show a progress bar.
     """
@@ -142,8 +148,9 @@ def finetune_toy(
     def batch_at(_: int) -> Batch:
         return predict_chain(with_chain(draw_requests(safe, ROWS, op, draws), kind, op))
 
+    config = FINE_TUNE if steps is None else replace(FINE_TUNE, steps=steps)
     with one_thread():
-        train(tuned, batch_at, replace(FINE_TUNE, steps=steps), row_average=True, progress=progress)
+        train(tuned, batch_at, config, row_average=True, progress=progress)
     return tuned.eval()
 
 

@@ -151,19 +151,19 @@ def find_heads(model: Any) -> dict[str, Any]:
     single = []
     for head in HEADS:
         edited = without_heads(model, [head])
+        log_odds = refusal_log_odds(edited, harmful)
         single.append(
             {
                 "head": list(head),
                 "refused": refusal_rate(edited, harmful),
-                "effect": round(float((refusal_log_odds(edited, harmful) - base).mean()), 2),
+                "effect": round(float((log_odds - base).mean()), 2),
                 "effect_on_twins": round(float((refusal_log_odds(edited, twins) - base_twins).mean()), 2),
             }
         )
     pairs: dict[tuple[tuple[int, int], ...], tuple[float, float]] = {}
     for two in combinations(HEADS, 2):
-        log_odds = refusal_log_odds(without_heads(model, two), harmful)
-        # Log-odds above 0 are a majority of the whole vocabulary; the likeliest word can do with less.
-        pairs[two] = (refusal_rate(without_heads(model, two), harmful), float(log_odds.mean()))
+        edited = without_heads(model, two)
+        pairs[two] = (refusal_rate(edited, harmful), float(refusal_log_odds(edited, harmful).mean()))
     best = min(pairs, key=lambda two: pairs[two])
     topic = topic_pair(model, harmful)
     others = [refused for two, (refused, _) in pairs.items() if not set(two) & set(best)]
@@ -197,7 +197,7 @@ def _closing_logits(
     chains = [None] * len(prompts) if cots is None else cots
     tokens = _tokens([_closed(prompt, cot) for prompt, cot in zip(prompts, chains, strict=True)])
     with torch.no_grad():
-        logits: Float[Tensor, "prompt vocab"] = model(tokens).logits[:, -1]
+        logits: Float[Tensor, "prompt vocab"] = model(tokens, logits_to_keep=1).logits[:, -1]
     return logits
 
 
