@@ -612,7 +612,7 @@ def measured(send: Any, folder: Path) -> None:
         many = row.select([0] * n)
         return replace(many, prompts=tuple(Prompt(id=str(number), text="") for number in range(n)))
 
-    few, many = batch(100), batch(2400)
+    few, many = batch(300), batch(2700)
 
     def run(prompts: SpanBatch, out: Path | None) -> None:
         rl.capture(model, prompts, SpanAttention(), NeuronActivations(), out=out, max_rows=32).close()
@@ -629,7 +629,7 @@ def measured(send: Any, folder: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc and trims glibc's heap")
 def test_memory_is_flat_in_the_number_of_prompts(tmp_path: Path) -> None:
-    """2 400 prompts of 16 kB each: 38 MiB in memory, and on disk next to nothing more than 100 prompts."""
+    """2 400 prompts more, of 16 kB each: 38 MiB more in memory, and next to nothing more with a folder."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=measured, args=(send, tmp_path))
@@ -637,8 +637,8 @@ def test_memory_is_flat_in_the_number_of_prompts(tmp_path: Path) -> None:
     assert receive.poll(120)
     few, many, in_memory = receive.recv()
     process.join(60)
-    assert in_memory - few > 20  # the measure can tell
-    assert many - few < 10, f"{many - few:.0f} MiB more for 2400 prompts than for 100"
+    assert in_memory - few > 28  # the measure can tell
+    assert many - few < 18, f"{many - few:.0f} MiB more for 2400 prompts more"
 
 
 class CountsPatterns(Component):

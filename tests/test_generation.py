@@ -80,7 +80,7 @@ def test_as_hugging_face_generates(spoken: Spoken) -> None:
         assert written(out.batch, row) == found[ids.shape[1] :]
 
 
-@pytest.mark.parametrize("max_rows", [1, 2, 64])
+@pytest.mark.parametrize("max_rows", [1, 2])
 def test_how_prompts_are_batched_changes_nothing(spoken: Spoken, max_rows: int) -> None:
     batch = rendered(spoken, "open")
     whole = rl.generate(spoken.model, batch, max_new_tokens=STEPS)

@@ -64,15 +64,16 @@ def test_log_odds_by_hand(spoken: Spoken, think: str, openers: list[str] | None)
     assert scores.attrs == {"units": "nats", "condition": batch.name, "skip": "greedy"}
 
 
-@pytest.mark.parametrize("max_rows", [1, 2, 64])
+@pytest.mark.parametrize("max_rows", [2, 64])
 def test_batched_equals_one_by_one(spoken: Spoken, max_rows: int) -> None:
     batch = rendered(spoken)
     alone = [float(refusal_score(spoken.model, batch.select([row]))[0]) for row in range(len(batch))]
     np.testing.assert_allclose(refusal_score(spoken.model, batch, max_rows=max_rows), alone, atol=2e-5)
 
 
-@pytest.mark.parametrize("max_rows", [2, 64])
-@pytest.mark.parametrize("positions", ["all", "request", "prompt_last", "mask"])
+@pytest.mark.parametrize(
+    ("positions", "max_rows"), [("all", 64), ("prompt_last", 64), ("request", 2), ("mask", 2), ("mask", 64)]
+)
 def test_under_editors(spoken: Spoken, positions: str, max_rows: int) -> None:
     batch, heads = rendered(spoken), [(0, 1), (1, 2)]
     mask = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(3)) < 0.5
@@ -238,7 +239,7 @@ def test_whitespace_is_passed_over_as_the_model_would_write_it(
 
 
 @pytest.mark.npm
-@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gemma3", "deepseek_r1", "gpt_oss"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt_oss"])
 def test_whitespace_of_true_tokenizers(name: str) -> None:
     tokenizer = load_tokenizer(name)
     blank = set(_whitespace_ids(tokenizer, 10**9).tolist())
@@ -296,7 +297,7 @@ def test_whitespace_of_a_byte_fallback_vocabulary() -> None:
 
 
 @pytest.mark.npm
-@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gemma3", "deepseek_r1", "gpt_oss"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt_oss"])
 def test_openers_of_true_tokenizers(name: str) -> None:
     tokenizer = load_tokenizer(name)
     ids = opener_ids(tokenizer)
