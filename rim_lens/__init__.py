@@ -45,6 +45,8 @@ _HOME: dict[str, str] = {
     "StudyResult": "study",
     "Settings": "study",
     "load_study": "study",
+    "study_html": "views",
+    "write_report": "views",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604

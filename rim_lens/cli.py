@@ -129,6 +129,19 @@ def organism_toy(
     console.print(f"written: {out / 'toy_seeds.json'}")
 
 
+@organism.command("smollm2")
+def organism_smollm2(
+    seeds: Annotated[str, typer.Option(help="Seeds: 0-2, or 0,2.")] = "0-2",
+    out: Annotated[Path, typer.Option(help="Folder for the outcomes.")] = Path("docs/evidence"),
+    adapters: Annotated[Path | None, typer.Option(help="Folder to keep the adapters in.")] = None,
+) -> None:
+    """Tune smollm2-refusal for several seeds and count what it does on held-out requests (about 10 minutes a seed)."""
+    from rim_lens.organisms.smollm2 import recipe
+
+    recipe.evidence(_seeds(seeds), out / "smollm2-refusal.json", adapters=adapters)
+    console.print(f"written: {out / 'smollm2-refusal.json'}")
+
+
 def _study(
     model: str,
     *,

@@ -141,7 +141,7 @@ def make_plan(bench: Bench, n_tuned: int) -> Plan:
     ]
     if n_tuned:
         steps.append(
-            writing("neurons", "refusal of the tuned models", n_evaluate, n_tuned, "outcomes/*.json")
+            writing("neurons", "refusal of the tuned models", n_evaluate, 2 * n_tuned, "outcomes/*.json")
         )
     parameters = sum(parameter.numel() for parameter in bench.model.parameters())
     flops = 2.0 * parameters * sum(step.tokens for step in steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -175,9 +175,10 @@ def run_scores(bench: Bench) -> None:
             bench.folder.once(f"scores/{kind}_{condition}.json", measure)
 
 
-def run_outcomes(bench: Bench, without: Sequence[Head] = (), conditions: Sequence[str] = CONDITIONS) -> None:
+def run_outcomes(
+    bench: Bench, without: Sequence[Head] = (), conditions: Sequence[str] = CONDITIONS, suffix: str = ""
+) -> None:
     """What the model writes in each condition, judged; with some heads removed, if given."""
-    suffix = "_without_heads" if without else ""
     editors = [AblateHeads(without)] if without else []
     for kind, requests in bench._kinds.items():
         for condition in conditions:
@@ -221,7 +222,7 @@ def run_heads(bench: Bench) -> dict[str, Any]:
         settings,
     )
     if found:
-        run_outcomes(bench, without=found, conditions=("off",))
+        run_outcomes(bench, without=found, conditions=("off",), suffix="_without_heads")
 
     def measure() -> dict[str, Any]:
         layers = sorted({layer for layer, _ in found})
@@ -286,20 +287,9 @@ def run_neurons(bench: Bench, name: str, model: Model) -> None:
 
 
 def run_refusal_of(bench: Bench, name: str, model: Model) -> None:
-    """Generated refusal of a tuned model with thinking off."""
-
-    def measure() -> Any:
-        written = generate(
-            model,
-            bench.render(bench.evaluate.harmful, "off"),
-            max_new_tokens=bench.settings.max_new_tokens,
-            chat=bench.chat,
-            max_rows=bench.settings.max_rows,
-            progress=bench.settings.progress,
-        )
-        return written.to_dataframe().to_dict(orient="records")
-
-    bench.folder.once(f"outcomes/harmful_off_{name}.json", measure)
+    """Generated refusal of a tuned model with thinking off, on harmful requests and on their twins."""
+    tuned = replace(bench, model=model)
+    run_outcomes(tuned, conditions=("off",), suffix=f"_{name}")
 
 
 def run_shift(bench: Bench, tuned: Sequence[str]) -> dict[str, Any]:

@@ -148,6 +148,11 @@ class Study:
                 name: source if isinstance(source, str) else "given" for name, source in self._tuned.items()
             },
             "chat_format": bench.chat.name,
+            "n_requests": self.n_requests,
+            "requests": {
+                kind: "given" if getattr(self, kind) is not None else "rim_lens"
+                for kind in ("harmful", "harmless", "reasoning")
+            },
             "n_select": len(bench.select.harmful),
             "n_evaluate": len(bench.evaluate.harmful),
             "n_reasoning": len(bench.evaluate.reasoning),

@@ -17,13 +17,17 @@ OPTIONS = ("max_new_tokens", "gate")
 
 
 def command(result: StudyResult) -> str | None:
-    """The shell command that runs this study again, or None where only Python can (a model or setting of one's own)."""
+    """The shell command that runs this study again, or None where only Python can (own model, requests or setting)."""
     design = result.design
-    if "given" in design["tuned"].values() or set(_changed(design)) - set(OPTIONS):
+    if "given" in (*design["tuned"].values(), *design["requests"].values()) or set(_changed(design)) - set(
+        OPTIONS
+    ):
         return None
     if not _by_name(design["model"]):
         return None
-    words = ["rim-lens", "study", design["model"], "--out", "FOLDER", "--requests", str(_requests(design))]
+    words = ["rim-lens", "study", design["model"], "--out", "FOLDER"]
+    if design["n_requests"] is not None:
+        words += ["--requests", str(design["n_requests"])]
     for source in design["tuned"].values():
         words += ["--tuned", source]
     words += ["--max-new-tokens", str(design["settings"]["max_new_tokens"])]
@@ -43,7 +47,9 @@ def python(result: StudyResult) -> str:
     arguments = [model]
     if tuned:
         arguments.append(f"tuned={{{', '.join(f'{name!r}: {source}' for name, source in tuned.items())}}}")
-    arguments.append(f"n_requests={_requests(design)}")
+    arguments += [f"{kind}={kind}" for kind, source in design["requests"].items() if source == "given"]
+    if design["n_requests"] is not None:
+        arguments.append(f"n_requests={design['n_requests']}")
     changed = _changed(design)
     if changed:
         arguments.append(
@@ -52,11 +58,6 @@ def python(result: StudyResult) -> str:
     lines = ["import rim_lens as rl", "", f"study = rl.Study({', '.join(arguments)})"]
     lines += ["print(study.plan())", 'result = study.run("FOLDER")']
     return "\n".join(lines)
-
-
-def _requests(design: Mapping[str, Any]) -> int:
-    # A limit as large as the longest list gives the same requests, whether or not a limit was given.
-    return max(design["n_select"], design["n_evaluate"], design["n_reasoning"])
 
 
 def _changed(design: Mapping[str, Any]) -> dict[str, Any]:

@@ -356,10 +356,10 @@ def shift_findings(shift: Mapping[str, Any], shares: pd.DataFrame) -> list[Findi
     said = []
     base = _share_of(shares, "base", "harmful", "off")
     for name, found in shift["tuned"].items():
-        tuned = _share_of(shares, name, "harmful", "off")
+        tuned, twins = (_share_of(shares, name, kind, "off") for kind in ("harmful", "harmless"))
         refusals = (
             f" With thinking off it refused {_of(tuned, 'harmful requests')} and did neither for"
-            f" {int(tuned['other'])}; the base refused {_of(base)}. Its twins were not measured."
+            f" {int(tuned['other'])}; the base refused {_of(base)}. Of the twins it refused {_of(twins)}."
         )
         safety = found["safety"]
         if safety["value"] is None or found["percentile"] is None:

@@ -95,6 +95,8 @@ def _design(planted: Planted) -> dict[str, Any]:
         "weights_digest": "0123456789abcdef",
         "tuned": {name: f"toy:{name}" for name in planted.tuned},
         "chat_format": "toy",
+        "n_requests": planted.n,
+        "requests": {"harmful": "rim_lens", "harmless": "rim_lens", "reasoning": "rim_lens"},
         "n_select": planted.n,
         "n_evaluate": planted.n,
         "n_reasoning": planted.n,
@@ -190,6 +192,7 @@ def _outcomes(stored: StudyFolder, planted: Planted) -> None:
             stored.write(f"outcomes/{kind}_off_without_heads.json", records(kind, "off", 0, "other"))
     for place, name in enumerate(planted.tuned):
         stored.write(f"outcomes/harmful_off_{name}.json", records("harmful", "off", 5 * (place + 1)))
+        stored.write(f"outcomes/harmless_off_{name}.json", records("harmless", "off", place))
 
 
 def _scores(stored: StudyFolder, planted: Planted, rng: np.random.Generator) -> None:
