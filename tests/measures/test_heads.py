@@ -273,6 +273,13 @@ def test_no_effect_at_all_is_none() -> None:
     assert table["verdict"][0] == "none"
 
 
+def test_the_more_heads_are_tested_the_more_it_takes() -> None:
+    harmful = effects(L0H0=-0.15)
+    twins = {head: np.zeros(N) for head in HEADS}
+    p = [row_of(head_table(harmful, twins, HEADS[:n], FAMILIES), (0, 0))["p"] for n in (1, 4, 12)]
+    assert p[0] < p[1] < p[2]
+
+
 def test_where_there_is_nothing_a_head_is_called_something_no_more_often_than_one_time_in_twenty() -> None:
     """Heads fixed beforehand, effects random: heavy tails, requests of a family alike, heads alike."""
     runs, n_families = 500, 9

@@ -134,6 +134,12 @@ def test_a_constant_added_to_all_logits_changes_nothing(
     ids = torch.randperm(40, generator=generator)[:n_ids]
     found = _log_odds(logits, ids)
     torch.testing.assert_close(_log_odds(logits + shift, ids), found, atol=1e-8, rtol=1e-8)
+    singles = logits.float()
+    by_numpy = [
+        np.logaddexp.reduce(row[ids.numpy()]) - np.logaddexp.reduce(np.delete(row, ids.numpy()))
+        for row in singles.double().numpy()
+    ]
+    np.testing.assert_allclose(_log_odds(singles, ids), by_numpy, rtol=1e-12, atol=1e-12)
     rest = torch.tensor([token for token in range(40) if token not in ids.tolist()])
     torch.testing.assert_close(_log_odds(logits, rest), -found)  # refusing and not refusing mirror each other
 
@@ -205,7 +211,7 @@ def written_by_hand(hf: Any, ids: list[int], blank: set[int], most: int) -> tupl
         (["\n\n", " ", "\t", " Sorry"], (3, 1)),
         (["\n\n", "\n", "\n", "\n", "I"], (4, 2)),
         (["\n\n", "\n", "\n", "\n", "\n", "\n", "I"], (4, 4)),  # too much of it
-        (["Sure", "\n\n", "Sorry"], (0, 0)),
+        (["Sure", "\n\n", "\n", "Sorry"], (0, 1)),  # whitespace after the first word is none before it
     ],
 )
 def test_whitespace_is_passed_over_as_the_model_would_write_it(
