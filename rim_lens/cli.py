@@ -214,5 +214,5 @@ def main() -> None:
         app()
     except RimLensError as error:
         errors.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
-        errors.print(str(error), markup=False, highlight=False)
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from error
