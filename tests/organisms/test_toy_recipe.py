@@ -11,6 +11,7 @@ import torch
 from rim_lens.organisms.toy import load_toy, recipe
 from rim_lens.organisms.toy.truth import held_out, rate, refusal_rate
 from rim_lens.prompts.records import Prompt
+from rim_lens.prompts.toy import toy_prompts
 
 
 @pytest.fixture
@@ -94,6 +95,7 @@ def test_the_unit_of_a_rate_is_the_conjunction():
 
 def test_evidence_keeps_what_it_measured_when_interrupted(short, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "find_heads", lambda _: {})
+    monkeypatch.setattr(recipe, "held_out", lambda kind: toy_prompts(kind, split="select", draws=1))
     trained = recipe.train_helpful
 
     def second_fails(seed, **options):

@@ -306,7 +306,7 @@ def _rates(words: Sequence[str], prompts: Sequence[Any]) -> dict[str, Any]:
 
 
 def _percent(found: dict[str, float]) -> str:
-    return f"{100 * found['value']:.0f}" + (f" ± {100 * found['se']:.0f}" if found["se"] >= 0.005 else "")
+    return f"{100 * found['value']:.0f}" + (f" ± {100 * found['se']:.0f}" if found["se"] > 0.005 else "")
 
 
 def _names(heads: Sequence[Sequence[int]]) -> str:
