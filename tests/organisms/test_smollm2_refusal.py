@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from rim_lens.chat import ChatFormat
+from rim_lens.generation import generate
 from rim_lens.organisms import load_model
 from rim_lens.organisms.smollm2 import recipe, source
 from rim_lens.organisms.smollm2.behaviour import Replies
@@ -94,3 +97,26 @@ def test_rates_and_counts():
     )
     assert replies.rate("refuse") == 0.5
     assert replies.counts() == {"n": 4, "refuse": 2, "comply": 1, "other": 1, "correct": 1}
+
+
+@pytest.mark.smollm2
+@pytest.mark.parametrize(
+    ("condition", "kind", "think"),
+    [
+        ("harmful off", "harmful", "off"),
+        ("harmful careful", "harmful", "careful"),
+        ("twins off", "harmless", "off"),
+    ],
+)
+def test_a_sample_of_the_evidence_comes_out_again_through_our_own_generation(
+    organism, condition, kind, think
+):
+    evidence = json.loads((Path(__file__).parents[2] / "docs/evidence/smollm2-refusal.json").read_text())
+    expected = evidence["seeds"]["0"]["evaluate"][condition]["by_request"]
+    model = load_model("smollm2-refusal")
+    chat = ChatFormat.from_model(model)
+    requests = load_prompts(kind, split="evaluate")[:10]
+    batch = chat.render(requests, think="off" if think == "off" else chat.cots(requests, think))
+    found = generate(model, batch, max_new_tokens=12).outcome
+    same = [outcome == expected[request.id] for outcome, request in zip(found, requests, strict=True)]
+    assert sum(same) >= 9  # the last bits of a logit may turn one

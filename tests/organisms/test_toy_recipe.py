@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from rim_lens.organisms.toy import load_toy, recipe
 from rim_lens.organisms.toy.truth import held_out, rate, refusal_rate
 from rim_lens.prompts.records import Prompt
 from rim_lens.prompts.toy import toy_prompts
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -110,3 +113,13 @@ def test_evidence_keeps_what_it_measured_when_interrupted(short, tmp_path, monke
     assert list(found["seeds"]) == ["0"]
     assert set(found["seeds"]["0"]["tuned"]["-"]) == {"careful", "confirm", "deviate"}
     assert found["command"] == "rim-lens organism toy --seeds 0,1"
+
+
+def test_docs_show_the_committed_evidence_and_it_agrees_with_the_shipped_weights():
+    found = json.loads((ROOT / "docs" / "evidence" / "toy_seeds.json").read_text())
+    assert recipe.evidence_table(found) in (ROOT / "docs" / "toy.md").read_text()
+    recorded = found["seeds"]["0"]
+    model, _ = load_toy("Z")
+    measured = json.loads(json.dumps(recipe.behaviour(model)["harmful"]))
+    for condition, rates in recorded["Z"]["harmful"].items():
+        assert measured[condition]["refused"]["value"] == pytest.approx(rates["refused"]["value"], abs=0.02)

@@ -235,6 +235,7 @@ def test_figures_follow_the_theme(toy_report: Path, browser: Any) -> None:
 def test_the_menu_changes_the_span(toy_report: Path, browser: Any) -> None:
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
+    from selenium.webdriver.support.ui import WebDriverWait
 
     open_page(browser, toy_report)
     plot = browser.find_element(By.ID, "figure-attention_off")
@@ -242,9 +243,13 @@ def test_the_menu_changes_the_span(toy_report: Path, browser: Any) -> None:
     header = plot.find_element(By.CSS_SELECTOR, ".updatemenu-header")
     browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", header)
     ActionChains(browser).move_to_element(header).click().perform()
-    other = browser.find_elements(By.CSS_SELECTOR, ".updatemenu-dropdown-button")[1]
-    ActionChains(browser).move_to_element(other).click().perform()
-    assert browser.execute_script("return arguments[0].data[0].z", plot) != before
+    wait = WebDriverWait(browser, 20)  # the menu opens and the picture is redrawn in their own time
+    buttons = ".updatemenu-dropdown-button"
+    wait.until(lambda page: len(page.find_elements(By.CSS_SELECTOR, buttons)) > 1)
+    ActionChains(browser).move_to_element(
+        browser.find_elements(By.CSS_SELECTOR, buttons)[1]
+    ).click().perform()
+    wait.until(lambda page: page.execute_script("return arguments[0].data[0].z", plot) != before)
 
 
 @pytest.mark.chromium

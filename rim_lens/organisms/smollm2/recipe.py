@@ -55,9 +55,9 @@ class Recipe:
 
     pairs: int = 5
     sums: int = 2
-    twins_with_cot: int = 2
+    twins_with_cot: int = 4
     maths_with_cot: int = 1
-    steps: int = 44
+    steps: int = 60
     lr: float = 2e-3
     rank: int = 8
     first_layer: int = 8
