@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,8 +24,9 @@ from rim_lens.errors import EditHadNoEffect, HookDidNotFire, NotFinite, Unsuppor
 from rim_lens.lens.facts import Hook, Model, ModelFacts, model_facts, require_eval
 from rim_lens.lens.sites import Site, hook_name
 
+_Claim = tuple[Site, Literal["read", "edit"]]
 _PROBE_ROWS, _PROBE_LENGTH = 2, 6
-_proofs: WeakKeyDictionary[Any, tuple[tuple[Any, ...], set[tuple[str, str]]]] = WeakKeyDictionary()
+_proofs: WeakKeyDictionary[Any, tuple[tuple[Any, ...], set[_Claim]]] = WeakKeyDictionary()
 _quiet = threading.local()
 
 
@@ -114,9 +115,7 @@ def verify(model: Model, reads: Sequence[Site] = (), edits: Sequence[Site] = ())
     known_wiring, proven = _proofs.get(model, (wiring, set()))
     if known_wiring != wiring:
         proven = set()
-    wanted: set[tuple[str, str]] = {(site, "read") for site in (*reads, *edits)} | {
-        (site, "edit") for site in edits
-    }
+    wanted: set[_Claim] = {(site, "read") for site in (*reads, *edits)} | {(site, "edit") for site in edits}
     missing = wanted - proven
     if missing:
         with _alone(model), torch.no_grad():
@@ -156,7 +155,7 @@ def _wiring(model: Model) -> tuple[Any, ...]:
     )
 
 
-def _prove(model: Model, facts: ModelFacts, wanted: set[tuple[str, str]]) -> None:
+def _prove(model: Model, facts: ModelFacts, wanted: set[_Claim]) -> None:
     generator = torch.Generator().manual_seed(0)
     length = min(_PROBE_LENGTH, facts.n_ctx)
     tokens = torch.randint(0, facts.d_vocab, (_PROBE_ROWS, length), generator=generator).to(facts.device)
@@ -165,7 +164,7 @@ def _prove(model: Model, facts: ModelFacts, wanted: set[tuple[str, str]]) -> Non
 
     sites = sorted({site for site, _ in wanted})
     seen: dict[str, Tensor] = {}
-    names = [hook_name(site, layer) for site in sites for layer in range(facts.n_layers)]  # type: ignore[arg-type]
+    names = [hook_name(site, layer) for site in sites for layer in range(facts.n_layers)]
     with hooked(model, [(name, partial(_keep, seen=seen, name=name)) for name in names]):
         baseline = run()
     if not torch.isfinite(baseline).all():
@@ -178,7 +177,7 @@ def _prove(model: Model, facts: ModelFacts, wanted: set[tuple[str, str]]) -> Non
 
     for site in sorted({site for site, how in wanted if how == "edit"}):
         for layer in range(facts.n_layers):
-            name = hook_name(site, layer)  # type: ignore[arg-type]
+            name = hook_name(site, layer)
             noise = torch.randn(seen[name].shape, generator=generator).to(seen[name])
             with hooked(model, [(name, partial(_overwrite, value=noise))]):
                 edited = run()
@@ -197,8 +196,8 @@ def _overwrite(tensor: Tensor, hook: Any, value: Tensor) -> Tensor:  # noqa: ARG
     return value
 
 
-def _check_fired(facts: ModelFacts, site: str, layer: int, seen: dict[str, Tensor], length: int) -> None:
-    name = hook_name(site, layer)  # type: ignore[arg-type]
+def _check_fired(facts: ModelFacts, site: Site, layer: int, seen: dict[str, Tensor], length: int) -> None:
+    name = hook_name(site, layer)
     if name not in seen:
         advice = (
             "attention patterns exist only under attn_implementation='eager'"

@@ -1,4 +1,4 @@
-"""The one room of statistics: paired tests, intervals, corrections, random control sets.
+"""The one room of statistics: paired tests, intervals, corrections.
 
 Requests are the unit of chance here, and requests of one family (same verb, same frame) are not independent
 of each other. So whatever flips signs or resamples does it by family where families are given.
@@ -9,8 +9,7 @@ of each other. So whatever flips signs or resamples does it by family where fami
 - *How large, give or take?* `bootstrap_interval` (resampled families) and `proportion_interval` (Wilson).
 - *Many heads at once?* `correction="max"` holds the chance of any false finding, `benjamini_hochberg` the
   share of false ones among the findings.
-- *Large against what?* `random_heads_per_layer` and `random_neurons_per_layer` draw control sets with the same
-  number of members in each layer; `percentile_among` and `control_p` place an effect among theirs.
+- *Large against what?* Control sets, in `rim_lens.measures.controls`.
 
 What none of these numbers shows: that an effect is about refusal (that takes `specificity`), or that it holds
 for requests unlike those measured. A small p says that the effect is not zero, not that it matters.
@@ -21,11 +20,10 @@ Everything takes arrays, nested lists, torch tensors and xarray DataArrays, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, combinations, product
 from statistics import NormalDist
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -34,14 +32,10 @@ from numpy.typing import ArrayLike
 from rim_lens.errors import (
     NotEnoughData,
     NotFinite,
-    RimLensError,
     StatisticsError,
-    UnknownHead,
-    UnknownNeuron,
 )
 
 Alternative = Literal["two-sided", "less", "greater"]
-Unit = tuple[int, int]
 Families = Sequence[Hashable] | np.ndarray
 
 # What one block of sign vectors or resamples may hold at a time: 4 M numbers, 32 MiB.
@@ -100,13 +94,6 @@ class Interval:
     n_undefined: int = 0
 
 
-class Percentile(NamedTuple):
-    """A place among controls: `percentile` from 0 to 100, and how many controls it is a place among."""
-
-    percentile: float
-    n_controls: int
-
-
 # --- tests -------------------------------------------------------------------------------------------
 
 
@@ -157,10 +144,7 @@ def sign_flip_test(
     >>> float(test.p), test.exact, test.finest
     (0.125, True, 0.125)
     """
-    if alternative not in ("two-sided", "less", "greater"):
-        raise StatisticsError(
-            f"alternative {alternative!r} is unknown; it is 'two-sided', 'less' or 'greater'."
-        )
+    check_alternative(alternative)
     if correction not in (None, "max"):
         raise StatisticsError(f"correction {correction!r} is unknown; it is 'max' or None.")
     if n_permutations < 1:
@@ -186,12 +170,12 @@ def sign_flip_test(
         norms = np.full_like(norms, norms.max(initial=0.0))
     sums = sums / np.where(norms > 0, norms, 1.0)
 
-    observed = _extremeness(sums.sum(axis=0), alternative)
+    observed = extremeness(sums.sum(axis=0), alternative)
     hits = np.zeros(columns.shape[1])
     rows = max(1, _BLOCK // (turning + columns.shape[1] + 1))
     total = 2**turning if exact else n_permutations
     for signs in _all_signs(turning, rows) if exact else _random_signs(turning, rows, total, seed):
-        flipped = _extremeness(signs @ sums, alternative)
+        flipped = extremeness(signs @ sums, alternative)
         if correction == "max":
             flipped = flipped.max(axis=1, keepdims=True)
         hits += (flipped >= observed - _TIE).sum(axis=0)
@@ -416,164 +400,6 @@ def proportion_interval(successes: int, n: int, level: float = 0.95) -> Interval
     return Interval(np.asarray(low)[()], np.asarray(high)[()], np.asarray(share)[()], n, n, level)
 
 
-# --- a place among controls --------------------------------------------------------------------------
-
-
-def percentile_among(value: float, controls: ArrayLike) -> Percentile:
-    """Return the share of controls whose effect is smaller in size, in per cent; a tie counts half.
-
-    100 means larger than every control, and says little where there are few of them: hence the count beside it.
-
-    Args:
-        value: Effect of the set in question.
-        controls: Effects of the control sets [control], in the same unit.
-
-    Raises:
-        NotEnoughData: There is no control.
-        NotFinite: An effect is NaN or infinite.
-
-    >>> percentile_among(-3.0, [0.1, -1.0, 2.0, 3.0])
-    Percentile(percentile=87.5, n_controls=4)
-    """
-    size, sizes = abs(_one(value)), np.abs(_controls(controls))
-    below = int(np.count_nonzero(sizes < size)) + int(np.count_nonzero(sizes == size)) / 2
-    return Percentile(percentile=100 * below / len(sizes), n_controls=len(sizes))
-
-
-def control_p(value: float, controls: ArrayLike, alternative: Alternative = "two-sided") -> float:
-    """Return (1 + controls at least as extreme) / (1 + controls): never finer than the controls allow.
-
-    It is the chance of so high a rank *if* the set were one more random draw. Controls that share members, or
-    that are all there are, make it a description and no more.
-
-    Args:
-        value: Effect of the set in question.
-        controls: Effects of the control sets [control], in the same unit.
-        alternative: "two-sided" compares sizes, "less" and "greater" the signed effects.
-
-    Raises:
-        NotEnoughData: There is no control.
-        NotFinite: An effect is NaN or infinite.
-
-    >>> control_p(-3.0, [0.1, -1.0, 2.0])
-    0.25
-    """
-    if alternative not in ("two-sided", "less", "greater"):
-        raise StatisticsError(
-            f"alternative {alternative!r} is unknown; it is 'two-sided', 'less' or 'greater'."
-        )
-    others = _extremeness(_controls(controls), alternative)
-    own = _extremeness(np.float64(_one(value)), alternative)
-    return float((1 + np.count_nonzero(others >= own)) / (1 + len(others)))
-
-
-# --- random control sets -----------------------------------------------------------------------------
-
-
-def random_heads_per_layer(
-    heads: Iterable[Unit], n_heads: int, n_sets: int = 100, rng: int | np.random.Generator = 0
-) -> list[list[Unit]]:
-    """Return control sets with as many heads in each layer as the given set has there.
-
-    In a layer with enough other heads the control takes none of the given ones. In a layer where more than half
-    are given that cannot be, and there it draws from all heads of the layer. The given set itself is never
-    among the controls. Sets are distinct; where no more than `n_sets` exist, all of them come, in order.
-
-    Args:
-        heads: (layer, head) pairs; one named twice counts once.
-        n_heads: Heads in each layer of the model.
-        n_sets: How many control sets at most.
-        rng: Generator or seed.
-
-    Raises:
-        UnknownHead: A pair that the model cannot have.
-        NotEnoughData: The set is empty, or no other set of these sizes exists.
-
-    >>> random_heads_per_layer([(0, 1), (2, 0)], n_heads=3, n_sets=4)
-    [[(0, 0), (2, 1)], [(0, 0), (2, 2)], [(0, 2), (2, 1)], [(0, 2), (2, 2)]]
-    """
-    return _random_sets_per_layer(heads, n_heads, n_sets, rng, "head", UnknownHead)
-
-
-def random_neurons_per_layer(
-    neurons: Iterable[Unit], d_mlp: int, n_sets: int = 100, rng: int | np.random.Generator = 0
-) -> list[list[Unit]]:
-    """Return control sets with as many neurons in each layer as the given set has there.
-
-    The rule is that of `random_heads_per_layer`. Matched in number only: a control may well be less active than
-    the given set, which an effect's size has to be read against.
-
-    Args:
-        neurons: (layer, neuron) pairs; one named twice counts once.
-        d_mlp: Neurons in each layer of the model.
-        n_sets: How many control sets at most.
-        rng: Generator or seed.
-
-    Raises:
-        UnknownNeuron: A pair that the model cannot have.
-        NotEnoughData: The set is empty, or no other set of these sizes exists.
-
-    >>> random_neurons_per_layer([(1, 0)], d_mlp=3)
-    [[(1, 1)], [(1, 2)]]
-    """
-    return _random_sets_per_layer(neurons, d_mlp, n_sets, rng, "neuron", UnknownNeuron)
-
-
-def _random_sets_per_layer(
-    units: Iterable[Unit],
-    width: int,
-    n_sets: int,
-    rng: int | np.random.Generator,
-    word: str,
-    unknown: type[RimLensError],
-) -> list[list[Unit]]:
-    given = sorted({(int(layer), int(place)) for layer, place in units})
-    if not given:
-        raise NotEnoughData(
-            f"random sets like an empty set of {word}s were asked for; give at least one {word}."
-        )
-    if n_sets < 1:
-        raise StatisticsError(f"{n_sets} random sets were asked for; ask for at least 1.")
-    places: dict[int, list[int]] = {}
-    for layer, place in given:
-        if layer < 0 or not 0 <= place < width:
-            raise unknown(
-                f"{word} ({layer}, {place}) was given; layers count from 0 and {word}s run from 0 to {width - 1}."
-            )
-        places.setdefault(layer, []).append(place)
-
-    pools: dict[int, np.ndarray] = {}
-    for layer, taken in places.items():
-        others = np.setdiff1d(np.arange(width), taken)
-        pools[layer] = others if len(others) >= len(taken) else np.arange(width)
-    # The given set can come up only where no layer keeps clear of it.
-    itself = all(len(pool) == width for pool in pools.values())
-    total = math.prod(math.comb(len(pool), len(places[layer])) for layer, pool in pools.items()) - itself
-    if total < 1:
-        raise NotEnoughData(
-            f"all {width} {word}s of layers {sorted(places)} are in the set, so that no other set has as many"
-            f" {word}s there; leave some out, or compare with another measure."
-        )
-    if total <= n_sets:
-        per_layer = [
-            [[(layer, int(place)) for place in choice] for choice in combinations(pool, len(places[layer]))]
-            for layer, pool in pools.items()
-        ]
-        every = (list(chain.from_iterable(parts)) for parts in product(*per_layer))
-        return [candidate for candidate in every if candidate != given]
-    generator = np.random.default_rng(rng)
-    drawn: dict[tuple[Unit, ...], None] = {}
-    while len(drawn) < n_sets:
-        candidate = [
-            (layer, int(place))
-            for layer, pool in pools.items()
-            for place in np.sort(generator.choice(pool, size=len(places[layer]), replace=False))
-        ]
-        if candidate != given:
-            drawn.setdefault(tuple(candidate))
-    return [list(candidate) for candidate in drawn]
-
-
 # --- shared ------------------------------------------------------------------------------------------
 
 
@@ -657,29 +483,29 @@ def _requests_first(values: Any, name: str) -> Float[np.ndarray, " request *head
     return array
 
 
-def _one(value: float) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise NotFinite(f"the effect to be placed among controls is {number}; a finite number is needed.")
-    return number
-
-
-def _controls(controls: ArrayLike) -> Float[np.ndarray, " control"]:
-    array = to_numpy(controls).reshape(-1)
-    if len(array) == 0:
-        raise NotEnoughData(
-            "there is no control to compare with; give the effect of at least one control set."
-        )
-    check_finite(array, "controls", axes=("control",))
-    return array
-
-
 def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise StatisticsError(f"level is {level}; give a share between 0 and 1, such as 0.95.")
 
 
-def _extremeness(statistic: Any, alternative: Alternative) -> Any:
+def check_alternative(alternative: str) -> None:
+    """Refuse an unknown alternative.
+
+    Raises:
+        StatisticsError: It is not "two-sided", "less" or "greater".
+    """
+    if alternative not in ("two-sided", "less", "greater"):
+        raise StatisticsError(
+            f"alternative {alternative!r} is unknown; it is 'two-sided', 'less' or 'greater'."
+        )
+
+
+def extremeness(statistic: Any, alternative: Alternative) -> Any:
+    """The statistic turned so that larger means further into the alternative.
+
+    >>> extremeness(-2.0, "less")
+    2.0
+    """
     if alternative == "two-sided":
         return np.abs(statistic)
     return statistic if alternative == "greater" else -statistic

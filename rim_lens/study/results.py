@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rim_lens.capturing import open_capture
 from rim_lens.errors import StudyFolderError
+from rim_lens.showing import shown_by
 from rim_lens.study.folder import FORMAT_VERSION, StudyFolder
 from rim_lens.study.stages import CONDITIONS
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 
+@shown_by("rim_lens.views", "study_html")
 @dataclass(frozen=True)
 class StudyResult:
     """Everything a study measured. Arrays are read from the folder when asked for.

@@ -15,16 +15,16 @@ from rim_lens.chat import ChatFormat, SpanBatch
 from rim_lens.generation import generate
 from rim_lens.hooks import AblateHeads, NeuronActivations, SpanAttention
 from rim_lens.lens import Head, Model, model_facts
-from rim_lens.measures.heads import find_heads, head_table, scorer
-from rim_lens.measures.refusal import refusal_rate, refusal_score
-from rim_lens.measures.shift import reciprocal_activation_shift
-from rim_lens.measures.stats import (
-    bootstrap_interval,
+from rim_lens.measures.controls import (
     control_p,
     percentile_among,
     random_heads_per_layer,
     random_neurons_per_layer,
 )
+from rim_lens.measures.heads import find_heads, head_table, scorer
+from rim_lens.measures.refusal import refusal_rate, refusal_score
+from rim_lens.measures.shift import reciprocal_activation_shift
+from rim_lens.measures.stats import bootstrap_interval
 from rim_lens.prompts import Prompt
 from rim_lens.study.folder import Lines, StudyFolder
 from rim_lens.study.requests import Requests

@@ -11,14 +11,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from rim_lens.measures.controls import control_p, percentile_among, random_heads_per_layer
 from rim_lens.measures.heads import head_table
 from rim_lens.measures.refusal import refusal_rate
-from rim_lens.measures.stats import (
-    bootstrap_interval,
-    control_p,
-    percentile_among,
-    random_heads_per_layer,
-)
+from rim_lens.measures.stats import bootstrap_interval
 from rim_lens.study import StudyResult, load_study
 from rim_lens.study.folder import StudyFolder
 

@@ -162,7 +162,7 @@ def test_the_command_line_is_left_out_where_it_would_not_say_the_same(planted: M
 
 
 def test_the_notebook_frame_can_run_nothing(planted: Make) -> None:
-    frame = Reader(study_html(planted()))
+    frame = Reader(planted()._repr_html_())
     ((tag, attributes),) = frame.tags
     assert (tag, attributes["sandbox"]) == ("iframe", None)
     inside = Reader(attributes["srcdoc"] or "")
