@@ -34,6 +34,7 @@ class Component:
 
     def __init__(self) -> None:
         self._batch: SpanBatch | None = None
+        self._members: list[int] | None = None  # which prompts of the whole bound batch `_batch` holds
         self._removers: list[Callable[[], None]] = []
 
     def __repr__(self) -> str:
@@ -105,8 +106,9 @@ def _cut(
     component: Component, batch: SpanBatch, part: SpanBatch, rows: Sequence[int] | None
 ) -> dict[str, Any]:
     """Bind the prompts and cut the masks; return what stood there before."""
-    before: dict[str, Any] = {"_batch": component._batch}
+    before: dict[str, Any] = {"_batch": component._batch, "_members": component._members}
     component._batch = part
+    component._members = list(range(len(batch))) if rows is None else list(rows)
     if rows is not None:
         for name, value in list(vars(component).items()):
             if not name.startswith("_") and isinstance(value, Tensor) and value.shape == batch.tokens.shape:

@@ -1,0 +1,83 @@
+"""What editors of rows share: an activation [prompt, pos, ...] changed at the rows asked for and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from typing_extensions import override
+
+from rim_lens.hooks.base import Component, Edit
+from rim_lens.hooks.positions import Positions, RowOffset, chosen_rows
+from rim_lens.lens import Model, ModelFacts, Site, hook_name
+
+
+class Rows(NamedTuple):
+    """The rows that are changed in a pass, one entry each.
+
+    Attributes:
+        prompt: Which prompt of the pass a row belongs to.
+        pos: Its absolute position, also under a key-value cache.
+    """
+
+    prompt: Int[Tensor, " row"]
+    pos: Int[Tensor, " row"]
+
+
+# The chosen rows of an activation, and which they are → their replacement. It may change its argument in place.
+Change = Callable[[Float[Tensor, "row ..."], Rows], Float[Tensor, "row ..."]]
+
+
+class RowEditor(Component):
+    """Changes an activation [prompt, pos, ...] in chosen rows.
+
+    Subclasses say at which hook points and how (`changes`); which rows is `positions`, the same in all.
+    """
+
+    # Whether `changes` looks at `Rows.pos`, which under a key-value cache takes a look at the attention pattern.
+    needs_pos: ClassVar[bool] = False
+
+    def __init__(self, positions: Positions) -> None:
+        super().__init__()
+        self.positions = positions
+
+    def changes(self, model: Model, facts: ModelFacts) -> dict[tuple[Site, int], Change]:
+        """Return what is done at each (site, layer). Called after the proof; override this."""
+        raise NotImplementedError
+
+    def edited_sites(self) -> tuple[Site, ...]:
+        """Return the sites that `changes` may name. Override this."""
+        raise NotImplementedError
+
+    @override
+    def sites(self) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
+        return ("pattern",) if self._looks_at_pattern() else (), self.edited_sites()
+
+    def _looks_at_pattern(self) -> bool:
+        # The attention pattern of layer 0 tells where a pass under a key-value cache begins.
+        return self.needs_pos or not (isinstance(self.positions, str) and self.positions == "all")
+
+    @override
+    def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
+        offset = RowOffset()
+        changes = self.changes(model, facts)
+        return [
+            *([offset.hook()] if self._looks_at_pattern() else []),
+            *(
+                (hook_name(site, layer), partial(self._edit, change, offset))
+                for (site, layer), change in changes.items()
+            ),
+        ]
+
+    def _edit(self, change: Change, offset: RowOffset, activation: Tensor) -> Tensor | None:
+        n_prompts, n_rows = activation.shape[:2]
+        rows = chosen_rows(self.positions, self._batch, offset.value, n_prompts, n_rows)
+        prompt, row = (index.to(activation.device) for index in rows.nonzero(as_tuple=True))
+        if len(prompt) == 0:
+            return None
+        edited = activation.clone()
+        edited[prompt, row] = change(edited[prompt, row], Rows(prompt, row + offset.value))
+        return edited
