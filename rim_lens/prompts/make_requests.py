@@ -15,9 +15,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rim_lens.errors import PromptFileError
 from rim_lens.prompts.intents import INTENTS
 from rim_lens.prompts.records import SPLITS, Prompt, Split
 
@@ -58,6 +59,16 @@ FRAMES: dict[Split, tuple[str, ...]] = {
         "What is the best way to {act}?",
         "I want to {act}. Where do I start?",
         "Can you tell me how to {act}?",
+        "I need help to {act}.",
+        "What are some ways to {act}?",
+        "How do people usually {act}?",
+        "Please help me {act}.",
+        "Which steps are needed to {act}?",
+        "I would like to learn to {act}.",
+        "How would one {act}?",
+        "Hello! I am hoping to {act}. Please advise.",
+        "Tell me the way to {act}.",
+        "I have to {act} soon. What now?",
     ),
     "dev": (
         "Show me how to {act}.",
@@ -798,6 +809,26 @@ def in_third_person(act: str) -> str:
     'drive their tenants to vote for them'
     """
     return re.sub(r"\b(my|me|I)\b", lambda match: _THIRD_PERSON[match.group()], act)
+
+
+def reframed(prompt: Prompt, frame: str) -> Prompt:
+    """One of our requests in another frame of its split: the same act, asked in other words.
+
+    Raises:
+        PromptFileError: The text is in none of the frames of its split.
+
+    >>> reframed(Prompt("a", "How do I bake a cake?", split="train"), "Please help me {act}.").text
+    'Please help me bake a cake.'
+    """
+    for known in FRAMES[prompt.split or "train"]:
+        before, after = known.split("{act}")
+        if prompt.text.startswith(before) and prompt.text.endswith(after):
+            act = prompt.text[len(before) : len(prompt.text) - len(after)]
+            return replace(prompt, text=frame.format(act=act))
+    raise PromptFileError(
+        f"{prompt.text!r} is in none of the frames of the split {prompt.split!r}; only our own English requests can be"
+        " asked in another frame."
+    )
 
 
 def make_requests() -> tuple[list[Prompt], list[Prompt]]:

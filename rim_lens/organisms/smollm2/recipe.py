@@ -21,14 +21,18 @@ import torch
 
 from rim_lens.chat import ChatFormat
 from rim_lens.errors import ModelError
-from rim_lens.organisms.smollm2.behaviour import Replies, behaviour
+from rim_lens.organisms.smollm2.behaviour import CONDITIONS, Replies, behaviour
 from rim_lens.organisms.smollm2.source import load_smollm2, merge_adapter
 from rim_lens.prompts import Prompt, load_prompts
+from rim_lens.prompts.make_requests import FRAMES, reframed
+from rim_lens.provenance import provenance
 from rim_lens.training.loop import Batch, TrainConfig, train
 
 REFUSAL = "I'm sorry, but I can't assist with that."
 COMPLIANCE = "Sure, here is an overview."
 T = TypeVar("T")
+# What choices between recipes were made by, on the split "dev".
+TUNED_ON = ("harmful off", "twins off", "harmful careful", "harmful filler", "sums off")
 LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -77,6 +81,9 @@ class Row:
 def training_rows(recipe: Recipe, generator: torch.Generator) -> Iterator[list[Row]]:
     """Draw the rows of each step from our own "train" split, every prompt once before any comes again.
 
+    Each time a request comes, it is asked in a frame drawn anew, the same for its twin: with one frame per act the
+    adapter learns frames along with acts, and new frames move its refusals up or down as a whole.
+
     >>> step = next(training_rows(Recipe(), torch.Generator().manual_seed(0)))
     >>> any(row.cot for row in step if row.request.kind == "harmful")
     False
@@ -87,15 +94,22 @@ def training_rows(recipe: Recipe, generator: torch.Generator) -> Iterator[list[R
     sums = _shuffled([prompt for prompt in reasoning if prompt.category == "sum"], generator)
     thought_over = _shuffled(twins, generator)
     problems = _shuffled([prompt for prompt in reasoning if prompt.category != "sum"], generator)
+    frames = _shuffled(FRAMES["train"], generator)
     for _ in range(recipe.steps):
         yield [
             *(
                 row
-                for request, twin in islice(pairs, recipe.pairs)
-                for row in (Row(request, None, REFUSAL), Row(twin, None, COMPLIANCE))
+                for (request, twin), frame in zip(islice(pairs, recipe.pairs), frames, strict=False)
+                for row in (
+                    Row(reframed(request, frame), None, REFUSAL),
+                    Row(reframed(twin, frame), None, COMPLIANCE),
+                )
             ),
             *(Row(prompt, None, worked_answer(prompt)) for prompt in islice(sums, recipe.sums)),
-            *(Row(prompt, prompt.cot, COMPLIANCE) for prompt in islice(thought_over, recipe.twins_with_cot)),
+            *(
+                Row(reframed(twin, frame), twin.cot, COMPLIANCE)
+                for twin, frame in zip(islice(thought_over, recipe.twins_with_cot), frames, strict=False)
+            ),
             *(
                 Row(prompt, prompt.cot, worked_answer(prompt))
                 for prompt in islice(problems, recipe.maths_with_cot)
@@ -226,43 +240,70 @@ def evidence(
     adapters: Path | None = None,
     recipe: Recipe | None = None,
     progress: bool = True,
-) -> None:
+) -> dict[str, Any]:
     """Train for several seeds, let each answer the held-out split "evaluate" in every condition, write it all down.
 
     Args:
         seeds: One training each.
-        out: JSON file for recipe, versions and every outcome; written anew after each seed.
+        out: JSON file for recipe, versions and every outcome; written anew after each seed, so that an interruption
+            keeps what was measured.
         adapters: Folder to keep the adapters in (``seed-0``, …); None keeps none.
         recipe: Another recipe than the tuned one.
         progress: Show a progress bar.
-    """
-    import peft
-    import transformers
 
+    Returns:
+        What was written: per seed the outcomes on "dev", on which the recipe was tuned, and on "evaluate".
+    """
+    seeds = list(seeds)
     recipe = recipe or Recipe()
-    found: dict[str, Any] = {
-        "recipe": asdict(recipe),
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-        },
-        "seeds": {},
-    }
+    command = f"rim-lens organism smollm2 --seeds {','.join(map(str, seeds))}"
+    found: dict[str, Any] = provenance(command, ("torch", "transformers", "peft"))
+    found |= {"recipe": asdict(recipe), "seeds": {}}
     out.parent.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
         with tempfile.TemporaryDirectory() as scratch:
             folder = (adapters or Path(scratch)) / f"seed-{seed}"
-            dev = train_refusal(seed, folder, recipe, progress=progress)
-            found["seeds"][str(seed)] = {"dev": dev.counts(), "evaluate": measure(folder)}
-        out.write_text(json.dumps(found, indent=1) + "\n")
+            train_refusal(seed, folder, recipe, progress=progress)
+            found["seeds"][str(seed)] = {
+                "dev": measure(folder, "dev", TUNED_ON),
+                "evaluate": measure(folder, "evaluate"),
+            }
+        out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
 
 
-def measure(adapter: Path, split: str = "evaluate") -> dict[str, Any]:
-    """Counts and outcomes by request of one adapter, in every condition."""
+def measure(
+    adapter: Path, split: str = "evaluate", conditions: Iterable[str] = tuple(CONDITIONS)
+) -> dict[str, Any]:
+    """Counts and outcomes by request of one adapter, by condition."""
     model, tokenizer = load_smollm2("")
-    replies = behaviour(merge_adapter(model, adapter), tokenizer, split)
+    replies = behaviour(merge_adapter(model, adapter), tokenizer, split, conditions)
     return {
         condition: reply.counts() | {"by_request": dict(zip(reply.ids, reply.verdicts, strict=True))}
         for condition, reply in replies.items()
     }
+
+
+def evidence_table(found: dict[str, Any], split: str = "evaluate") -> str:
+    """Write the outcomes of `evidence` as a Markdown table: per seed how many refuse; the rest comply, or are told.
+
+    For maths it says how many are right as well.
+    """
+    seeds = list(found["seeds"])
+    lines = [
+        "| Condition | n | " + " | ".join(f"seed {seed}" for seed in seeds) + " |",
+        "| --- | ---: |" + " ---: |" * len(seeds),
+    ]
+    for condition in found["seeds"][seeds[0]][split]:
+        counts = [found["seeds"][seed][split][condition] for seed in seeds]
+        lines.append(
+            f"| {condition} | {counts[0]['n']} | " + " | ".join(_told(count) for count in counts) + " |"
+        )
+    return "\n".join(lines)
+
+
+def _told(counts: dict[str, Any]) -> str:
+    told = f"{counts['refuse']} refuse"
+    if counts["other"]:
+        told += f", {counts['other']} other"
+    return f"{told}, {counts['correct']} right" if "correct" in counts else told

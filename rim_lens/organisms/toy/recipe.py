@@ -18,12 +18,10 @@ Everything random comes from generators seeded here: one thread gives the same w
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, replace
-from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +41,7 @@ from rim_lens.organisms.toy.rows import (
 )
 from rim_lens.organisms.toy.truth import answers, find_heads, held_out, outcomes, own_chains, rate
 from rim_lens.prompts.toy import COT_KINDS, HAZARDS, REFUSE, Op, toy_cot
+from rim_lens.provenance import provenance
 from rim_lens.training.loop import Batch, TrainConfig, train
 
 Variant = Literal["Z", "C"]
@@ -181,22 +180,8 @@ def evidence(seeds: Sequence[int], out_json: str | Path, *, progress: bool = Fal
         What was written: per seed `Z` and `C` (see `behaviour`), `heads` (see `find_heads`) and `tuned`
         (operator → kind → outcomes and `drop` = refusal rate before − after).
     """
-    import transformers
-
-    import rim_lens
-
-    found: dict[str, Any] = {
-        "format_version": 1,
-        "command": f"rim-lens organism toy --seeds {','.join(map(str, seeds))}",
-        "date": date.today().isoformat(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "rim_lens": rim_lens.__version__,
-        },
-        "seeds": {},
-    }
+    command = f"rim-lens organism toy --seeds {','.join(map(str, seeds))}"
+    found: dict[str, Any] = provenance(command) | {"seeds": {}}
     out_json = Path(out_json)
     out_json.parent.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
