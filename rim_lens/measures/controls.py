@@ -26,6 +26,8 @@ from rim_lens.errors import (
 from rim_lens.measures.stats import Alternative, check_alternative, check_finite, extremeness, to_numpy
 
 Unit = tuple[int, int]
+NEAREST = 20  # a control is drawn from so many neighbours in activity
+_GIVE_UP = 1000
 
 
 class Percentile(NamedTuple):
@@ -104,7 +106,11 @@ def _controls(controls: ArrayLike) -> Float[np.ndarray, " control"]:
 
 
 def random_heads_per_layer(
-    heads: Iterable[Unit], n_heads: int, n_sets: int = 100, rng: int | np.random.Generator = 0
+    heads: Iterable[Unit],
+    n_heads: int,
+    n_sets: int = 100,
+    rng: int | np.random.Generator = 0,
+    activity: ArrayLike | None = None,
 ) -> list[list[Unit]]:
     """Return control sets with as many heads in each layer as the given set has there.
 
@@ -112,44 +118,58 @@ def random_heads_per_layer(
     are given that cannot be, and there it draws from all heads of the layer. The given set itself is never
     among the controls. Sets are distinct; where no more than `n_sets` exist, all of them come, in order.
 
+    With `activity`, each head is replaced by one of the `NEAREST` others of its layer that come nearest to it in
+    activity, so that a control moves about as much as the set in question. It may then be more like it in other
+    ways as well, and the yardstick is stricter.
+
     Args:
         heads: (layer, head) pairs; one named twice counts once.
         n_heads: Heads in each layer of the model.
         n_sets: How many control sets at most.
         rng: Generator or seed.
+        activity: [layer, head] of any size that controls are to be alike in (mean norm of z, mass on a span).
 
     Raises:
         UnknownHead: A pair that the model cannot have.
         NotEnoughData: The set is empty, or no other set of these sizes exists.
+        StatisticsError: `activity` has no entry for a head in question.
+        NotFinite: `activity` holds NaN or infinity.
 
     >>> random_heads_per_layer([(0, 1), (2, 0)], n_heads=3, n_sets=4)
     [[(0, 0), (2, 1)], [(0, 0), (2, 2)], [(0, 2), (2, 1)], [(0, 2), (2, 2)]]
     """
-    return _random_sets_per_layer(heads, n_heads, n_sets, rng, "head", UnknownHead)
+    return _random_sets_per_layer(heads, n_heads, n_sets, rng, activity, "head", UnknownHead)
 
 
 def random_neurons_per_layer(
-    neurons: Iterable[Unit], d_mlp: int, n_sets: int = 100, rng: int | np.random.Generator = 0
+    neurons: Iterable[Unit],
+    d_mlp: int,
+    n_sets: int = 100,
+    rng: int | np.random.Generator = 0,
+    activity: ArrayLike | None = None,
 ) -> list[list[Unit]]:
     """Return control sets with as many neurons in each layer as the given set has there.
 
-    The rule is that of `random_heads_per_layer`. Matched in number only: a control may well be less active than
-    the given set, which an effect's size has to be read against.
+    The rule is that of `random_heads_per_layer`. Without `activity` they are matched in number only: a control may
+    well be less active than the given set, which an effect's size has to be read against.
 
     Args:
         neurons: (layer, neuron) pairs; one named twice counts once.
         d_mlp: Neurons in each layer of the model.
         n_sets: How many control sets at most.
         rng: Generator or seed.
+        activity: [layer, neuron] of any size that controls are to be alike in (mean pooled activation).
 
     Raises:
         UnknownNeuron: A pair that the model cannot have.
         NotEnoughData: The set is empty, or no other set of these sizes exists.
+        StatisticsError: `activity` has no entry for a neuron in question.
+        NotFinite: `activity` holds NaN or infinity.
 
     >>> random_neurons_per_layer([(1, 0)], d_mlp=3)
     [[(1, 1)], [(1, 2)]]
     """
-    return _random_sets_per_layer(neurons, d_mlp, n_sets, rng, "neuron", UnknownNeuron)
+    return _random_sets_per_layer(neurons, d_mlp, n_sets, rng, activity, "neuron", UnknownNeuron)
 
 
 def _random_sets_per_layer(
@@ -157,6 +177,7 @@ def _random_sets_per_layer(
     width: int,
     n_sets: int,
     rng: int | np.random.Generator,
+    activity: ArrayLike | None,
     word: str,
     unknown: type[RimLensError],
 ) -> list[list[Unit]]:
@@ -175,6 +196,7 @@ def _random_sets_per_layer(
             )
         places.setdefault(layer, []).append(place)
 
+    alike = None if activity is None else _activity(activity, max(places), width, word)
     pools: dict[int, np.ndarray] = {}
     for layer, taken in places.items():
         others = np.setdiff1d(np.arange(width), taken)
@@ -196,12 +218,48 @@ def _random_sets_per_layer(
         return [candidate for candidate in every if candidate != given]
     generator = np.random.default_rng(rng)
     drawn: dict[tuple[Unit, ...], None] = {}
-    while len(drawn) < n_sets:
+    repeats = 0
+    # Near neighbours may allow fewer sets than the layer does: a long run of repeats means that all were seen.
+    while len(drawn) < n_sets and repeats < _GIVE_UP:
         candidate = [
-            (layer, int(place))
+            (layer, place)
             for layer, pool in pools.items()
-            for place in np.sort(generator.choice(pool, size=len(places[layer]), replace=False))
+            for place in sorted(
+                generator.choice(pool, size=len(places[layer]), replace=False).tolist()
+                if alike is None
+                else _nearest(alike[layer], places[layer], pool, generator)
+            )
         ]
+        repeats = repeats + 1 if tuple(candidate) in drawn or candidate == given else 0
         if candidate != given:
             drawn.setdefault(tuple(candidate))
     return [list(candidate) for candidate in drawn]
+
+
+def _activity(
+    activity: ArrayLike, last_layer: int, width: int, word: str
+) -> Float[np.ndarray, "layer place"]:
+    array = to_numpy(activity)
+    if array.ndim != 2 or array.shape[1] != width or array.shape[0] <= last_layer:
+        raise StatisticsError(
+            f"activity has shape {array.shape}; controls of {word}s up to layer {last_layer} need one number per"
+            f" (layer, {word}), [at least {last_layer + 1}, {width}]."
+        )
+    check_finite(array, "activity", axes=("layer", word))
+    return array
+
+
+def _nearest(
+    activity: Float[np.ndarray, " place"],
+    members: list[int],
+    pool: np.ndarray,
+    generator: np.random.Generator,
+) -> list[int]:
+    """For each member, one of the places nearest to it in activity; none twice."""
+    taken: list[int] = []
+    for member in generator.permutation(members):
+        free = np.setdiff1d(pool, taken)
+        distance = np.abs(activity[free] - activity[member])
+        near = free[np.argsort(distance, kind="stable")[:NEAREST]]
+        taken.append(int(generator.choice(near)))
+    return taken

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rim_lens.errors import NotEnoughData, NotFinite, StatisticsError, UnknownHead, UnknownNeuron
+from rim_lens.measures import controls
 from rim_lens.measures.controls import (
     control_p,
     percentile_among,
@@ -136,6 +137,50 @@ def test_nothing_to_match_is_refused():
         random_heads_per_layer([(0, 0), (0, 1)], 2)
     with pytest.raises(StatisticsError):
         random_heads_per_layer([(0, 0)], 4, n_sets=0)
+
+
+@settings(UNHURRIED, max_examples=40)
+@given(seed=st.integers(0, 1000), n_members=st.integers(1, 5))
+def test_controls_matched_by_activity_are_near_neighbours_in_their_layer(seed, n_members):
+    rng = np.random.default_rng(seed)
+    activity = rng.normal(size=(2, 60))
+    members = [(1, int(place)) for place in rng.choice(60, n_members, replace=False)]
+    sets = random_neurons_per_layer(members, d_mlp=60, n_sets=10, rng=seed, activity=activity)
+    assert len(sets) == 10
+    assert len({tuple(candidate) for candidate in sets}) == 10
+    others = sorted(set(range(60)) - {place for _, place in members})
+    # Whoever was drawn is within reach of some member: its 20 nearest, and one more for each place already taken.
+    reach = set()
+    for _, member in members:
+        order = sorted(others, key=lambda place: abs(activity[1, place] - activity[1, member]))
+        reach |= set(order[: controls.NEAREST + n_members - 1])
+    for candidate in sets:
+        assert len(set(candidate)) == n_members
+        assert {layer for layer, _ in candidate} == {1}
+        assert {place for _, place in candidate} <= reach
+
+
+def test_matching_by_activity_moves_controls_towards_the_set():
+    activity = np.arange(200.0)[None]
+    members = [(0, 199), (0, 198)]
+    plain = random_neurons_per_layer(members, 200, n_sets=50)
+    alike = random_neurons_per_layer(members, 200, n_sets=50, activity=activity)
+    assert min(place for candidate in alike for _, place in candidate) >= 199 - 2 - controls.NEAREST
+    assert np.mean([place for candidate in plain for _, place in candidate]) < 150
+
+
+def test_where_neighbours_allow_few_sets_those_come_and_no_more(monkeypatch):
+    monkeypatch.setattr(controls, "NEAREST", 2)
+    sets = random_neurons_per_layer([(0, 0)], 200, n_sets=50, activity=np.arange(200.0)[None])
+    assert sorted(sets) == [[(0, 1)], [(0, 2)]]
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 7), (2,)])
+def test_activity_must_cover_the_layers(shape):
+    with pytest.raises(StatisticsError, match="activity has shape"):
+        random_heads_per_layer([(1, 3)], 8, n_sets=3, activity=np.zeros(shape))
+    with pytest.raises(NotFinite, match="layer 0, head 0"):
+        random_heads_per_layer([(1, 3)], 8, n_sets=3, activity=np.full((2, 8), math.nan))
 
 
 def test_an_unknown_alternative_is_refused():
