@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,7 +30,8 @@ organism = typer.Typer(
     help="Train the model organisms again, from nothing but the recipe.", no_args_is_help=True
 )
 app.add_typer(organism, name="organism")
-console = Console()
+# A pipe or a log has no width of its own: wide enough for the tables.
+console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)
 
 Out = Annotated[

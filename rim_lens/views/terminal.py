@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from rim_lens.study import StudyResult
 
+_LONGEST_WORD = 14
 _STYLES = {"shown": "green", "not shown": "yellow", "cannot tell": "yellow", "note": "dim"}
 
 
@@ -72,9 +73,17 @@ def _rich(table: Table) -> RichTable:
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1),
+        collapse_padding=True,
+        pad_edge=False,
     )
-    for column in table.columns:
-        drawn.add_column(Text(column), overflow="fold")
+    cells = [[visible(cell) for cell in row] for row in table.rows]
+    for number, column in enumerate(table.columns):
+        # A narrow terminal breaks lines between words, and within a word only where it is longer than a name.
+        words = [word for text in (column, *(row[number] for row in cells)) for word in text.split()]
+        drawn.add_column(
+            Text(column), overflow="fold", min_width=min(_LONGEST_WORD, max(map(len, words), default=1))
+        )
     for row in table.rows:
         # Text, not markup: brackets in a name are no style.
         drawn.add_row(*(Text(visible(cell), style="cyan" if isinstance(cell, Token) else "") for cell in row))

@@ -33,3 +33,10 @@ def test_brackets_in_names_are_no_markup(planted: Make) -> None:
     text = printed(planted(model="[red]model[/red] [bold", tuned={"[link=x]": 0.4}))
     assert "[red]model[/red] [bold" in text
     assert "[link=x]" in text
+
+
+def test_a_narrow_terminal_breaks_lines_between_words(planted: Make) -> None:
+    text = printed(planted(), width=80)
+    assert max(map(len, text.splitlines())) <= 80
+    for word in ("harmful", "condition", "unrelated", "refuse"):
+        assert f" {word} " in text
