@@ -116,6 +116,10 @@ class EditHadNoEffect(ModelError):
     """Overwriting a whole layer at a hook left the logits as they were: edits there are dead."""
 
 
+class ImpossibleEdit(RimLensError, ValueError):
+    """An edit cannot be done as asked: a row with nothing left to attend to, a mass above 1, a zero direction."""
+
+
 class NotFinite(ModelError, ValueError):
     """NaN or infinity where a finite number is needed."""
 
