@@ -6,6 +6,8 @@ that are also a kind of a built-in error derive from that as well, so that ``exc
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class RimLensError(Exception):
     """Base of all errors that rim_lens raises on purpose."""
@@ -153,6 +155,22 @@ class NotEnoughData(RimLensError, ValueError):
 
 class StatisticsError(RimLensError, ValueError):
     """A statistic was asked of numbers that cannot carry it (lengths that differ, a level outside 0 to 1)."""
+
+
+class AnswerError(RimLensError, ValueError):
+    """A reasoning question has no checked answer, or one that cannot be compared with what was written."""
+
+
+class JudgeUnavailable(RimLensError, ConnectionError):
+    """A judge's endpoint does not answer, or not as such an endpoint does.
+
+    Attributes:
+        judged: The table of what was judged before, where `judge_all` raised it; else None.
+    """
+
+    def __init__(self, message: str, judged: Any = None) -> None:
+        super().__init__(message)
+        self.judged = judged
 
 
 class GateNotPassed(RimLensError):

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from rim_lens.chat.chat_format import ChatFormat
+from rim_lens.chat.conditions import render_conditions
 from rim_lens.chat.formats import FormatSpec, register_format
 from rim_lens.chat.rendering import DEFAULT
 from rim_lens.chat.spans import SpanBatch, Spans
 
-__all__ = ["DEFAULT", "ChatFormat", "FormatSpec", "SpanBatch", "Spans", "register_format"]
+__all__ = [
+    "DEFAULT",
+    "ChatFormat",
+    "FormatSpec",
+    "SpanBatch",
+    "Spans",
+    "register_format",
+    "render_conditions",
+]

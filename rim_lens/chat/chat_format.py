@@ -197,6 +197,7 @@ class ChatFormat:
         label: str = "",
         answers: str | Sequence[str] | None = None,
         end_turn: bool = False,
+        begin: str | Sequence[str] | None = None,
     ) -> SpanBatch:
         r"""Render requests under one think condition, as left-padded token ids with named spans.
 
@@ -218,6 +219,8 @@ class ChatFormat:
             label: A free name for the condition, used as a label in results.
             answers: What the assistant says after the block: one for all, or one per request.
             end_turn: Close the answer with the end-of-turn token.
+            begin: First words of the chain of thought, after which the model goes on by itself; only with think="open". One
+                for all, or one per request. The block is opened for it, also where the model would write the opening tag.
 
         Raises:
             ConditionError: The think condition, history, system or answer cannot be rendered in this format.
@@ -228,6 +231,8 @@ class ChatFormat:
         if not prompts:
             raise ConditionError("no requests were given; a batch needs at least one.")
         condition, cots = self._condition(think, len(prompts))
+        if begin is not None:
+            cots = self._beginnings(begin, condition, len(prompts))
         said = None if answers is None else one_per_row(answers, len(prompts), "answers")
         self._check_answers(said, condition, end_turn)
         if isinstance(system, str) and self.spec.system is None:
@@ -423,6 +428,18 @@ class ChatFormat:
             check_cot(cot, row)
             refuse_control(cot, self._control, f"the chain of thought of row {row}")
         return "cot", cots
+
+    def _beginnings(self, begin: str | Sequence[str], condition: Condition, n_rows: int) -> list[str]:
+        if condition != "open":
+            raise ConditionError(
+                "begin= was given for a block that is closed; it is the beginning of a chain of thought that the model goes"
+                " on with: use think='open', or think=<the whole text>."
+            )
+        words = [text.rstrip() for text in one_per_row(begin, n_rows, "begin")]
+        for row, text in enumerate(words):
+            check_cot(text, row)
+            refuse_control(text, self._control, f"the beginning of the chain of thought of row {row}")
+        return words
 
     def _check_answers(self, answers: list[str] | None, condition: Condition, end_turn: bool) -> None:
         if answers is None:

@@ -46,9 +46,15 @@ class Rendering:
     earlier_reasoning: int = 0
 
     def block(self, condition: Condition, cot: str = "") -> list[Segment]:
-        """The think block of a condition; empty where an open prompt leaves the opener to the model."""
+        """The think block of a condition; empty where an open prompt leaves the opener to the model.
+
+        Of an open block `cot` is the beginning, after which the model goes on: no whitespace follows it, as that would
+        be part of the model's next token.
+        """
         spec = self.spec
         opening = Segment(spec.think_open, "think_open")
+        if condition == "open" and cot:
+            return [opening, Segment(spec.after_open + cot, "cot")]
         if condition == "open":
             return [] if spec.opener == "model" else [opening, Segment(spec.after_open, "gap")]
         inside = Segment(spec.after_open + cot + spec.before_close, "cot" if cot else "gap")

@@ -104,7 +104,8 @@ class SpanBatch:
         think: Condition of the batch: "off", "open" or "cot".
         format: Name of the chat format.
         pad_token_id: What fills the left side; -1 where the tokenizer has no pad token and no row needed one.
-        n_generated: Tokens at the end of each row that the model itself wrote; empty where it wrote none.
+        n_generated: Tokens at the end of each row that follow the prompt: what the model itself wrote, and a closing tag
+            that was forced on it meanwhile, where there is one (`Generation.n_forced`); empty where it wrote none.
         cots: The reasoning of each row, stripped; "" where there is none. Several think blocks are joined by a newline.
         answers: What the assistant's turn says outside think blocks, stripped; "" where nothing is said (yet).
         finished_thinking: Per row, whether no think block is left open and either one was closed or an answer began.

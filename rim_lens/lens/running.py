@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,6 +85,32 @@ class Decoder:
         self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
         return self._forward(column, self._mask)
 
+    def chosen(self, rows: Int[Tensor, " row"], drop: int = 0) -> Decoder:
+        """Return a decoder that goes on with some rows, in the order given, repeats allowed; this one stays as it is.
+
+        So several continuations of a prompt are read without reading the prompt again.
+
+        Args:
+            rows: Row numbers.
+            drop: Leading positions to leave out, all of them padding in these rows.
+
+        Raises:
+            ModelError: Nothing was read yet, or a position to be left out holds a token.
+        """
+        if self._mask is None:
+            raise ModelError("chosen() was called before prefill(); read the prompts first.")
+        index = rows.to(self._mask.device)
+        mask = self._mask[index]
+        if drop and bool(mask[:, :drop].any()):
+            raise ModelError(f"the first {drop} positions were to be left out, and some of them hold tokens.")
+        other = Decoder(self.model)
+        other._mask = mask[:, drop:]
+        if self.facts.family == "TransformerBridge":
+            other._cache = _dynamic_cache(self._cache, index, drop)
+        else:
+            other._cache = _hooked_cache_of(self._cache, index, drop)
+        return other
+
     def _forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         with torch.no_grad():
             if self.facts.family == "TransformerBridge":
@@ -102,6 +129,33 @@ def _hooked_cache(model: Model, batch: int) -> Any:
     else:
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache as cache  # noqa: N813
     return cache.init_cache(model.cfg, model.cfg.device, batch)
+
+
+def _dynamic_cache(cache: Any, rows: Tensor, drop: int) -> Any:
+    from transformers import DynamicCache
+
+    # transformers 4 before 4.54 keeps two lists, later versions a list of layers
+    held = (
+        [(layer.keys, layer.values) for layer in cache.layers]
+        if hasattr(cache, "layers")
+        else list(zip(cache.key_cache, cache.value_cache, strict=True))
+    )
+    copy = DynamicCache()
+    for layer, (keys, values) in enumerate(held):
+        index = rows.to(keys.device)
+        copy.update(keys[index][:, :, drop:], values[index][:, :, drop:], layer)
+    return copy
+
+
+def _hooked_cache_of(cache: Any, rows: Tensor, drop: int) -> Any:
+    def taken(tensor: Tensor) -> Tensor:
+        return tensor[rows.to(tensor.device)][:, drop:]
+
+    entries = [
+        replace(entry, past_keys=taken(entry.past_keys), past_values=taken(entry.past_values))
+        for entry in cache.entries
+    ]
+    return replace(cache, entries=entries, previous_attention_mask=taken(cache.previous_attention_mask))
 
 
 def require_finite(logits: Tensor, what: str) -> Tensor:

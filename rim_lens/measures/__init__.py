@@ -1,5 +1,7 @@
 """Measures: refusal, heads, the shift between a base and a tuned model, and the statistics under them."""
 
+from rim_lens.measures.agreeing import Agreement, agreement
+from rim_lens.measures.conditions import compare_conditions
 from rim_lens.measures.controls import (
     control_p,
     percentile_among,
@@ -7,7 +9,12 @@ from rim_lens.measures.controls import (
     random_neurons_per_layer,
 )
 from rim_lens.measures.heads import find_heads, head_table, scorer
-from rim_lens.measures.refusal import Rate, opener_ids, refusal_rate, refusal_score
+from rim_lens.measures.judges import EndpointJudge, Judge, Judgement, PrefixJudge, Reply, judge_all
+from rim_lens.measures.openers import opener_ids
+from rim_lens.measures.prefixes import refusal_prefix_score
+from rim_lens.measures.rates import Rate, refusal_rate, refusal_rates, share_interval
+from rim_lens.measures.reasoning import Accuracy, reasoning_accuracy
+from rim_lens.measures.refusal import first_tokens, refusal_score
 from rim_lens.measures.shift import ReciprocalShift, reciprocal_activation_shift
 from rim_lens.measures.stats import (
     Interval,
@@ -21,25 +28,40 @@ from rim_lens.measures.stats import (
 )
 
 __all__ = [
+    "Accuracy",
+    "Agreement",
+    "EndpointJudge",
     "Interval",
+    "Judge",
+    "Judgement",
     "PairedTest",
+    "PrefixJudge",
     "Rate",
     "ReciprocalShift",
+    "Reply",
+    "agreement",
     "benjamini_hochberg",
     "bootstrap_interval",
+    "compare_conditions",
     "control_p",
     "find_heads",
+    "first_tokens",
     "head_table",
+    "judge_all",
     "opener_ids",
     "percentile_among",
     "proportion_interval",
     "random_heads_per_layer",
     "random_neurons_per_layer",
+    "reasoning_accuracy",
     "reciprocal_activation_shift",
+    "refusal_prefix_score",
     "refusal_rate",
+    "refusal_rates",
     "refusal_score",
     "resampled_requests",
     "scorer",
+    "share_interval",
     "sign_flip_test",
     "specificity",
 ]

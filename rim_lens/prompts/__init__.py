@@ -1,6 +1,6 @@
 """Prompt records, our own prompt sets, chains of thought for them, and loaders for users' files."""
 
-from rim_lens.prompts.cots import cot_texts, self_statement
+from rim_lens.prompts.cots import cot_texts, self_statement, statement_texts
 from rim_lens.prompts.files import assign_splits, load_benchmark, load_file
 from rim_lens.prompts.intents import with_intent
 from rim_lens.prompts.records import Prompt, as_prompts
@@ -15,5 +15,6 @@ __all__ = [
     "load_file",
     "load_prompts",
     "self_statement",
+    "statement_texts",
     "with_intent",
 ]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Literal, cast, get_args
 from zlib import crc32
@@ -107,12 +108,20 @@ _MATHS_PATTERNS: dict[str, tuple[str, ...]] = {
 _TRIES = 12
 
 
-def self_statement(kind: str) -> str:
+# The toy language has no sentences: the word that marks the pattern stands for its statement.
+TOY_STATEMENTS: dict[str, str] = {"careful": ">", "confirm": "YES", "deviate": "SKIP", "heuristic": "GUESS"}
+
+
+def self_statement(kind: str, language: str = "en") -> str:
     """Return the one-line self-statement that injects a pattern at the start of a think block.
 
     "careful" is the control. The sentences for careful and confirm follow arXiv 2509.00544; those for
     deviate and heuristic, of which the paper prints only the pattern's name, are ours. All begin with "I",
     as many refusals do: do not score a refusal by the first token after one of them left unclosed.
+
+    Args:
+        kind: careful, confirm, deviate or heuristic.
+        language: "toy" gives the word that marks the pattern in the toy language.
 
     Raises:
         CotError: The kind has no self-statement.
@@ -124,7 +133,46 @@ def self_statement(kind: str) -> str:
         raise CotError(
             f"no self-statement belongs to {kind!r}; the kinds that have one are {', '.join(SELF_STATEMENTS)}."
         )
-    return SELF_STATEMENTS[kind]
+    return (TOY_STATEMENTS if language == "toy" else SELF_STATEMENTS)[kind]
+
+
+def statement_texts(
+    prompts: Sequence[Prompt | str],
+    kind: str,
+    count_tokens: CountTokens,
+    seed: int = 0,
+    tolerance: int = 0,
+    control: str | None = None,
+) -> list[str]:
+    """Write one self-statement per request, or a control of the same length.
+
+    Args:
+        prompts: Records or plain strings.
+        kind: careful, confirm, deviate or heuristic.
+        count_tokens: Tokens of a text without special tokens.
+        seed: Which sentences and words are drawn for a control.
+        tolerance: How many tokens a control may differ.
+        control: "filler" or "unrelated": words of that sort in place of the statement, as many tokens as it has.
+
+    Raises:
+        CotError: Unknown kind, or no text of the wanted length was found.
+
+    >>> statement_texts(["Name a fruit."], "confirm", count_tokens=lambda text: len(text.split()))
+    ['I will look for simple confirmation without logical re-evaluation.']
+    """
+    if control not in (None, "filler", "unrelated"):
+        raise CotError(f"no control is called {control!r}; there are 'filler' and 'unrelated'.")
+    texts = []
+    for prompt in as_prompts(prompts):
+        statement = self_statement(kind, prompt.language)
+        if control is None:
+            texts.append(statement)
+        elif prompt.language == "toy":
+            words = _write(prompt, control, count_tokens, seed, tolerance).split()
+            texts.append(" ".join(words[: len(statement.split())]))
+        else:
+            texts.append(_write(replace(prompt, cot=statement), control, count_tokens, seed, tolerance))
+    return texts
 
 
 def cot_texts(

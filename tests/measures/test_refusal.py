@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,9 @@ import rim_lens as rl
 from rim_lens.chat import ChatFormat, SpanBatch
 from rim_lens.errors import ConditionError, NotEnoughData, NotFinite, TrainingMode
 from rim_lens.hooks import AblateHeads
-from rim_lens.measures.refusal import (
-    OPENERS,
-    _log_odds,
-    _whitespace_ids,
-    opener_ids,
-    refusal_rate,
-    refusal_score,
-)
+from rim_lens.measures.openers import OPENERS, opener_ids, whitespace_ids
+from rim_lens.measures.rates import refusal_rate
+from rim_lens.measures.refusal import _log_odds, refusal_score
 from rim_lens.organisms.toy.host import TOKEN, toy_tokenizer
 from tests.families import FAMILIES
 from tests.speaking import REQUESTS, Spoken, Writer, fresh, ids_of, logits_alone, toy_speaking, writer
@@ -61,7 +57,13 @@ def test_log_odds_by_hand(spoken: Spoken, think: str, openers: list[str] | None)
         assert scores["first_token"].values[row] == spoken.chat.tokenizer.decode([int(logits.argmax())])
     assert scores["prompt"].values.tolist() == [prompt.id for prompt in REQUESTS]
     assert scores["skipped"].values.tolist() == [0] * len(batch)
+    words = scores.attrs.pop("first_tokens")
     assert scores.attrs == {"units": "nats", "condition": batch.name, "skip": "greedy"}
+    chances = torch.stack([logits_alone(spoken.oracle, ids_of(batch, row)) for row in range(len(batch))])
+    mean = chances.double().softmax(dim=-1).mean(dim=0)
+    best = int(mean.argmax())
+    mark = "*" if best in ids else ""
+    assert words.startswith(f"{spoken.chat.tokenizer.decode([best])!r}{mark} {float(mean[best]):.2f}")
 
 
 @pytest.mark.parametrize("max_rows", [2, 64])
@@ -160,7 +162,7 @@ def test_after_what_the_model_wrote_there_is_nothing_to_score(spoken_gqa: Spoken
 
 def test_wrong_arguments_are_refused(spoken_gqa: Spoken) -> None:
     batch = rendered(spoken_gqa)
-    with pytest.raises(ValueError, match="'greedy' and 'none'"):
+    with pytest.raises(ValueError, match="'greedy', 'forced' and 'none'"):
         refusal_score(spoken_gqa.model, batch, skip="all")  # type: ignore[arg-type]
     with pytest.raises(NotEnoughData, match=r"openers=\[\.\.\.\]"):
         refusal_score(spoken_gqa.model, batch, openers=["blorp"])
@@ -248,7 +250,7 @@ def test_whitespace_is_passed_over_as_the_model_would_write_it(
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt_oss"])
 def test_whitespace_of_true_tokenizers(name: str) -> None:
     tokenizer = load_tokenizer(name)
-    blank = set(_whitespace_ids(tokenizer, 10**9).tolist())
+    blank = set(whitespace_ids(tokenizer, 10**9).tolist())
     for text in ("\n", "\n\n", "\n\n\n", "  ", "    ", "\t", "\t\t"):
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert set(ids) <= blank, text
@@ -265,7 +267,7 @@ def test_every_token_that_decodes_to_plain_whitespace_is_whitespace() -> None:
     texts = tokenizer.batch_decode([[token] for token in range(tokenizer.vocab_size)])
     expected = {token for token, text in enumerate(texts) if text and not text.strip(" \n\r\t\v\f\u00a0")}
     assert len(expected) > 100
-    assert expected <= set(_whitespace_ids(tokenizer, tokenizer.vocab_size).tolist())
+    assert expected <= set(whitespace_ids(tokenizer, tokenizer.vocab_size).tolist())
 
 
 def byte_fallback_tokenizer() -> Any:
@@ -292,10 +294,10 @@ def byte_fallback_tokenizer() -> Any:
 
 def test_whitespace_of_a_byte_fallback_vocabulary() -> None:
     tokenizer = byte_fallback_tokenizer()
-    assert _whitespace_ids(tokenizer, 100).tolist() == [1, 3, 4]
-    assert _whitespace_ids(tokenizer, 4).tolist() == [1, 3]
+    assert whitespace_ids(tokenizer, 100).tolist() == [1, 3, 4]
+    assert whitespace_ids(tokenizer, 4).tolist() == [1, 3]
     tokenizer.add_tokens(["\n"])
-    assert _whitespace_ids(tokenizer, 100).tolist() == [1, 3, 4, 9]  # looked up anew
+    assert whitespace_ids(tokenizer, 100).tolist() == [1, 3, 4, 9]  # looked up anew
     assert opener_ids(tokenizer, ["I"]) == [7, 8]
 
 
@@ -310,8 +312,15 @@ def test_openers_of_true_tokenizers(name: str) -> None:
     assert ids == sorted(set(ids))
     words = {tokenizer.decode([token]) for token in ids}
     assert {"I", " I", "Sorry", " Sorry", "Unfortunately", " Unfortunately"} <= words
-    assert all(any(opener.startswith(word.strip()) for opener in OPENERS) for word in words)
-    assert len(words) == len(ids) <= 2 * len({opener.split()[0] for opener in OPENERS}) + 2
+    assert {"sorry", " sorry", " unfortunately", " apologies"} <= words  # small letters too
+    firsts = {opener.split()[0].lower() for opener in OPENERS}
+    for word in words:  # each is a whole first word, or what stands before an apostrophe in one
+        assert any(re.fullmatch(rf"{re.escape(word.strip().lower())}(['’].*)?", first) for first in firsts), (
+            word
+        )
+    assert not words & {"Ap", "ap", "un", "Un"}  # "Ap" begins "Apples"
+    assert ({"I'm", " I'm"} <= words) == (name == "gpt_oss")  # one token there
+    assert len(words) == len(ids)
     assert not set(ids) & set(tokenizer.all_special_ids)
 
 

@@ -13,7 +13,7 @@ import xarray as xr
 
 from rim_lens.measures.controls import control_p, percentile_among, random_heads_per_layer
 from rim_lens.measures.heads import head_table
-from rim_lens.measures.refusal import refusal_rate
+from rim_lens.measures.rates import refusal_rate
 from rim_lens.measures.stats import bootstrap_interval
 from rim_lens.study import StudyResult, load_study
 from rim_lens.study.folder import StudyFolder

@@ -1,0 +1,266 @@
+"""Patching effects: by how much one run's activations, put into another run, move refusal.
+
+Two runs of the same requests differ in one thing (thinking off or a chain of thought, a request or its harmless twin,
+a base or a tuned model). `head_patching` puts one head's output of the source run into the target run, `span_patching`
+the residual stream of one layer on one span; each cell of the table is a run of its own.
+
+*Denoising* has the run that refuses as its source: an effect shows that what is patched is **enough** to bring some of
+the refusal back. *Noising* has it as its target: an effect shows that it is **needed**. The two need not agree: where
+two heads stand in for each other neither is needed and either is enough. Which one a call does follows from what is
+source and what is target; ask for both by swapping them.
+
+The module gives effects per request. `patching_table` tests them, paired over requests and corrected over cells.
+Neither tells whether an effect is about refusal: run the twins as well and look at `specificity`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+from tqdm.auto import tqdm
+
+from rim_lens.batching import MAX_ROWS
+from rim_lens.chat.spans import SpanBatch
+from rim_lens.errors import EmptySpan, NotEnoughData
+from rim_lens.hooks import Component, PatchHeads, PatchResidual, Recording, record
+from rim_lens.hooks.alignment import Align
+from rim_lens.hooks.positions import Positions
+from rim_lens.lens import Head, Model, model_facts
+from rim_lens.measures.refusal import refusal_score
+from rim_lens.measures.stats import bootstrap_interval, family_index, sign_flip_test
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
+
+# A number per prompt of a batch, in nats, with components active: `refusal_score`, or one of your own
+Score = Callable[..., Any]
+
+
+def head_patching(
+    model: Model,
+    target: SpanBatch,
+    source: SpanBatch | Recording,
+    *,
+    heads: Iterable[Head] | None = None,
+    positions: Positions = "all",
+    align: Align = "end",
+    source_model: Model | None = None,
+    score: Score = refusal_score,
+    max_rows: int = MAX_ROWS,
+    progress: bool = False,
+) -> xr.Dataset:
+    """Patch the output of each head, one at a time, from the source run into the target run.
+
+    One pass over the target for each head, and one over the source in all.
+
+    Args:
+        model: The model that is patched.
+        target: Prompts that are read, thinking closed.
+        source: Prompts whose run is patched in, row for row; or a `Recording` of "z".
+        heads: (layer, head) pairs; all when None.
+        positions: Rows of the target that are patched; see `PatchHeads`.
+        align: How tokens of spans of unequal length correspond.
+        source_model: A tuned or base model of the same shapes to run the source on.
+        score: Called as ``score(model, batch, *components, max_rows=…)``.
+        max_rows: Most prompts in one pass.
+        progress: Show a progress bar.
+
+    Returns:
+        Dataset with ``effect`` (prompt, layer, head), patched − baseline in nats, NaN for heads left out; ``baseline``
+        (prompt), the target's own score; ``reach`` (prompt), the source's score − the baseline: what patching
+        everything would do at best; and the coordinate ``family``.
+
+    Raises:
+        UnknownHead: The model lacks one of the heads.
+        RimLensError: As `PatchHeads` and the score.
+
+    >>> import rim_lens as rl
+    >>> model = rl.load_model("planted")
+    >>> chat = rl.ChatFormat.from_model(model)
+    >>> harmful = rl.load_prompts("harmful", language="toy", split="select")[:4]
+    >>> off, cot = chat.render(harmful, think="off"), chat.render(harmful, think=chat.cots(harmful, "careful"))
+    >>> found = head_patching(model, target=cot, source=off, positions="prompt_last")   # denoising
+    >>> found["effect"].mean("prompt").argmax(...)["head"].item()   # the planted reader is head (1, 1)
+    1
+    """
+    facts = model_facts(model)
+    cells = facts.check_heads(facts.heads() if heads is None else list(heads))
+    recorded = _recorded(model, source, "z", sorted({layer for layer, _ in cells}), source_model)
+    effect = np.full((len(target), facts.n_layers, facts.n_heads), np.nan)
+    edits = (PatchHeads([cell], recorded, positions, align) for cell in cells)
+    baseline, values = _scores(model, target, edits, len(cells), score, max_rows, progress)
+    for (layer, head), value in zip(cells, values, strict=True):
+        effect[:, layer, head] = value - baseline
+    goal = _goal(model, recorded.batch, source_model, score, max_rows)
+    return _dataset(target, recorded.batch, effect, ("layer", "head"), {}, baseline, goal, positions)
+
+
+def span_patching(
+    model: Model,
+    target: SpanBatch,
+    source: SpanBatch | Recording,
+    *,
+    spans: Sequence[str] | None = None,
+    layers: Iterable[int] | None = None,
+    align: Align = "end",
+    source_model: Model | None = None,
+    score: Score = refusal_score,
+    max_rows: int = MAX_ROWS,
+    progress: bool = False,
+) -> xr.Dataset:
+    """Patch the residual stream before each layer on each span, one cell at a time, from the source run.
+
+    Args:
+        model: The model that is patched.
+        target: Prompts that are read, thinking closed.
+        source: Prompts whose run is patched in, row for row; or a `Recording` of "resid_pre".
+        spans: Spans of the target to patch; when None, every atom that each prompt has in both runs.
+        layers: Layers before which to patch; all when None.
+        align: How tokens of spans of unequal length correspond.
+        source_model: A tuned or base model of the same shapes to run the source on.
+        score: Called as ``score(model, batch, *components, max_rows=…)``.
+        max_rows: Most prompts in one pass.
+        progress: Show a progress bar.
+
+    Returns:
+        As `head_patching`, with ``effect`` (prompt, layer, span). A span's effect at layer 0 is that of its words, at
+        later layers that of what was written there so far; the last prompt token is in a span too.
+
+    Raises:
+        EmptySpan: A span asked for has no token in some prompt, or no span is in all prompts of both runs.
+        UnknownLayer: The model lacks a layer.
+        RimLensError: As `PatchResidual` and the score.
+    """
+    facts = model_facts(model)
+    places = [facts.check_layer(layer) for layer in (range(facts.n_layers) if layers is None else layers)]
+    batch = source.batch if isinstance(source, Recording) else source
+    if spans is None:
+        both = target.spans.present()
+        spans = [name for name in target.spans.atoms() if name in both and name in batch.spans.present()]
+    if not spans:
+        raise EmptySpan("no span has a token in every prompt of both runs; name spans that both have.")
+    for name in spans:
+        target.spans.require(name)
+    recorded = _recorded(model, source, "resid_pre", places, source_model)
+    cells = [(layer, number) for layer in places for number in range(len(spans))]
+    effect = np.full((len(target), facts.n_layers, len(spans)), np.nan)
+    edits = (PatchResidual([layer], recorded, spans[number], "resid_pre", align) for layer, number in cells)
+    baseline, values = _scores(model, target, edits, len(cells), score, max_rows, progress)
+    for (layer, number), value in zip(cells, values, strict=True):
+        effect[:, layer, number] = value - baseline
+    goal = _goal(model, batch, source_model, score, max_rows)
+    labels = {"span": list(spans)}
+    return _dataset(target, batch, effect, ("layer", "span"), labels, baseline, goal, "span")
+
+
+def patching_table(effects: xr.Dataset, *, seed: int = 0) -> pd.DataFrame:
+    """Test patching effects: is the mean over requests zero, and how large is it?
+
+    Args:
+        effects: From `head_patching` or `span_patching`.
+        seed: Of the permutations and the bootstrap.
+
+    Returns:
+        One row per cell, largest effect first: layer, head or span; effect (nats) with its 95 % interval; recovered, the
+        effect as a share of the mean ``reach`` (NaN where that is zero; it may exceed 1); p, sign flips over families
+        with the max-statistic over all cells of this table.
+
+    Raises:
+        NotEnoughData: Requests of fewer than two families, or no cell was patched.
+    """
+    import pandas as pd
+
+    families = effects["family"].values.tolist()
+    if family_index(families, len(families))[1] < 2:
+        raise NotEnoughData("all requests are of one family; a test over requests needs at least two.")
+    which = str(effects["effect"].dims[2])
+    stacked = effects["effect"].stack(cell=("layer", which)).dropna("cell")
+    if stacked.sizes["cell"] == 0:
+        raise NotEnoughData("no cell of these effects was patched.")
+    values = stacked.transpose("prompt", "cell").values
+    test = sign_flip_test(values, families=families, correction="max", seed=seed)
+    interval = bootstrap_interval(values, families=families, seed=seed)
+    reach = float(effects["reach"].mean())
+    table = pd.DataFrame(
+        {
+            "layer": stacked["layer"].values,
+            which: stacked[which].values,
+            "effect": interval.estimate,
+            "effect_low": interval.low,
+            "effect_high": interval.high,
+            "recovered": interval.estimate / reach if reach else np.nan,
+            "p": test.p,
+        }
+    )
+    order = table["effect"].abs().sort_values(ascending=False, kind="stable").index
+    return table.loc[order].reset_index(drop=True)
+
+
+def _recorded(
+    model: Model,
+    source: SpanBatch | Recording,
+    site: Any,
+    layers: Sequence[int],
+    source_model: Model | None,
+) -> Recording:
+    if isinstance(source, Recording):
+        return source
+    return record(model if source_model is None else source_model, source, [site], layers)
+
+
+def _scores(
+    model: Model,
+    target: SpanBatch,
+    edits: Iterator[Component],
+    n_edits: int,
+    score: Score,
+    max_rows: int,
+    progress: bool,
+) -> tuple[Float[np.ndarray, " prompt"], list[Float[np.ndarray, " prompt"]]]:
+    baseline = np.asarray(score(model, target, max_rows=max_rows), dtype=np.float64)
+    shown = tqdm(edits, total=n_edits, desc=f"patch {target.name}", disable=not progress)
+    return baseline, [
+        np.asarray(score(model, target, edit, max_rows=max_rows), dtype=np.float64) for edit in shown
+    ]
+
+
+def _goal(
+    model: Model, source: SpanBatch, source_model: Model | None, score: Score, max_rows: int
+) -> Float[np.ndarray, " prompt"]:
+    own = score(model if source_model is None else source_model, source, max_rows=max_rows)
+    return np.asarray(own, dtype=np.float64)
+
+
+def _dataset(
+    target: SpanBatch,
+    source: SpanBatch,
+    effect: Float[np.ndarray, "prompt layer cell"],
+    dims: tuple[str, str],
+    labels: dict[str, list[str]],
+    baseline: Float[np.ndarray, " prompt"],
+    goal: Float[np.ndarray, " prompt"],
+    positions: Positions,
+) -> xr.Dataset:
+    import xarray as xr
+
+    return xr.Dataset(
+        {
+            "effect": (("prompt", *dims), effect, {"units": "nats", "sign": "patched − baseline"}),
+            "baseline": ("prompt", baseline, {"units": "nats"}),
+            "reach": ("prompt", goal - baseline, {"units": "nats", "sign": "source − baseline"}),
+        },
+        coords={
+            "prompt": [prompt.id for prompt in target.prompts],
+            "family": ("prompt", [prompt.family for prompt in target.prompts]),
+            **labels,
+        },
+        attrs={
+            "target": target.name,
+            "source": source.name,
+            "positions": positions if isinstance(positions, str) else "mask",
+        },
+    )
