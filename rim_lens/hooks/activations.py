@@ -84,7 +84,8 @@ class _Pooled(Reader):
         return rows_to_read(positions, batch, real, offset, n_prompts, n_rows)
 
     def _reduce(self, layer: int, activation: Float[Tensor, "prompt row ..."]) -> None:
-        rows = self._rows(self._batch, self._offset.value, activation.shape[0], activation.shape[1])
+        offset = self._offset.at(self.site, layer, activation.shape[1])
+        rows = self._rows(self._batch, offset, activation.shape[0], activation.shape[1])
         if not rows.any():
             return  # a later step of a generation
         self.keep(self.variable, layer, _pool(activation, rows.to(activation.device), self.pool))

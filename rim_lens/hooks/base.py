@@ -35,6 +35,7 @@ class Component:
     def __init__(self) -> None:
         self._batch: SpanBatch | None = None
         self._members: list[int] | None = None  # which prompts of the whole bound batch `_batch` holds
+        self._checked: SpanBatch | None = None
         self._removers: list[Callable[[], None]] = []
 
     def __repr__(self) -> str:
@@ -49,6 +50,9 @@ class Component:
     def sites(self) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
         """Return the sites this component reads and edits, to be proven before the first use."""
         return self.reads, self.edits
+
+    def check_prompts(self, batch: SpanBatch) -> None:
+        """Refuse prompts that this component cannot work on; called with the whole batch before any pass over it."""
 
     def fwd_hooks(self, model: Model) -> list[tuple[str, Hook]]:
         """Verify the model and return hooks for `model.run_with_hooks(fwd_hooks=...)`.
@@ -94,6 +98,10 @@ def bound(
     """
     part = batch if rows is None else batch.select(rows)
     unique = {id(component): component for component in components}.values()
+    for component in unique:
+        if component._checked is not batch:  # bound again for each part of it
+            component.check_prompts(batch)
+            component._checked = batch
     before = [_cut(component, batch, part, rows) for component in unique]
     try:
         yield part

@@ -67,17 +67,18 @@ class RowEditor(Component):
         return [
             *([offset.hook()] if self._looks_at_pattern() else []),
             *(
-                (hook_name(site, layer), partial(self._edit, change, offset))
+                (hook_name(site, layer), partial(self._edit, change, partial(offset.at, site, layer)))
                 for (site, layer), change in changes.items()
             ),
         ]
 
-    def _edit(self, change: Change, offset: RowOffset, activation: Tensor) -> Tensor | None:
+    def _edit(self, change: Change, offset_of: Callable[[int], int], activation: Tensor) -> Tensor | None:
         n_prompts, n_rows = activation.shape[:2]
-        rows = chosen_rows(self.positions, self._batch, offset.value, n_prompts, n_rows)
+        offset = offset_of(n_rows)
+        rows = chosen_rows(self.positions, self._batch, offset, n_prompts, n_rows)
         prompt, row = (index.to(activation.device) for index in rows.nonzero(as_tuple=True))
         if len(prompt) == 0:
             return None
         edited = activation.clone()
-        edited[prompt, row] = change(edited[prompt, row], Rows(prompt, row + offset.value))
+        edited[prompt, row] = change(edited[prompt, row], Rows(prompt, row + offset))
         return edited

@@ -9,7 +9,7 @@ from torch import Tensor
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import EmptySpan, SpanError, WrongHookShape
 from rim_lens.hooks.base import Edit
-from rim_lens.lens import hook_name
+from rim_lens.lens import Site, hook_name
 
 # "all", "prompt_last", "generated", the name of a span, or a mask
 Positions = str | Bool[Tensor, "prompt pos"]
@@ -20,18 +20,35 @@ class RowOffset:
 
     A pass without a cache has as many keys as queries. With a cache there are more keys, and the
     difference is the position of the first row. The attention pattern of layer 0 is the first tensor in a
-    pass that knows both.
+    pass that knows both. What comes before it (the residual stream before layer 0) goes by the last pass: a pass of a
+    single row goes on from it, any other begins anew; the pattern then proves that right or raises.
     """
 
     def __init__(self) -> None:
         self.value = 0
+        self._n_keys = 0
+        self._taken: int | None = None
 
     def hook(self) -> tuple[str, Edit]:
         """The hook that keeps the value up to date; add it before all others."""
         return hook_name("pattern", 0), self._read
 
+    def at(self, site: Site, layer: int, n_rows: int) -> int:
+        """The position of the first row, as known at this hook point."""
+        if site == "resid_pre" and layer == 0:
+            self._taken = self._n_keys if n_rows == 1 else 0
+            return self._taken
+        return self.value
+
     def _read(self, pattern: Tensor) -> None:
         self.value = pattern.shape[-1] - pattern.shape[-2]
+        self._n_keys = pattern.shape[-1]
+        taken, self._taken = self._taken, None
+        if taken is not None and taken != self.value:
+            raise WrongHookShape(
+                f"before layer 0 this pass was taken to begin at position {taken}, and it begins at {self.value}: prompts of"
+                " one token, or a cache that grows by several rows at once. Attach the component anew, or use layer 1."
+            )
 
 
 def chosen_rows(

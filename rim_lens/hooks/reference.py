@@ -3,15 +3,63 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from rim_lens.batching import micro_batches
-from rim_lens.chat.spans import SpanBatch
+from rim_lens.chat.spans import ATOMS, SpanBatch
 from rim_lens.errors import ReferenceMismatch
 from rim_lens.hooks.positions import Positions, chosen_rows
 from rim_lens.lens import Model, ModelFacts, Site, hook_name, hooked, last_logits, quiet
+
+# One mean for all rows; one for each atom; one for each place within an atom, counted from its end or start
+Per = Literal["all", "span", "position"]
+
+
+def check_vocabulary(facts: ModelFacts, batch: SpanBatch) -> None:
+    """Refuse prompts that were rendered for another model.
+
+    Raises:
+        ReferenceMismatch: A token lies outside this model's vocabulary.
+    """
+    top = int(batch.tokens.max())
+    if top >= facts.d_vocab:
+        raise ReferenceMismatch(
+            f"the reference set holds token {top}, but this model's vocabulary ends at {facts.d_vocab - 1}: it was"
+            " rendered for another model. Render the reference prompts with this model's ChatFormat."
+        )
+
+
+def slots(
+    batch: SpanBatch, per: Per, from_end: bool = True, width: int | None = None
+) -> Int[Tensor, "prompt pos"]:
+    """Number the rows so that those with one number share a mean; −1 on padding.
+
+    Args:
+        batch: The prompts.
+        per: "all" (one number), "span" (the atom's) or "position" (the atom's times width, plus the rank within it).
+        from_end: Whether ranks count from the atom's end.
+        width: Ranks there are; a row beyond gets −1. The batch's own width when None.
+    """
+    real = batch.attention_mask.bool().cpu()
+    if per == "all":
+        return torch.where(real, 0, -1)
+    width = batch.tokens.shape[1] if width is None else width
+    found = torch.full(real.shape, -1)
+    for number, atom in enumerate(ATOMS):
+        mask = batch.spans[atom].cpu()
+        if per == "span":
+            found[mask] = number
+            continue
+        rank = mask.long().cumsum(dim=1) - 1
+        if from_end:
+            rank = mask.sum(dim=1, keepdim=True) - 1 - rank
+        here = mask & (rank < width)
+        found[here] = number * width + rank[here]
+    return found
 
 
 def reference_means(
@@ -21,44 +69,71 @@ def reference_means(
     site: Site,
     layers: list[int],
     positions: Positions,
+    per: Per = "all",
+    from_end: bool = True,
 ) -> dict[int, Tensor]:
-    """Mean activation over prompts and rows, by layer, of the model without any rim_lens component.
+    """Mean activation by layer and slot, of the model without any rim_lens component.
 
-    Rows are the chosen ones of every prompt, padding left out; each row weighs the same.
+    Each row weighs the same, padding left out. With per="all" the rows are the chosen ones of every prompt; else all.
+
+    Returns:
+        By layer, [slot, ...] in float64; NaN in slots that no reference row is in.
 
     Raises:
         ReferenceMismatch: The reference tokens are not of this model's vocabulary, or no row is chosen.
     """
-    top = int(reference.tokens.max())
-    if top >= facts.d_vocab:
-        raise ReferenceMismatch(
-            f"the reference set holds token {top}, but this model's vocabulary ends at {facts.d_vocab - 1}: it was"
-            " rendered for another model. Render the reference prompts with this model's ChatFormat."
-        )
-    if isinstance(positions, Tensor) and positions.shape != reference.tokens.shape:
-        raise ReferenceMismatch(
-            f"positions is a mask of shape {tuple(positions.shape)}, which cannot pick rows of a reference set of shape"
-            f" {tuple(reference.tokens.shape)}. Name a span instead of passing a mask."
-        )
+    check_vocabulary(facts, reference)
+    places = reference_slots(reference, positions, per, from_end)
+    n_slots = int(places.max()) + 1
+    counts = torch.bincount(places[places >= 0], minlength=n_slots)
     sums: dict[int, Tensor] = {}
-    count = 0
     for rows in micro_batches(reference.lengths.tolist()):
         part = reference.select(rows)
-        mask = positions[rows][:, -part.tokens.shape[1] :] if isinstance(positions, Tensor) else positions
-        chosen = chosen_rows(mask, part, 0, *part.tokens.shape) & part.attention_mask.bool()
-        count += int(chosen.sum())
+        slot = places[rows][:, -part.tokens.shape[1] :]
         hooks = [
-            (hook_name(site, layer), partial(_add, sums=sums, layer=layer, rows=chosen)) for layer in layers
+            (hook_name(site, layer), partial(_add, sums=sums, layer=layer, slot=slot, n_slots=n_slots))
+            for layer in layers
         ]
         with quiet(), hooked(model, hooks):
             last_logits(model, part.tokens, part.attention_mask)
-    if count == 0:
+    return {
+        layer: total / counts.to(total).view(-1, *[1] * (total.ndim - 1)) for layer, total in sums.items()
+    }
+
+
+def reference_slots(
+    reference: SpanBatch, positions: Positions, per: Per, from_end: bool
+) -> Int[Tensor, "prompt pos"]:
+    """Which mean each reference row enters; −1 where it enters none.
+
+    Raises:
+        ReferenceMismatch: No row is chosen, or a mask has another shape.
+    """
+    places = slots(reference, per, from_end)
+    if per == "all":
+        if isinstance(positions, Tensor) and positions.shape != reference.tokens.shape:
+            raise ReferenceMismatch(
+                f"positions is a mask of shape {tuple(positions.shape)}, which cannot pick rows of a reference set of shape"
+                f" {tuple(reference.tokens.shape)}. Name a span instead of passing a mask."
+            )
+        places[~chosen_rows(positions, reference, 0, *reference.tokens.shape)] = -1
+    if not (places >= 0).any():
         raise ReferenceMismatch(
             "no row of the reference set is chosen by positions; a mean over nothing is undefined."
         )
-    return {layer: total / count for layer, total in sums.items()}
+    return places
 
 
-def _add(activation: Tensor, hook: object, sums: dict[int, Tensor], layer: int, rows: Tensor) -> None:  # noqa: ARG001
-    part = activation[rows.to(activation.device)].to(torch.float64).sum(dim=0)
-    sums[layer] = sums[layer] + part if layer in sums else part
+def _add(
+    activation: Tensor,
+    hook: object,  # noqa: ARG001
+    sums: dict[int, Tensor],
+    layer: int,
+    slot: Int[Tensor, "prompt row"],
+    n_slots: int,
+) -> None:
+    if layer not in sums:
+        sums[layer] = activation.new_zeros(n_slots, *activation.shape[2:], dtype=torch.float64)
+    taken = (slot >= 0).to(activation.device)
+    index = slot.to(activation.device)[taken]
+    sums[layer].index_add_(0, index, activation[taken].to(torch.float64))

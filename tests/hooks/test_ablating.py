@@ -1,4 +1,4 @@
-"""Editors against the plain model with its weights zeroed, or its projections' inputs edited by hand."""
+"""Ablations against the plain model with its weights zeroed, or its projections' inputs edited by hand."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from rim_lens.chat.spans import ATOMS
 from rim_lens.errors import (
     EmptySpan,
     ReferenceMismatch,
@@ -21,32 +23,13 @@ from rim_lens.errors import (
 )
 from rim_lens.hooks import AblateHeads, AblateNeurons, NeuronActivations, bound
 from rim_lens.lens import Decoder, all_logits, last_logits
+from tests.editing import agrees, copying, differs, logits_under, pairs_by_hand, same
 from tests.families import FAMILIES, Case, close, random_batch, rows_of, tiny_moe
 
 pytestmark = pytest.mark.family_contract
 
 HEADS = [(0, 1), (1, 3), (1, 0)]
 NEURONS = [(0, 7), (1, 2), (1, 40 - 1)]
-
-
-def logits_under(case: Case, *editors: Any) -> Tensor:
-    from contextlib import ExitStack
-
-    with ExitStack() as stack:
-        stack.enter_context(bound(editors, case.batch))
-        for editor in editors:
-            stack.enter_context(editor.on(case.model))
-        return all_logits(case.model, case.batch.tokens, case.batch.attention_mask)
-
-
-def same(case: Case, found: Tensor, expected: Tensor) -> None:
-    real = case.batch.attention_mask.bool()
-    close(found[real], expected[real])
-
-
-def differs(case: Case, found: Tensor) -> None:
-    real = case.batch.attention_mask.bool()
-    assert float((found - case.truth.logits)[real].abs().max()) > 1e-2
 
 
 def setter(pairs: list[tuple[int, int]], rows: Tensor, values: dict[int, Tensor] | None = None) -> Callable:
@@ -144,9 +127,11 @@ def test_heads_and_neurons_stack(case: Case) -> None:
     same(case, logits_under(case, AblateNeurons(NEURONS), AblateHeads(HEADS)), expected)
 
 
-def test_no_heads_at_all_change_nothing(case_gqa: Case) -> None:
-    plain = all_logits(case_gqa.model, case_gqa.batch.tokens, case_gqa.batch.attention_mask)
-    assert torch.equal(logits_under(case_gqa, AblateHeads([])), plain)
+def test_nothing_to_ablate_is_refused() -> None:
+    with pytest.raises(UnknownHead, match="nothing would be edited"):
+        AblateHeads([])
+    with pytest.raises(UnknownNeuron, match="nothing would be edited"):
+        AblateNeurons(iter([]))
 
 
 def test_a_head_named_twice_is_ablated_once(case_gqa: Case) -> None:
@@ -367,6 +352,160 @@ def test_a_mean_belongs_to_the_model_at_hand(case_gqa: Case) -> None:
     assert torch.equal(logits_under(case_gqa, editor), first)
 
 
+def spans_of(batch: Any, row: int) -> dict[int, tuple[str, int]]:
+    """Position → its atom and its rank from the atom's end, for one prompt."""
+    found = {}
+    for atom in ATOMS:
+        inside = [place for place, here in enumerate(batch.spans[atom][row].tolist()) if here]
+        found.update({place: (atom, rank) for rank, place in enumerate(reversed(inside))})
+    return found
+
+
+@pytest.mark.parametrize("positions", ["all", "cot"])
+@pytest.mark.parametrize("per", ["span", "position"])
+def test_means_per_span_and_per_position(case: Case, per: str, positions: str) -> None:
+    """Each row gets the mean of its own span, or of its own place counted from the span's end; generated rows stay."""
+    reference = random_batch(seed=21, n_prompts=5, shortest=8, longest=12)
+    shown = case.oracle.run(reference.tokens, reference.attention_mask)
+    taken = rows_of(case.batch, positions)
+
+    def key(place: tuple[str, int]) -> Any:
+        return place[0] if per == "span" else place
+
+    def change(values: list[Tensor], pairs: list[tuple[int, int]], layer: int, value: Tensor) -> Tensor:
+        pools: dict[Any, list[Tensor]] = {}
+        for prompt in range(len(reference)):
+            for pos, place in spans_of(reference, prompt).items():
+                pools.setdefault(key(place), []).append(values[layer][prompt, pos])
+        means = {place: torch.stack(pool).mean(dim=0) for place, pool in pools.items()}
+        for prompt in range(len(case.batch)):
+            for pos, place in spans_of(case.batch, prompt).items():
+                if taken[prompt, pos] and key(place) in means:
+                    for its_layer, column in pairs:
+                        if its_layer == layer:
+                            value[prompt, pos, column] = means[key(place)][column]
+        return value
+
+    def oracle(tokens: Tensor, mask: Tensor) -> Tensor:
+        return case.oracle.run(
+            tokens,
+            mask,
+            change_z=lambda layer, value: change(shown.z, HEADS, layer, value),
+            change_post=lambda layer, value: change(shown.post, NEURONS, layer, value),
+        ).logits
+
+    editors = [
+        AblateHeads(HEADS, "mean", reference, positions, per=per),  # type: ignore[arg-type]
+        AblateNeurons(NEURONS, "mean", reference, positions, per=per),  # type: ignore[arg-type]
+    ]
+    agrees(case, editors, oracle)
+
+
+def test_places_may_count_from_the_start(case_gqa: Case) -> None:
+    """A reference of one prompt: the mean of each place is that prompt's."""
+    reference, batch = random_batch(seed=24, n_prompts=1, longest=16), case_gqa.batch
+    shown = case_gqa.oracle.run(reference.tokens, reference.attention_mask)
+    pairs = [pairs_by_hand(batch, row, reference, 0, "start") for row in range(len(batch))]
+    everywhere = torch.ones_like(batch.tokens).bool()
+    change = copying(HEADS, shown.z, pairs, [0] * len(batch), everywhere)
+    truth = case_gqa.oracle.run(batch.tokens, batch.attention_mask, change_z=change)
+    editor = AblateHeads(HEADS, "mean", reference, per="position", align="start")
+    same(case_gqa, logits_under(case_gqa, editor), truth.logits)
+    other = logits_under(case_gqa, AblateHeads(HEADS, "mean", reference, per="position"))
+    assert not torch.allclose(other, truth.logits, atol=1e-2)
+
+
+# --- resampling ----------------------------------------------------------------------------------------
+
+
+def donors_by_hand(batch: Any, reference: Any, seed: int) -> list[int]:
+    drawn = []
+    for row in range(len(batch)):
+        own = batch.tokens[row][batch.attention_mask[row].bool()].tolist()
+        others = []
+        for other in range(len(reference)):
+            if reference.tokens[other][reference.attention_mask[other].bool()].tolist() != own:
+                others.append(other)
+        drawn.append(others[np.random.default_rng([seed, row]).integers(len(others))])
+    return drawn
+
+
+@pytest.mark.parametrize(("positions", "align"), [("all", "end"), ("cot", "stretch")])
+def test_resampling_takes_a_donor_for_each_prompt(case: Case, positions: str, align: str) -> None:
+    reference = random_batch(seed=21, n_prompts=5, shortest=8, longest=12)
+    shown = case.oracle.run(reference.tokens, reference.attention_mask)
+    donors = donors_by_hand(case.batch, reference, seed=3)
+    assert len(set(donors)) > 1
+    pairs = [pairs_by_hand(case.batch, row, reference, donor, align) for row, donor in enumerate(donors)]
+    rows = rows_of(case.batch, positions)
+
+    def oracle(tokens: Tensor, mask: Tensor) -> Tensor:
+        return case.oracle.run(
+            tokens,
+            mask,
+            change_z=copying(HEADS, shown.z, pairs, donors, rows),
+            change_post=copying(NEURONS, shown.post, pairs, donors, rows),
+        ).logits
+
+    settings: Any = {"align": align, "seed": 3, "positions": positions}
+    agrees(
+        case,
+        [
+            AblateHeads(HEADS, "resample", reference, **settings),
+            AblateNeurons(NEURONS, "resample", reference, **settings),
+        ],
+        oracle,
+    )
+
+
+def test_a_donor_does_not_depend_on_the_pass(case_gqa: Case) -> None:
+    """Prompts read one by one, without padding and out of order, are edited as in one batch."""
+    batch, reference = case_gqa.batch, random_batch(seed=21, n_prompts=6)
+    for editor in (
+        AblateHeads(HEADS, "resample", reference, seed=1),
+        AblateHeads(HEADS, "mean", reference, per="span"),
+        AblateHeads(HEADS, "mean", reference, per="position"),
+    ):
+        whole = logits_under(case_gqa, editor)
+        for rows in ([3], [2, 0], [1]):
+            with editor.on(case_gqa.model), bound([editor], batch, rows) as part:
+                found = all_logits(case_gqa.model, part.tokens, part.attention_mask)
+            real = part.attention_mask.bool()
+            close(found[real], whole[rows][:, -part.tokens.shape[1] :][real])
+
+
+def test_nobody_is_their_own_donor(case_gqa: Case) -> None:
+    from rim_lens.hooks.pairing import donors
+
+    batch = case_gqa.batch
+    draws = torch.tensor([donors(batch, range(4), batch, seed) for seed in range(200)])
+    assert not (draws == torch.arange(4)).any()
+    assert draws.unique().tolist() == [0, 1, 2, 3]
+    counts = torch.bincount(draws[:, 0], minlength=4)[1:]
+    assert int(counts.min()) > 40  # of 200 / 3
+    assert donors(batch.select([2, 0]), [2, 0], batch, 7) == [
+        donors(batch, range(4), batch, 7)[i] for i in (2, 0)
+    ]
+    alone = AblateHeads(HEADS, "resample", batch.select([1]))
+    with pytest.raises(ReferenceMismatch, match="nobody to resample"), bound([alone], batch):
+        pass
+
+
+def test_seeds_and_means_tell_captures_apart(case_gqa: Case) -> None:
+    reference = case_gqa.batch
+    told = [
+        repr(AblateHeads(HEADS, "resample", reference, seed=1)),
+        repr(AblateHeads(HEADS, "resample", reference, seed=2)),
+        repr(AblateHeads(HEADS, "resample", reference, seed=2, align="start")),
+        repr(AblateHeads(HEADS, "mean", reference)),
+        repr(AblateHeads(HEADS, "mean", reference, per="span")),
+        repr(AblateHeads(HEADS, "mean", reference, per="position")),
+        repr(AblateHeads(HEADS, "mean", reference, per="position", align="start")),
+    ]
+    assert len(set(told)) == len(told)
+    assert repr(AblateHeads([(0, 1)])) == "AblateHeads([(0, 1)], 'zero', positions='all')"
+
+
 # --- what is refused -----------------------------------------------------------------------------------
 
 
@@ -385,7 +524,7 @@ def test_method_and_reference_go_together(case_gqa: Case) -> None:
         AblateHeads(HEADS, "mean")
     with pytest.raises(ReferenceMismatch):
         AblateNeurons(NEURONS, "zero", reference=case_gqa.batch)
-    with pytest.raises(ValueError, match="'zero' and 'mean'"):
+    with pytest.raises(ValueError, match="'mean' and 'resample'"):
         AblateHeads(HEADS, "median")  # type: ignore[arg-type]
 
 
@@ -417,6 +556,49 @@ def test_a_reference_without_rows_is_refused(case_gqa: Case) -> None:
         ),
     ):
         pass
+
+
+def test_what_says_nothing_is_refused(case_gqa: Case) -> None:
+    batch: Any = case_gqa.batch
+    for settings in (
+        {"per": "span"},
+        {"method": "resample", "reference": batch, "per": "position"},
+        {"method": "mean", "reference": batch, "per": "head"},
+        {"method": "mean", "reference": batch, "per": "position", "align": "stretch"},
+        {"method": "resample", "reference": batch, "align": "middle"},
+    ):
+        with pytest.raises(ValueError, match=r"per=|align="):
+            AblateHeads(HEADS, **settings)
+    with pytest.raises(ReferenceMismatch, match="reference=batch"):
+        AblateHeads(HEADS, "resample")
+
+
+def test_spans_the_reference_lacks_are_refused_before_any_pass(
+    case_gqa: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for room in ("reference", "recording"):
+        monkeypatch.setattr(f"rim_lens.hooks.{room}.last_logits", lambda *_: pytest.fail("a pass was run"))
+    without = random_batch(seed=21, names=("system", "request", "assistant", "think_open", "answer"))
+    for editor, match in (
+        (AblateHeads(HEADS, "mean", without, per="span"), "span 'cot' of prompt '0'"),
+        (AblateHeads(HEADS, "mean", without, positions="cot", per="position"), "no row with a mean"),
+        (AblateHeads(HEADS, "mean", without, positions="generated", per="position"), "no row with a mean"),
+        (AblateHeads(HEADS, "resample", without, positions="cot"), "spans cot of prompt '0'"),
+    ):
+        with (
+            pytest.raises(EmptySpan, match=match),
+            bound([editor], case_gqa.batch),
+            editor.on(case_gqa.model),
+        ):
+            pass
+    assert not any(point.fwd_hooks for point in case_gqa.model.hook_dict.values())
+
+
+def test_spans_are_needed_where_they_say_what_is_put_in(case_gqa: Case) -> None:
+    for settings in ({"method": "resample"}, {"method": "mean", "per": "span"}):
+        editor = AblateHeads(HEADS, reference=random_batch(seed=21), **settings)  # type: ignore[arg-type]
+        with editor.on(case_gqa.model), pytest.raises(SpanError, match=r"rl\.capture"):
+            last_logits(case_gqa.model, case_gqa.batch.tokens, case_gqa.batch.attention_mask)
 
 
 def test_a_span_without_a_batch_is_refused(case_gqa: Case) -> None:
