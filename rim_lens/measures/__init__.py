@@ -11,6 +11,7 @@ from rim_lens.measures.controls import (
 from rim_lens.measures.heads import find_heads, head_table, scorer
 from rim_lens.measures.judges import EndpointJudge, Judge, Judgement, PrefixJudge, Reply, judge_all
 from rim_lens.measures.openers import opener_ids
+from rim_lens.measures.patching import head_patching, patching_table, span_patching
 from rim_lens.measures.prefixes import refusal_prefix_score
 from rim_lens.measures.rates import Rate, refusal_rate, refusal_rates, share_interval
 from rim_lens.measures.reasoning import Accuracy, reasoning_accuracy
@@ -46,9 +47,11 @@ __all__ = [
     "control_p",
     "find_heads",
     "first_tokens",
+    "head_patching",
     "head_table",
     "judge_all",
     "opener_ids",
+    "patching_table",
     "percentile_among",
     "proportion_interval",
     "random_heads_per_layer",
@@ -63,5 +66,6 @@ __all__ = [
     "scorer",
     "share_interval",
     "sign_flip_test",
+    "span_patching",
     "specificity",
 ]
