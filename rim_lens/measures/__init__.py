@@ -16,6 +16,7 @@ from rim_lens.measures.prefixes import refusal_prefix_score
 from rim_lens.measures.rates import Rate, refusal_rate, refusal_rates, share_interval
 from rim_lens.measures.reasoning import Accuracy, reasoning_accuracy
 from rim_lens.measures.refusal import first_tokens, refusal_score
+from rim_lens.measures.sentences import sentence_effects
 from rim_lens.measures.shift import ReciprocalShift, reciprocal_activation_shift
 from rim_lens.measures.stats import (
     Interval,
@@ -64,6 +65,7 @@ __all__ = [
     "refusal_score",
     "resampled_requests",
     "scorer",
+    "sentence_effects",
     "share_interval",
     "sign_flip_test",
     "span_patching",
