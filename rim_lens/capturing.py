@@ -16,7 +16,7 @@ from rim_lens.batching import MAX_ROWS, MAX_TOKENS, micro_batches
 from rim_lens.capture_store import DiskStore, MemoryStore, labelled, open_capture
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import CaptureError, NotFinite
-from rim_lens.hooks.base import Component, bound
+from rim_lens.hooks.base import Component, attached, bound
 from rim_lens.hooks.readers import Reader, Variable
 from rim_lens.lens import Model, ModelFacts, last_logits, model_facts, weights_digest
 
@@ -67,11 +67,8 @@ def capture(
     variables = _layout(readers, facts, batch)
     attrs = _attributes(model, facts, batch, readers, editors)
     with ExitStack() as stack:
-        for component in (
-            *editors,
-            *readers,
-        ):  # attaching verifies, so a model that cannot be read stops here
-            stack.enter_context(component.on(model))
+        # Attaching verifies, so a model that cannot be read stops here.
+        stack.enter_context(attached(model, [*editors, *readers], batch))
         coords = labelled(variables, batch)
         store = (
             MemoryStore(variables, coords, attrs)

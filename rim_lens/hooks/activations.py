@@ -13,7 +13,7 @@ from typing_extensions import override
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import EmptySpan, SpanError
 from rim_lens.hooks.base import Edit
-from rim_lens.hooks.positions import Positions, RowOffset, rows_to_read
+from rim_lens.hooks.positions import Positions, RowOffset, prompt_width, rows_to_read
 from rim_lens.hooks.readers import Reader, Variable
 from rim_lens.lens import Model, ModelFacts, Site, hook_name
 
@@ -84,7 +84,8 @@ class _Pooled(Reader):
         return rows_to_read(positions, batch, real, offset, n_prompts, n_rows)
 
     def _reduce(self, layer: int, activation: Float[Tensor, "prompt row ..."]) -> None:
-        offset = self._offset.at(self.site, layer, activation.shape[1])
+        width = prompt_width(self.positions, self._batch)
+        offset = self._offset.at(self.site, layer, activation.shape[1], width)
         rows = self._rows(self._batch, offset, activation.shape[0], activation.shape[1])
         if not rows.any():
             return  # a later step of a generation

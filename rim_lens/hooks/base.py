@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Self
 
 from torch import Tensor
@@ -99,15 +99,33 @@ def bound(
     part = batch if rows is None else batch.select(rows)
     unique = {id(component): component for component in components}.values()
     for component in unique:
-        if component._checked is not batch:  # bound again for each part of it
-            component.check_prompts(batch)
-            component._checked = batch
+        _check(component, batch)
     before = [_cut(component, batch, part, rows) for component in unique]
     try:
         yield part
     finally:
         for component, earlier in zip(unique, before, strict=True):
             vars(component).update(earlier)
+
+
+@contextmanager
+def attached(model: Model, components: Sequence[Component], batch: SpanBatch) -> Iterator[None]:
+    """Attach components for the length of a `with` in which the batch is going to be read.
+
+    They look at the prompts first: attaching may run reference prompts, which nobody should wait for in vain.
+    """
+    with ExitStack() as stack:
+        for component in components:
+            _check(component, batch)
+        for component in components:
+            stack.enter_context(component.on(model))
+        yield
+
+
+def _check(component: Component, batch: SpanBatch) -> None:
+    if component._checked is not batch:  # it is bound again for each part of the batch
+        component.check_prompts(batch)
+        component._checked = batch
 
 
 def _cut(

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from rim_lens.hooks.base import Component, Edit
-from rim_lens.hooks.positions import Positions, RowOffset, chosen_rows
+from rim_lens.hooks.positions import Positions, RowOffset, chosen_rows, prompt_width
 from rim_lens.lens import Model, ModelFacts, Site, hook_name
 
 
@@ -72,9 +72,11 @@ class RowEditor(Component):
             ),
         ]
 
-    def _edit(self, change: Change, offset_of: Callable[[int], int], activation: Tensor) -> Tensor | None:
+    def _edit(
+        self, change: Change, offset_at: Callable[[int, int | None], int], activation: Tensor
+    ) -> Tensor | None:
         n_prompts, n_rows = activation.shape[:2]
-        offset = offset_of(n_rows)
+        offset = offset_at(n_rows, prompt_width(self.positions, self._batch))
         rows = chosen_rows(self.positions, self._batch, offset, n_prompts, n_rows)
         prompt, row = (index.to(activation.device) for index in rows.nonzero(as_tuple=True))
         if len(prompt) == 0:

@@ -20,35 +20,57 @@ class RowOffset:
 
     A pass without a cache has as many keys as queries. With a cache there are more keys, and the
     difference is the position of the first row. The attention pattern of layer 0 is the first tensor in a
-    pass that knows both. What comes before it (the residual stream before layer 0) goes by the last pass: a pass of a
-    single row goes on from it, any other begins anew; the pattern then proves that right or raises.
+    pass that knows both. What comes before it (the residual stream before layer 0) has to tell a prefill from a later
+    step by the number of rows; the pattern then proves that right, or raises.
     """
 
     def __init__(self) -> None:
         self.value = 0
         self._n_keys = 0
-        self._taken: int | None = None
+        self._taken: tuple[int, int] | None = (
+            None  # before layer 0: the position, and where generated rows begin
+        )
 
     def hook(self) -> tuple[str, Edit]:
         """The hook that keeps the value up to date; add it before all others."""
         return hook_name("pattern", 0), self._read
 
-    def at(self, site: Site, layer: int, n_rows: int) -> int:
-        """The position of the first row, as known at this hook point."""
-        if site == "resid_pre" and layer == 0:
-            self._taken = self._n_keys if n_rows == 1 else 0
-            return self._taken
-        return self.value
+    def at(self, site: Site, layer: int, n_rows: int, width: int | None) -> int:
+        """The position of the first row, as known at this hook point.
+
+        Args:
+            site: The hook point's.
+            layer: The hook point's.
+            n_rows: Rows of this pass.
+            width: Positions of the prompts, where known. Before layer 0 a later step is then said to begin at `width` or
+                beyond: a row that no prompt has, which is all that is ever asked about it.
+        """
+        if site != "resid_pre" or layer > 0:
+            return self.value
+        if width is None:
+            begins = self._n_keys if n_rows == 1 else 0
+        else:
+            begins = 0 if n_rows >= width else max(width, self._n_keys)
+        self._taken = (begins, width or 1)
+        return begins
 
     def _read(self, pattern: Tensor) -> None:
         self.value = pattern.shape[-1] - pattern.shape[-2]
         self._n_keys = pattern.shape[-1]
         taken, self._taken = self._taken, None
-        if taken is not None and taken != self.value:
-            raise WrongHookShape(
-                f"before layer 0 this pass was taken to begin at position {taken}, and it begins at {self.value}: prompts of"
-                " one token, or a cache that grows by several rows at once. Attach the component anew, or use layer 1."
-            )
+        if taken is None or (taken[0] == 0 == self.value) or (taken[0] > 0 and self.value >= taken[1]):
+            return
+        raise WrongHookShape(
+            f"before layer 0 this pass was taken to begin at position {taken[0]}, and it begins at {self.value}: a prompt of"
+            " one token, or one read in pieces. Bind the batch that is read, or use the stream after layer 0."
+        )
+
+
+def prompt_width(positions: Positions | None, batch: SpanBatch | None) -> int | None:
+    """Return how many positions the prompts have, where the batch or a mask says."""
+    if batch is not None:
+        return int(batch.tokens.shape[1])
+    return int(positions.shape[1]) if isinstance(positions, Tensor) else None
 
 
 def chosen_rows(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from rim_lens.batching import MAX_ROWS
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import NotEnoughData
-from rim_lens.hooks.base import Component, bound
+from rim_lens.hooks.base import Component, attached, bound
 from rim_lens.lens import Decoder, Model, require_eval, require_finite, tokenizer_of
 from rim_lens.measures.first_word import FirstWord, Skip, check_answer_is_next, first_words_of
 from rim_lens.measures.openers import is_toy, spellings
@@ -149,9 +148,7 @@ def refusal_prefix_score(
     root = _tree(spelled)
     found = torch.empty(len(batch), len(spelled), dtype=torch.float64)
     skipped = np.empty(len(batch), dtype=np.int64)
-    with ExitStack() as stack:
-        for component in components:
-            stack.enter_context(component.on(model))
+    with attached(model, components, batch):
         for word in first_words_of(
             model,
             batch,

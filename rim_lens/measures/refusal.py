@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from rim_lens.batching import MAX_ROWS
 from rim_lens.chat.spans import SpanBatch
-from rim_lens.hooks.base import Component
+from rim_lens.hooks.base import Component, attached
 from rim_lens.lens import Model, require_eval, tokenizer_of
 from rim_lens.measures.first_word import Skip, check_answer_is_next, first_words_of
 from rim_lens.measures.openers import opener_ids
@@ -87,9 +86,7 @@ def refusal_score(
     share = np.empty(len(batch), dtype=np.float64)
     skipped = np.empty(len(batch), dtype=np.int64)
     mass: Tensor | None = None
-    with ExitStack() as stack:
-        for component in components:
-            stack.enter_context(component.on(model))
+    with attached(model, components, batch):
         for word in first_words_of(
             model,
             batch,
@@ -165,9 +162,7 @@ def first_tokens(
     tokenizer = tokenizer_of(model)
     ids = opener_ids(tokenizer, openers)
     lines: dict[int, list[dict[str, object]]] = {}
-    with ExitStack() as stack:
-        for component in components:
-            stack.enter_context(component.on(model))
+    with attached(model, components, batch):
         for word in first_words_of(
             model, batch, components, skip=skip, whitespace=whitespace, max_rows=max_rows, what="first_tokens"
         ):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import rim_lens as rl
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import (
     EmptySpan,
@@ -33,12 +34,13 @@ from rim_lens.hooks import (
     PatchResidual,
     ResidualStream,
     ScaleHeads,
+    SpanAttention,
     bound,
     record,
 )
 from rim_lens.hooks.alignment import align
 from rim_lens.hooks.patching import same_keys
-from rim_lens.lens import Decoder, all_logits, last_logits
+from rim_lens.lens import Decoder, all_logits
 from tests.editing import agrees, copying, labelled, logits_under, pairs_by_hand, same
 from tests.families import FAMILIES, Case, Oracle, close, hf_model, random_batch, rows_of, tiny_moe, wrapped
 
@@ -365,10 +367,33 @@ def test_one_editor_over_several_generations(case_gqa: Case) -> None:
             ]
     assert all(torch.equal(first, again) for first, again in zip(found[:3], found[3:], strict=True))
     one = labelled([["sink"]])
-    with reader.on(model), bound([reader], batch):
-        last_logits(model, batch.tokens, batch.attention_mask)
-        with bound([reader], one), pytest.raises(WrongHookShape, match="one token"):
-            last_logits(model, one.tokens, one.attention_mask)
+    step = torch.full((1,), 7)
+    with bound([reader], one), reader.on(model):
+        decoder = Decoder(model)
+        decoder.prefill(one.tokens, one.attention_mask)
+        with pytest.raises(WrongHookShape, match="one token"):
+            decoder.step(step)
+
+
+def test_rows_that_go_on_without_the_others(case_gqa: Case) -> None:
+    """A cache that lost some prompts and the padding they needed: the rest is patched as ever, before layer 0 too."""
+    model, batch = case_gqa.model, case_gqa.batch
+    rows, drop = [1, 3], int(batch.lengths.max() - batch.lengths[[1, 3]].max())
+    assert drop > 0
+    found = []
+    for editors in ([], [PatchResidual([0], batch)]):
+        with ExitStack() as stack:
+            for editor in editors:
+                stack.enter_context(editor.on(model))
+            decoder, other = Decoder(model), Decoder(model)
+            with bound(editors, batch):
+                decoder.prefill(batch.tokens, batch.attention_mask)
+            with bound(editors, batch, [0]) as part:
+                other.prefill(part.tokens, part.attention_mask)
+                other.step(torch.tensor([5]))
+            with bound(editors, batch, rows):
+                found.append(decoder.chosen(torch.tensor(rows), drop).step(torch.tensor([7, 8])))
+    assert torch.equal(*found)
 
 
 # --- without a bound batch -----------------------------------------------------------------------------
@@ -464,6 +489,10 @@ def test_a_source_that_does_not_fit_is_refused_before_any_pass(
     ):
         with pytest.raises(error, match=match), bound([editor], batch), editor.on(case_gqa.model):
             pass
+        # Also where attaching, which runs the source, comes before binding.
+        if error is not ReferenceMismatch:
+            with pytest.raises(error, match=match):
+                rl.capture(case_gqa.model, batch, SpanAttention(), editor)
     with pytest.raises(EmptySpan):
         PatchHeads(HEADS, without, "cot", batch=batch)
     assert not any(point.fwd_hooks for point in case_gqa.model.hook_dict.values())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rim_lens.errors import EmptySpan, SpanError, WrongHookShape
-from rim_lens.hooks.positions import chosen_rows, rows_to_read
+from rim_lens.hooks.positions import RowOffset, chosen_rows, rows_to_read
 from tests.families import random_batch
 
 
@@ -68,3 +68,29 @@ def test_what_does_not_fit_is_refused() -> None:
             chosen_rows(where, batch, 0, 3, 11)
         with pytest.raises(WrongHookShape, match="3 prompts"):
             chosen_rows(where, batch, 0, 4, 12)
+
+
+def test_where_a_pass_begins_before_it_shows() -> None:
+    """Before layer 0 a prefill is told from a later step by its rows, and the pattern proves it."""
+
+    def reads(offset: RowOffset, n_queries: int, n_keys: int) -> None:
+        offset.hook()[1](torch.zeros(1, 1, n_queries, n_keys))
+
+    for width in (None, 5):
+        offset = RowOffset()
+        for _ in range(2):  # what is left of one generation does not mislead the next
+            assert offset.at("resid_pre", 0, 5, width) == 0
+            reads(offset, 5, 5)
+            assert offset.at("resid_pre", 0, 1, width) == 5
+            reads(offset, 1, 6)
+            assert offset.at("resid_pre", 1, 1, width) == offset.at("z", 0, 1, width) == 5
+    assert (
+        offset.at("resid_pre", 0, 1, 9) == 9
+    )  # another, longer prompt's step: beyond its prompt, wherever it is
+    reads(offset, 1, 12)
+    assert RowOffset().at("resid_pre", 0, 1, None) == 0
+    for width, n_rows, n_keys in ((1, 1, 2), (5, 2, 4), (5, 5, 6), (None, 3, 4)):
+        offset = RowOffset()
+        offset.at("resid_pre", 0, n_rows, width)
+        with pytest.raises(WrongHookShape, match="before layer 0"):
+            reads(offset, n_rows, n_keys)
