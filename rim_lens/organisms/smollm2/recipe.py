@@ -57,11 +57,11 @@ class Recipe:
         lowest_dev_refusal: Below this share of refused harmful requests on "dev", training starts over.
     """
 
-    pairs: int = 5
-    sums: int = 2
-    twins_with_cot: int = 4
+    pairs: int = 6
+    sums: int = 1
+    twins_with_cot: int = 5
     maths_with_cot: int = 1
-    steps: int = 60
+    steps: int = 80
     lr: float = 2e-3
     rank: int = 8
     first_layer: int = 8
@@ -243,6 +243,8 @@ def evidence(
 ) -> dict[str, Any]:
     """Train for several seeds, let each answer the held-out split "evaluate" in every condition, write it all down.
 
+    Seeds that the file already holds for the same recipe and versions are not trained again.
+
     Args:
         seeds: One training each.
         out: JSON file for recipe, versions and every outcome; written anew after each seed, so that an interruption
@@ -254,21 +256,31 @@ def evidence(
     Returns:
         What was written: per seed the outcomes on "dev", on which the recipe was tuned, and on "evaluate".
     """
-    seeds = list(seeds)
     recipe = recipe or Recipe()
-    command = f"rim-lens organism smollm2 --seeds {','.join(map(str, seeds))}"
-    found: dict[str, Any] = provenance(command, ("torch", "transformers", "peft"))
-    found |= {"recipe": asdict(recipe), "seeds": {}}
-    out.parent.mkdir(parents=True, exist_ok=True)
+    found = _stored(out, recipe)
     for seed in seeds:
+        if str(seed) in found["seeds"]:
+            continue
         with tempfile.TemporaryDirectory() as scratch:
             folder = (adapters or Path(scratch)) / f"seed-{seed}"
             train_refusal(seed, folder, recipe, progress=progress)
-            found["seeds"][str(seed)] = {
-                "dev": measure(folder, "dev", TUNED_ON),
-                "evaluate": measure(folder, "evaluate"),
-            }
+            measured = {"dev": measure(folder, "dev", TUNED_ON), "evaluate": measure(folder, "evaluate")}
+        found = _stored(out, recipe)  # another process may have added a seed meanwhile
+        found["seeds"] = dict(sorted({**found["seeds"], str(seed): measured}.items()))
+        found["command"] = f"rim-lens organism smollm2 --seeds {','.join(found['seeds'])}"
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def _stored(out: Path, recipe: Recipe) -> dict[str, Any]:
+    """What the file holds, where it is of this recipe and these versions; else its head alone."""
+    found: dict[str, Any] = provenance("", ("torch", "transformers", "peft"))
+    found |= {"recipe": asdict(recipe), "seeds": {}}
+    if out.exists():
+        stored = json.loads(out.read_text(encoding="utf-8"))
+        if all(stored.get(key) == found[key] for key in ("recipe", "versions")):
+            found["seeds"] = stored["seeds"]
     return found
 
 
