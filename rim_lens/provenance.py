@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
+from rim_lens import __version__
+
 
 def provenance(command: str, packages: Sequence[str] = ("torch", "transformers")) -> dict[str, Any]:
     """The head of a file of evidence.
@@ -24,5 +26,7 @@ def provenance(command: str, packages: Sequence[str] = ("torch", "transformers")
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in (*packages, "rim-lens")},
+        | {package: version(package) for package in packages}
+        # The code that ran, which need not be what is installed.
+        | {"rim-lens": __version__},
     }
