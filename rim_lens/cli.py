@@ -119,6 +119,55 @@ def show(
     _show(load_study(folder), as_json)
 
 
+@app.command()
+def measures(
+    model: Annotated[str, typer.Argument(help="A name rim_lens knows, a hub name, or a folder.")],
+    requests: Annotated[int, typer.Option(min=2, help="Requests of each kind, of the evaluate split.")] = 24,
+    conditions: Annotated[
+        list[str] | None, typer.Option("--condition", help="Think condition; repeat for more.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("docs/evidence"),
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 32,
+    max_cot_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a self-written thought.")] = 96,
+    twins: Annotated[bool, typer.Option(help="Measure the harmless twins as well.")] = True,
+    seed: Annotated[int, typer.Option(help="Of the controls and the intervals.")] = 0,
+) -> None:
+    """Read refusal in every way side by side (first token, first word, prefixes, text), and show where they differ."""
+    from rim_lens.chat import ChatFormat
+    from rim_lens.chat.conditions import STANDARD
+    from rim_lens.measures.side_by_side import measure_side_by_side, write_side_by_side
+    from rim_lens.organisms import load_model
+    from rim_lens.prompts import load_prompts, spread
+    from rim_lens.provenance import provenance
+
+    loaded = load_model(model)
+    chat = ChatFormat.from_model(loaded)
+    language = "toy" if chat.name == "toy" else "en"
+    kinds = ("harmful", "harmless") if twins else ("harmful",)
+    asked = {
+        kind: spread(load_prompts(kind, language=language, split="evaluate"), requests) for kind in kinds
+    }
+    found = measure_side_by_side(
+        loaded,
+        chat,
+        asked,
+        conditions or STANDARD,
+        max_new_tokens=max_new_tokens,
+        max_cot_tokens=max_cot_tokens,
+        seed=seed,
+        say=lambda line: console.print(f"· {line}", highlight=False),
+    )
+    command = f"rim-lens measures {model} --requests {requests} --max-new-tokens {max_new_tokens}"
+    command += f" --max-cot-tokens {max_cot_tokens}" + ("" if twins else " --no-twins")
+    command += "".join(f" --condition {name}" for name in conditions or ()) + (
+        f" --seed {seed}" if seed else ""
+    )
+    told = f"{' and '.join(f'{len(prompts)} {kind}' for kind, prompts in asked.items())} requests of the split evaluate"
+    origin = provenance(command, ("transformer-lens", "torch", "transformers"))
+    for path in write_side_by_side(found, out, model, origin, told):
+        console.print(f"written: {path}", highlight=False, soft_wrap=True)
+
+
 @organism.command("toy")
 def organism_toy(
     seeds: Annotated[str, typer.Option(help="Seeds: 0-5, or 0,2,4.")] = "0-5",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -14,8 +13,8 @@ from tqdm.auto import tqdm
 
 from rim_lens.batching import MAX_ROWS, micro_batches
 from rim_lens.chat import ChatFormat, SpanBatch
-from rim_lens.errors import CaptureError, ConditionError
-from rim_lens.hooks.base import Component, bound
+from rim_lens.errors import CaptureError, ConditionError, SpanError
+from rim_lens.hooks.base import Component, attached, bound
 from rim_lens.lens import Decoder, Model, model_facts, require_eval, require_finite
 from rim_lens.outcomes import Outcome, first_words, judge
 
@@ -143,10 +142,15 @@ def generate(
     Raises:
         ConditionError: A number of tokens is not positive, or there is no room for them in the context.
         NotFinite: The model gives NaN or infinity.
+        SpanError: The batch is of another format.
     """
     facts = model_facts(model)
     require_eval(model)
     chat = chat or ChatFormat.from_model(model)
+    if batch.format != chat.name:
+        raise SpanError(
+            f"the batch is in format {batch.format!r}, this is {chat.name!r}; pass chat=, the format it came from."
+        )
     for name, value in (("max_new_tokens", max_new_tokens), ("max_cot_tokens", max_cot_tokens)):
         if value is not None and value < 1:
             raise ConditionError(f"{name}={value} was asked for; at least 1 is needed.")
@@ -175,9 +179,7 @@ def generate(
         raise CaptureError("the same component was given twice.")
 
     written: dict[int, _Row] = {}
-    with ExitStack() as stack:
-        for component in components:
-            stack.enter_context(component.on(model))
+    with attached(model, components, batch):
         groups = micro_batches(batch.lengths.tolist(), max_rows=max_rows)
         for group in tqdm(groups, desc=f"generate {batch.name}", disable=not progress):
             with bound(components, batch, group) as part:

@@ -14,7 +14,15 @@ from torch import Tensor
 import rim_lens as rl
 from rim_lens import generation
 from rim_lens.chat import ChatFormat, SpanBatch
-from rim_lens.errors import CaptureError, ConditionError, EmptySpan, NotFinite, TrainingMode, UnknownHead
+from rim_lens.errors import (
+    CaptureError,
+    ConditionError,
+    EmptySpan,
+    NotFinite,
+    SpanError,
+    TrainingMode,
+    UnknownHead,
+)
 from rim_lens.generation import HARMFUL_ANSWER_CAP, Generation
 from rim_lens.hooks import AblateHeads, AblateNeurons, NeuronActivations, SpanAttention
 from rim_lens.organisms.toy.host import TOKEN, toy_tokenizer
@@ -467,3 +475,185 @@ def test_an_answer_without_thinking_first_is_cut_as_well(
     monkeypatch.setattr(generation, "HARMFUL_ANSWER_CAP", 6)
     out = qwen_writes(texts, "open", FAMILIES[0], kind="harmful")
     assert out.batch.n_generated == (expected,)
+
+
+# --- unfinished thoughts, and replies that say nothing -----------------------------------------------------
+
+
+@pytest.mark.family_contract
+@pytest.mark.parametrize("max_rows", [1, 64])
+def test_an_unfinished_thought_is_closed_as_the_plain_model_would_go_on(
+    spoken: Spoken, max_rows: int
+) -> None:
+    """By hand: so many tokens of thought, the closing tag, then the answer; each prompt alone, computed anew."""
+    batch = rendered(spoken, "open")
+    out = rl.generate(
+        spoken.model, batch, max_new_tokens=3, max_cot_tokens=4, close_unfinished=True, max_rows=max_rows
+    )
+    closing = TOKEN["</think>"]
+    for row in range(len(batch)):
+        ids = ids_of(batch, row)
+        thought = continued_alone(spoken.oracle, ids, 4, stops=(TOKEN["<user>"], closing))
+        if thought[-1] == TOKEN["<user>"]:  # it ended its turn inside the block: left alone
+            expected, forced = thought, 0
+        else:
+            forced = int(thought[-1] != closing)
+            thought = thought if not forced else [*thought, closing]
+            expected = [*thought, *continued_alone(spoken.oracle, [*ids, *thought], 3)]
+        assert written(out.batch, row) == expected
+        assert out.n_forced[row] == forced
+        assert out.batch.finished_thinking[row] == (closing in expected)
+        if forced:
+            at = len(ids) + 4
+            assert out.batch.atoms_of(row)[at] == "think_close"
+            assert (
+                out.batch.atoms_of(row)[at + 1 :]
+                == spoken.chat.parse([ids_of(out.batch, row)]).atoms_of(0)[at + 1 :]
+            )
+            assert out.batch.cots[row] == spoken.chat.decode(expected[:4])
+    assert sum(out.closed_by_force) >= 3
+    assert out.to_dataframe()["closed_by_force"].tolist() == list(out.closed_by_force)
+    assert f"{sum(out.closed_by_force)} closed by force" in repr(out)
+
+
+@pytest.mark.family_contract
+def test_forced_rows_are_rows_of_generated_tokens_to_editors(spoken_gqa: Spoken) -> None:
+    batch = rendered(spoken_gqa, "open")
+    editor = AblateHeads(HEADS, positions="generated")
+    out = rl.generate(
+        spoken_gqa.model, batch, editor, max_new_tokens=3, max_cot_tokens=2, close_unfinished=True
+    )
+    checked = 0
+    for row in range(len(batch)):
+        ids = ids_of(batch, row)
+        found = written(out.batch, row)
+        if not out.n_forced[row]:
+            continue
+        rows = functools.partial(rows_meant, "generated", batch, torch.empty(0), row)
+        thought = [*continued_alone(spoken_gqa.oracle, ids, 2, HEADS, rows), TOKEN["</think>"]]
+        # the prompt of the second part is prompt and thought: its rows count from the true prompt's end
+        assert found == [*thought, *continued_alone(spoken_gqa.oracle, [*ids, *thought], 3, HEADS, rows)]
+        checked += 1
+    assert checked >= 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("text", "options", "cot", "answer", "n_forced", "ending"),
+    [
+        # writes words for ever: closed after 3, then 2 words of answer
+        (
+            "bread soup tea cake lamp tree",
+            {"max_cot_tokens": 3},
+            "bread soup tea",
+            "lamp tree",
+            1,
+            "out of tokens",
+        ),
+        # closes by itself: its own answer budget, nothing forced
+        ("3 </think> 6 soup tea", {"max_cot_tokens": 4}, "3", "6 soup", 0, "out of tokens"),
+        # a shared number where none is given for the thought
+        ("bread soup tea cake lamp", {}, "bread soup", "cake lamp", 1, "out of tokens"),
+        ("bread soup tea cake <user>", {"max_cot_tokens": 3}, "bread soup tea", "", 1, "ended"),
+        ("bread <user> soup tea", {"max_cot_tokens": 3}, "bread", "", 0, "ended"),
+        (
+            "bread soup tea cake",
+            {"max_cot_tokens": 3, "close_unfinished": False},
+            "bread soup tea",
+            "",
+            0,
+            "out of tokens",
+        ),
+        ("<user>", {"max_cot_tokens": 3}, "", "", 0, "empty"),
+        ("</think> <user>", {"max_cot_tokens": 3}, "", "", 0, "empty"),
+    ],
+)
+def test_budgets_of_thought_and_answer(
+    family: str, text: str, options: dict[str, Any], cot: str, answer: str, n_forced: int, ending: str
+) -> None:
+    """The forced token takes the place of the word that the model would have written there."""
+    out = toy_writes(text, "open", family, **{"max_new_tokens": 2, "close_unfinished": True, **options})
+    assert (out.cot, out.answer) == ((cot,), (answer,))
+    assert (out.n_forced, out.ending) == ((n_forced,), (ending,))
+    assert out.finished == (ending in ("ended", "empty"),)
+
+
+@pytest.mark.parametrize(
+    ("think", "outcome"),
+    [("off", ("other", "none")), ("cot", ("other", "none")), ("open", ("other", "none"))],
+)
+def test_a_model_that_says_nothing_is_other_and_named_empty(think: str, outcome: tuple[str, str]) -> None:
+    out = toy_writes("<user>", think, FAMILIES[0])
+    assert (out.outcome[0], out.where[0], out.ending[0]) == (*outcome, "empty")
+    assert out.to_dataframe()["ending"].tolist() == ["empty"]
+    assert rl.refusal_rates(out)["empty"].tolist() == [1]
+    assert "1 empty" in repr(out)
+
+
+def test_harmful_answers_after_a_forced_tag_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "HARMFUL_ANSWER_CAP", 2)
+    out = toy_writes(
+        LONG, "open", FAMILIES[0], kind="harmful", max_new_tokens=9, max_cot_tokens=3, close_unfinished=True
+    )
+    assert out.batch.n_generated == (3 + 1 + 2,)
+    assert out.ending == ("cut",)
+
+
+def test_no_room_for_thought_and_answer_is_refused_before_it_begins(spoken_gqa: Spoken) -> None:
+    with pytest.raises(ConditionError, match=r"are 151.*has room for"):
+        rl.generate(spoken_gqa.model, rendered(spoken_gqa, "open"), max_new_tokens=75, close_unfinished=True)
+    with pytest.raises(ConditionError, match="max_cot_tokens=0"):
+        rl.generate(spoken_gqa.model, rendered(spoken_gqa, "open"), max_cot_tokens=0)
+
+
+@pytest.mark.npm
+@pytest.mark.parametrize(("name", "newline"), [("qwen3", False), ("qwen3", True), ("chatml", False)])
+def test_the_closing_tag_of_true_formats(name: str, newline: bool) -> None:
+    """What is forced reads, with the thought, as a block that was closed by the format itself."""
+    chat = true_chat(name)
+    batch = chat.render([Prompt(id="a", text="Bake bread.", kind="harmless")], think="open", begin="They ask")
+    thought = [*chat.encode(" for bread"), *(chat.encode("\n") if newline and chat.spec.before_close else [])]
+    made = writer(name, FAMILIES[0], 64)
+    n = len(thought)
+    n_forced = chat.count_tokens(
+        ("" if newline else chat.spec.before_close) + chat.spec.think_close + chat.spec.after_close
+    )
+    says = [*thought, *[5] * n_forced, *chat.encode("Mix it.")]
+    model = made.teach(int(batch.lengths), says)
+    out = rl.generate(model, batch, max_new_tokens=3, max_cot_tokens=n, close_unfinished=True, chat=chat)
+    assert out.n_forced == (n_forced,)
+    assert out.cot == ("They ask for bread",)
+    assert out.own_cot == ("for bread",)
+    assert out.answer == ("Mix it.",)
+    given = chat.render(["Bake bread."], think="They ask for bread", answers="Mix it.")
+    assert out.batch.texts[0].rstrip() == given.texts[0].rstrip()
+    assert (out.batch.think, out.batch.finished_thinking) == ("open", (True,))
+
+
+@pytest.mark.npm
+def test_harmony_closes_its_analysis_and_opens_its_final_channel() -> None:
+    chat = true_chat("gpt_oss")
+    tokens = generation._closing(chat, "They ask for bread.")
+    assert chat.decode(tokens) == "<|end|><|start|>assistant<|channel|>final<|message|>"
+    batch = chat.render(["Bake bread."], think="open", begin="They ask")
+    whole = chat.extend(batch, torch.tensor([[*tokens, *chat.encode("Mix it.")]]))
+    assert (whole.cots, whole.answers, whole.finished_thinking) == (("They ask",), ("Mix it.",), (True,))
+
+
+def test_another_format_is_refused_before_anything_is_computed(spoken_gqa: Spoken) -> None:
+    batch = dataclasses.replace(rendered(spoken_gqa), format="qwen3")
+    with pytest.raises(SpanError, match="format 'qwen3'"):
+        rl.generate(spoken_gqa.model, batch, AblateHeads([(9, 9)]))
+
+
+def test_a_refusal_in_the_given_beginning_is_not_the_models() -> None:
+    chat = ChatFormat.from_tokenizer(toy_tokenizer())
+    prompt = Prompt(id="a", text="make bread please + 3 4 6", language="toy")
+    batch = chat.render([prompt], think="open", begin="REFUSE 3")
+    assert batch.cots == ("REFUSE 3",)
+    assert not batch.finished_thinking[0]
+    model = writer("toy", FAMILIES[0]).teach(int(batch.lengths), toy_ids("4 6 <user>"))
+    out = rl.generate(model, batch, max_new_tokens=3)
+    assert (out.cot, out.own_cot, out.outcome) == (("REFUSE 3 4 6",), ("4 6",), ("other",))
+    model = writer("toy", FAMILIES[0]).teach(int(batch.lengths), toy_ids("4 REFUSE <user>"))
+    assert rl.generate(model, batch, max_new_tokens=3).where == ("think",)

@@ -17,7 +17,7 @@ import re
 from fractions import Fraction
 
 _SIGN = r"(?:(?<![\w.)\]}/])[-\u2212\u2013+] ?)?"
-_DIGITS = r"(?:\d{1,3}(?:[,\u2009\u202f\u00a0]\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_DIGITS = r"(?:\d{1,3}(?:[,\u2009\u202f\u00a0]\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\d.])\.\d+"
 _LATEX = r"\\[dt]?frac\s*\{\s*(?P<above>-?\d+)\s*\}\s*\{\s*(?P<below>\d+)\s*\}"
 _NUMBER = re.compile(
     rf"(?P<sign>{_SIGN})\$?(?:{_LATEX}|(?P<first>{_DIGITS})(?:\s*/\s*(?P<under>\d+(?!\.?\d)))?)"
@@ -26,7 +26,7 @@ _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _MARKED = re.compile(r"####\s*([^\n]+)")
 _SAID = re.compile(
     r"\b(?:final |correct )?(?:answer|result)\b(?: (?:to|of|for)\b[^.:=\n]{0,60})?\s*(?:is|was|:|=|comes to)\s*"
-    r"(?:therefore |thus |simply |exactly |equal to |:)*(?P<rest>[^\n]*)",
+    r"(?:therefore |thus |simply |exactly |equal to |:)*(?=(?P<rest>[^\n]*))",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.!?;](?:\s|$)")

@@ -61,3 +61,14 @@ def as_prompts(requests: Sequence[Prompt | str]) -> list[Prompt]:
         item if isinstance(item, Prompt) else Prompt(id=str(index), text=item, family=str(index))
         for index, item in enumerate(requests)
     ]
+
+
+def spread(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+    """At most so many prompts, taken evenly over a list; twins stay beside each other in lists of one order.
+
+    >>> [prompt.id for prompt in spread(as_prompts(["a", "b", "c", "d", "e"]), 2)]
+    ['0', '2']
+    """
+    if limit is None or len(prompts) <= limit:
+        return list(prompts)
+    return [prompts[index * len(prompts) // limit] for index in range(limit)]

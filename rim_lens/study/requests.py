@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rim_lens.errors import MissingTwin, NotEnoughData
-from rim_lens.prompts import Prompt, as_prompts, assign_splits, load_prompts
+from rim_lens.prompts import Prompt, as_prompts, assign_splits, load_prompts, spread
 from rim_lens.prompts.toy import toy_prompts
 
 
@@ -59,7 +59,7 @@ def requests_by_split(
     twins = {prompt.id: prompt for prompt in good}
     sides = {}
     for split in ("select", "evaluate"):
-        chosen = _thinned([prompt for prompt in bad if prompt.split == split], limit)
+        chosen = spread([prompt for prompt in bad if prompt.split == split], limit)
         missing = [prompt.id for prompt in chosen if prompt.twin not in twins]
         if missing:
             raise MissingTwin(
@@ -70,7 +70,7 @@ def requests_by_split(
         side = Requests(
             harmful=tuple(chosen),
             twins=tuple(twins[str(prompt.twin)] for prompt in chosen),
-            reasoning=tuple(_thinned([q for q in questions if q.split in (split, None)], limit)),
+            reasoning=tuple(spread([q for q in questions if q.split in (split, None)], limit)),
         )
         if len(set(side.families)) < 2:
             raise NotEnoughData(
@@ -113,9 +113,3 @@ def _questions(language: str, reasoning: Sequence[Prompt | str] | None) -> list[
     return (
         list(toy_prompts("reasoning", op="-")) if language == "toy" else load_prompts("reasoning", language)
     )
-
-
-def _thinned(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
-    if limit is None or len(prompts) <= limit:
-        return prompts
-    return [prompts[index * len(prompts) // limit] for index in range(limit)]

@@ -105,3 +105,35 @@ def test_require_finite_names_the_first_bad_prompt() -> None:
     logits[3, 0] = float("inf")
     with pytest.raises(NotFinite, match=r"2 of 4 prompts \(first: 2\)"):
         require_finite(logits, "test")
+
+
+def test_a_decoder_goes_on_with_some_rows_repeated_and_without_their_padding(case: Case) -> None:
+    """Against whole sequences computed anew; the decoder it came from is as it was."""
+    batch = case.batch
+    decoder = Decoder(case.model)
+    decoder.prefill(batch.tokens, batch.attention_mask)
+    first = torch.arange(2, 2 + len(batch))
+    decoder.step(first)
+    rows = torch.tensor([len(batch) - 1, 1, 1])  # the first row, which has no padding, is left out
+    drop = int((batch.attention_mask[rows] == 0).all(dim=0).sum())
+    assert drop > 0 or int(batch.lengths[1]) == batch.tokens.shape[1]
+    branch = decoder.chosen(rows, drop)
+    second = torch.tensor([9, 10, 11])
+    found = branch.step(second)
+    for place, row in enumerate(rows.tolist()):
+        ids = [
+            *batch.tokens[row][batch.attention_mask[row].bool()].tolist(),
+            int(first[row]),
+            int(second[place]),
+        ]
+        whole = torch.tensor([ids])
+        expected = case.oracle.run(whole, torch.ones_like(whole)).logits[0, -1]
+        close(found[place].log_softmax(-1), expected.log_softmax(-1), 5e-5)
+    again = decoder.step(torch.full((len(batch),), 9))
+    ids = [*batch.tokens[1][batch.attention_mask[1].bool()].tolist(), int(first[1]), 9]
+    expected = case.oracle.run(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)).logits[0, -1]
+    close(again[1].log_softmax(-1), expected.log_softmax(-1), 5e-5)
+    with pytest.raises(ModelError, match="hold tokens"):
+        decoder.chosen(torch.tensor([0]), 1)
+    with pytest.raises(ModelError, match="prefill"):
+        Decoder(case.model).chosen(torch.tensor([0]))

@@ -17,7 +17,7 @@ from rim_lens.chat import ChatFormat, SpanBatch
 from rim_lens.errors import ConditionError, NotEnoughData, NotFinite, TrainingMode
 from rim_lens.hooks import AblateHeads
 from rim_lens.measures.openers import OPENERS, opener_ids, whitespace_ids
-from rim_lens.measures.rates import refusal_rate
+from rim_lens.measures.rates import refusal_rate, share_interval
 from rim_lens.measures.refusal import _log_odds, refusal_score
 from rim_lens.organisms.toy.host import TOKEN, toy_tokenizer
 from tests.families import FAMILIES
@@ -376,3 +376,77 @@ def test_rate_of_what_was_written(spoken_gqa: Spoken) -> None:
     out = rl.generate(spoken_gqa.model, rendered(spoken_gqa), max_new_tokens=2)
     assert refusal_rate(out) == refusal_rate(out.outcome)
     assert refusal_rate(out).n == len(REQUESTS)
+
+
+# --- forced whitespace, and what stands first ------------------------------------------------------------
+
+
+@pytest.mark.npm
+@pytest.mark.parametrize("whitespace", [None, "\n", "\n\n\t"])
+def test_forced_whitespace_is_read_as_if_it_stood_in_the_prompt(whitespace: str | None) -> None:
+    chat = true_chat("qwen3")
+    batch = chat.render(["Bake bread.", "Bake some good bread."], think="off")
+    told = qwen(FAMILIES[0])
+    model = told.teach(int(batch.lengths[0]), chat.encode("\n\n I cannot do that."))
+    told.table.add_(torch.randn(told.table.shape, generator=torch.Generator().manual_seed(2)) * 0.05)
+    scores = refusal_score(model, batch, skip="forced", whitespace=whitespace)
+    forced = chat.encode("\n\n" if whitespace is None else whitespace)
+    for row in range(2):
+        with torch.no_grad():
+            logits = told.hf(torch.tensor([[*ids_of(batch, row), *forced]])).logits[0, -1]
+        assert float(scores[row]) == pytest.approx(by_hand(logits, opener_ids(chat.tokenizer)), abs=1e-4)
+        assert int(scores["skipped"][row]) == len(forced)
+    with pytest.raises(ConditionError, match="whitespace only"):
+        refusal_score(model, batch, skip="forced", whitespace="\nI")
+
+
+@pytest.mark.parametrize("skip", ["greedy", "none"])
+def test_first_tokens_are_the_plain_models(spoken_gqa: Spoken, skip: str) -> None:
+    batch = rendered(spoken_gqa)
+    table = rl.first_tokens(spoken_gqa.model, batch, k=3, openers=["bread", "soup"], skip=skip, max_rows=2)
+    assert len(table) == 3 * len(batch)
+    ids = [TOKEN["bread"], TOKEN["soup"]]
+    for row in range(len(batch)):
+        chances = logits_alone(spoken_gqa.oracle, ids_of(batch, row)).double().softmax(dim=-1)
+        own = table[table["prompt"] == batch.prompts[row].id]
+        best = chances.topk(3)
+        assert own["token_id"].tolist() == best.indices.tolist()
+        assert own["rank"].tolist() == [1, 2, 3]
+        np.testing.assert_allclose(own["probability"], best.values, atol=1e-5)
+        np.testing.assert_allclose(own["openers_mass"], float(chances[ids].sum()), atol=1e-5)
+        assert own["opener"].tolist() == [token in ids for token in best.indices.tolist()]
+
+
+# --- rates by group --------------------------------------------------------------------------------------
+
+
+def test_rates_by_group(spoken_gqa: Spoken) -> None:
+    out = rl.generate(spoken_gqa.model, rendered(spoken_gqa), max_new_tokens=2)
+    table = rl.refusal_rates([out, out], by="category")
+    assert table["group"].tolist() == ["c0", "c1"] * 2
+    assert table["n"].tolist() == [3, 2, 3, 2]
+    for line in table.to_dict(orient="records"):
+        rows = [n for n, prompt in enumerate(REQUESTS) if prompt.category == line["group"]]
+        assert line["refused"] * line["n"] == sum(out.outcome[n] == "refuse" for n in rows)
+        assert line["refuse"] + line["comply"] + line["other"] == line["n"]
+    by_length = rl.refusal_rates(out, by=lambda prompt: "long" if len(prompt.text) > 20 else "short")
+    assert by_length["n"].sum() == len(REQUESTS)
+    with pytest.raises(NotEnoughData):
+        rl.refusal_rates([])
+
+
+def test_shares_of_clustered_requests() -> None:
+    one = share_interval([True] * 3 + [False] * 7)
+    assert (float(one.low), float(one.high)) == (
+        refusal_rate(["refuse"] * 3 + ["comply"] * 7).low,
+        float(one.high),
+    )
+    families = [number // 5 for number in range(50)]
+    together = share_interval([number // 5 % 2 == 0 for number in range(50)], families)
+    apart = share_interval([number % 2 == 0 for number in range(50)])
+    assert together.high - together.low > 1.8 * (apart.high - apart.low)  # ten units, not fifty
+    all_of_them = share_interval([True] * 50, families)
+    assert float(all_of_them.estimate) == 1.0
+    assert float(all_of_them.low) == pytest.approx(refusal_rate(["refuse"] * 10).low)
+    with pytest.raises(NotEnoughData):
+        share_interval([])
