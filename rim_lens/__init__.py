@@ -58,6 +58,8 @@ _HOME: dict[str, str] = {
     "refusal_prefix_score": "measures",
     "refusal_rate": "measures",
     "sentence_effects": "measures",
+    "RefusalDirection": "measures",
+    "refusal_direction": "measures",
     "refusal_rates": "measures",
     "reasoning_accuracy": "measures",
     "compare_conditions": "measures",

@@ -173,6 +173,10 @@ class JudgeUnavailable(RimLensError, ConnectionError):
         self.judged = judged
 
 
+class NoDirection(RimLensError):
+    """No direction of those tried does what was asked within the bounds."""
+
+
 class GateNotPassed(RimLensError):
     """The model does not show what the study is about; measuring on would mislead."""
 

@@ -35,13 +35,6 @@ class _Rows(NamedTuple):
     n_prompts: int
     n_keys: int
 
-    def name(self, row: int, head: int) -> str:
-        """Where a row is, in words, for an error."""
-        return (
-            f"layer {self.layer}, head {int(self.heads[head])} at prompt {int(self.prompt[row])}, position"
-            f" {int(self.pos[row])}"
-        )
-
 
 class _AttentionEditor(Component):
     """Changes the attention of chosen query rows, in some heads or in all."""
@@ -58,9 +51,31 @@ class _AttentionEditor(Component):
         """Return the rows as they are to be. Override this."""
         raise NotImplementedError
 
-    def queries(self, offset: int, n_prompts: int, n_queries: int) -> Bool[Tensor, "prompt query"]:
-        """Return which rows of this pass are edited."""
-        return chosen_rows(self.query, self._batch, offset, n_prompts, n_queries)
+    def queries(
+        self, batch: SpanBatch | None, offset: int, n_prompts: int, n_queries: int
+    ) -> Bool[Tensor, "prompt query"]:
+        """Return which rows of a pass are edited."""
+        return chosen_rows(self.query, batch, offset, n_prompts, n_queries)
+
+    def needed(self, batch: SpanBatch) -> tuple[Bool[Tensor, "prompt key"], str] | None:
+        """Return keys of which each edited row must see at least one, and what is wrong where it does not. Override this."""
+        raise NotImplementedError
+
+    @override
+    def check_prompts(self, batch: SpanBatch) -> None:
+        found = self.needed(batch)
+        if found is None:
+            return
+        keys, wrong = found
+        real = batch.attention_mask.bool().cpu()
+        rows = self.queries(batch, 0, len(batch), batch.tokens.shape[1]) & real
+        bad = (rows & ((keys & real).cumsum(dim=1) == 0)).nonzero()
+        if len(bad):
+            prompt, pos = bad[0].tolist()
+            raise ImpossibleEdit(
+                f"{type(self).__name__}: position {pos} of prompt {batch.prompts[prompt].id!r} {wrong} ({len(bad)} such rows)."
+                " Choose later query rows."
+            )
 
     @override
     def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
@@ -83,6 +98,12 @@ class _AttentionEditor(Component):
         real = self._real(which.n_keys)
         return causal if real is None else causal & real.to(which.prompt.device)[which.prompt]
 
+    def name(self, which: _Rows, row: int, head: int) -> str:
+        """Where a row is, in words, for an error."""
+        prompt = int(which.prompt[row])
+        known = prompt if self._batch is None else repr(self._batch.prompts[prompt].id)
+        return f"layer {which.layer}, head {int(which.heads[head])} at position {int(which.pos[row])} of prompt {known}"
+
     def _real(self, n_keys: int) -> Bool[Tensor, "prompt key"] | None:
         if self._batch is None:
             return None
@@ -96,7 +117,7 @@ class _AttentionEditor(Component):
         offset = n_keys - n_queries
         if offset == 0:
             self._width = n_keys
-        queries = self.queries(offset, n_prompts, n_queries)
+        queries = self.queries(self._batch, offset, n_prompts, n_queries)
         real = self._real(n_keys)
         if real is not None:
             queries = queries & real[:, offset:]
@@ -160,12 +181,24 @@ class BlockAttention(_AttentionEditor):
         self.mute = mute
 
     @override
-    def queries(self, offset: int, n_prompts: int, n_queries: int) -> Bool[Tensor, "prompt query"]:
+    def queries(
+        self, batch: SpanBatch | None, offset: int, n_prompts: int, n_queries: int
+    ) -> Bool[Tensor, "prompt query"]:
         if not _is(self.query, "later"):
-            return super().queries(offset, n_prompts, n_queries)
-        keys = chosen_keys(self.key, self._batch, n_prompts, offset + n_queries, self._width)
+            return super().queries(batch, offset, n_prompts, n_queries)
+        keys = chosen_keys(self.key, batch, n_prompts, offset + n_queries, self._width)
         last = torch.where(keys.any(dim=1), _last(keys), keys.shape[1])
         return offset + torch.arange(n_queries)[None] > last[:, None]
+
+    @override
+    def needed(self, batch: SpanBatch) -> tuple[Bool[Tensor, "prompt key"], str] | None:
+        keys = _prompt_keys(self.key, batch)
+        if self.mute:
+            return None
+        return (
+            ~keys,
+            f"sees no key but those to be blocked (key={_told(self.key)}), and mute=True is not asked for",
+        )
 
     @override
     def change(self, rows: Float[Tensor, "row head key"], which: _Rows) -> Float[Tensor, "row head key"]:
@@ -180,13 +213,13 @@ class BlockAttention(_AttentionEditor):
             row, head = lost.nonzero()[0].tolist()
             others = bool((self.visible(which)[row] & ~blocked[row]).any())
             why = (
-                "to the last bit, all of its attention is on the blocked keys, so that there is nothing to"
-                " renormalise; use mute=True, or block those keys in other heads"
+                "all of its attention, to the last bit, is on the blocked keys, and nothing is left to renormalise; use"
+                " mute=True, or block them in other heads"
                 if others
                 else "it sees no other key; choose later query rows, or use mute=True"
             )
             raise ImpossibleEdit(
-                f"BlockAttention(key={_told(self.key)}) would leave {which.name(row, head)} with nothing to attend to:"
+                f"BlockAttention(key={_told(self.key)}) would leave {self.name(which, row, head)} with nothing to attend to:"
                 f" {why}."
             )
         return kept * torch.where(left > 0, before / left, 1.0)
@@ -256,6 +289,13 @@ class MoveAttention(_AttentionEditor):
         self.from_ = from_
 
     @override
+    def needed(self, batch: SpanBatch) -> tuple[Bool[Tensor, "prompt key"], str]:
+        keys = _prompt_keys(self.span, batch)
+        if self.from_ is not None:
+            _prompt_keys(self.from_, batch)  # refuses an empty span
+        return keys, f"comes before the whole span ({_told(self.span)})"
+
+    @override
     def change(self, rows: Float[Tensor, "row head key"], which: _Rows) -> Float[Tensor, "row head key"]:
         visible = self.visible(which)
         span = self.keys(self.span, which) & visible
@@ -266,7 +306,7 @@ class MoveAttention(_AttentionEditor):
         if blind.any():
             row = int(blind.nonzero()[0])
             raise ImpossibleEdit(
-                f"MoveAttention(span={_told(self.span)}): {which.name(row, 0)} comes before the whole span, or is padding."
+                f"MoveAttention(span={_told(self.span)}): {self.name(which, row, 0)} comes before the whole span, or is padding."
                 " Choose later query rows; bind the batch (rl.capture, rl.generate and the measures do) to leave padding"
                 " out."
             )
@@ -289,7 +329,7 @@ class MoveAttention(_AttentionEditor):
         if bad.any():
             row, head = bad.nonzero()[0].tolist()
             raise ImpossibleEdit(
-                f"MoveAttention(span={_told(self.span)}) cannot bring the mass of {which.name(row, head)} from"
+                f"MoveAttention(span={_told(self.span)}) cannot bring the mass of {self.name(which, row, head)} from"
                 f" {float(mass[row, head]):.4g} to {float(target[row, head]):.4g}: the keys that give or take the"
                 f" difference have {float(given[row, head]):.4g}. Ask for another mass, or leave from_=None."
             )
@@ -297,7 +337,7 @@ class MoveAttention(_AttentionEditor):
         if self._batch is None and spread.any():
             row, head = spread.nonzero()[0].tolist()
             raise SpanError(
-                f"MoveAttention has to spread attention evenly at {which.name(row, head)}, and does not know which keys are"
+                f"MoveAttention has to spread attention evenly at {self.name(which, row, head)}, and does not know which keys are"
                 " padding. Bind the batch: run it through rl.capture, rl.generate or a measure."
             )
 
@@ -374,6 +414,11 @@ def chosen_keys(
             f" of {n_keys}. Bind or pass the batch that is really being read."
         )
     return torch.nn.functional.pad(mask, (0, n_keys - mask.shape[1]))
+
+
+def _prompt_keys(key: Positions, batch: SpanBatch) -> Bool[Tensor, "prompt pos"]:
+    n_prompts, width = batch.tokens.shape
+    return chosen_keys(key, batch, n_prompts, width, width)
 
 
 def _last(mask: Bool[Tensor, "prompt key"]) -> Int[Tensor, " prompt"]:

@@ -8,6 +8,7 @@ from rim_lens.measures.controls import (
     random_heads_per_layer,
     random_neurons_per_layer,
 )
+from rim_lens.measures.direction import RefusalDirection, refusal_direction
 from rim_lens.measures.heads import find_heads, head_table, scorer
 from rim_lens.measures.judges import EndpointJudge, Judge, Judgement, PrefixJudge, Reply, judge_all
 from rim_lens.measures.openers import opener_ids
@@ -40,6 +41,7 @@ __all__ = [
     "PrefixJudge",
     "Rate",
     "ReciprocalShift",
+    "RefusalDirection",
     "Reply",
     "agreement",
     "benjamini_hochberg",
@@ -59,6 +61,7 @@ __all__ = [
     "random_neurons_per_layer",
     "reasoning_accuracy",
     "reciprocal_activation_shift",
+    "refusal_direction",
     "refusal_prefix_score",
     "refusal_rate",
     "refusal_rates",

@@ -16,6 +16,7 @@ from rim_lens.chat.sentences import Sentences, Split, cot_sentences, split_sente
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import ConditionError
 from rim_lens.hooks import BlockAttention, bound
+from rim_lens.hooks.base import attached
 from rim_lens.lens import Model, all_logits, model_facts, require_eval, require_finite
 from rim_lens.measures.refusal import refusal_score
 from rim_lens.outcomes import first_words
@@ -140,7 +141,7 @@ def _log_kl(
         chosen = list(range(start, min(start + per_pass, n)))
         copies = batch.select([row] * len(chosen))
         editor = BlockAttention("later", masks[chosen])
-        with bound([editor], copies), editor.on(model):
+        with attached(model, [editor], copies), bound([editor], copies):
             edited = _checked(all_logits(model, copies.tokens, copies.attention_mask))
         for place, sentence in enumerate(chosen):
             last = int(masks[sentence].nonzero().max())

@@ -160,12 +160,7 @@ def test_muting_all_keys_equals_ablating_the_heads(case: Case) -> None:
 @pytest.mark.family_contract
 @pytest.mark.parametrize(
     ("query", "key"),
-    [
-        *(("all", key) for key in ("mask", "generated", "prompt_last")),
-        *(("generated", key) for key in ("request", "generated")),
-        *(("later", key) for key in ("request", "prompt_last")),
-        *(("prompt_last", "generated"), ("cot", "request")),
-    ],
+    [("all", "generated"), ("all", "prompt_last"), ("generated", "request"), ("later", "mask")],
 )
 def test_blocking_under_a_cache_equals_blocking_without(case: Case, query: str, key: str) -> None:
     batch, n_new = case.batch, 3
@@ -270,17 +265,34 @@ def test_batched_equals_one_by_one(case_gqa: Case) -> None:
         close(alone[0], together[prompt, -alone.shape[1] :])
 
 
-def test_a_row_that_sees_no_other_key_is_named(case_gqa: Case) -> None:
-    with pytest.raises(ImpossibleEdit, match=r"prompt 0, position 0 .*sees no other key"):
-        logits_under(case_gqa, BlockAttention("all", "sink"))
-    with pytest.raises(ImpossibleEdit, match="sees no other key"):
-        logits_under(case_gqa, BlockAttention("prompt_last", "all"))
+def test_a_row_that_sees_no_other_key_is_named_before_anything_is_run(case_gqa: Case) -> None:
+    batch = case_gqa.batch
+    for editor, message in (
+        (BlockAttention("all", "sink"), r"position 0 of prompt '0' sees no key but .*\(4 such rows\)"),
+        (BlockAttention("prompt_last", "all"), "position 13 of prompt '0'"),
+        (MoveAttention([(1, 2)], "cot", to=0.9, query="all"), "comes before the whole span"),
+    ):
+        with pytest.raises(ImpossibleEdit, match=message), bound([editor], batch):
+            raise AssertionError("the prompts were not looked at")
+    with pytest.raises(EmptySpan), bound([BlockAttention("prompt_last", "gap")], batch):
+        pass
+    with pytest.raises(EmptySpan), bound([MoveAttention(None, "cot", to=0.1, from_="gap")], batch):
+        pass
+
+
+def test_a_row_that_sees_no_other_key_is_named_where_no_batch_is_bound(case_gqa: Case) -> None:
+    batch = case_gqa.batch.select([0])
+    with (
+        pytest.raises(ImpossibleEdit, match=r"layer 0, head 0 at position 0 of prompt 0 .*sees no other key"),
+        BlockAttention("all", batch.spans["sink"]).on(case_gqa.model),
+    ):
+        last_logits(case_gqa.model, batch.tokens, batch.attention_mask)
     assert not any(point.fwd_hooks for point in case_gqa.model.hook_dict.values())
 
 
 def test_a_row_wholly_on_the_blocked_keys_is_named(case_gqa: Case) -> None:
     everything = MoveAttention([(1, 2)], "cot", to=1.0)
-    with pytest.raises(ImpossibleEdit, match=r"layer 1, head 2 at prompt 0.*last bit"):
+    with pytest.raises(ImpossibleEdit, match=r"layer 1, head 2 at position 13 of prompt '0'.*last bit"):
         logits_under(case_gqa, everything, BlockAttention("prompt_last", "cot", [(1, 2)]))
 
 
@@ -290,8 +302,6 @@ def test_what_cannot_be_blocked_is_refused(case_gqa: Case) -> None:
             BlockAttention("later", key)
     with pytest.raises(UnknownHead), BlockAttention("all", "cot", [(2, 0)]).on(case_gqa.model):
         pass
-    with pytest.raises(EmptySpan):
-        logits_under(case_gqa, BlockAttention("prompt_last", "gap"))
     batch = case_gqa.batch
     with pytest.raises(SpanError, match=r"batch\.spans"), BlockAttention("all", "cot").on(case_gqa.model):
         last_logits(case_gqa.model, batch.tokens, batch.attention_mask)
@@ -422,10 +432,9 @@ def test_no_mass_can_meet_these(asked: dict[str, float], message: str) -> None:
 
 def test_what_cannot_be_moved_is_named(case_gqa: Case) -> None:
     for editor, message in (
-        (MoveAttention([(1, 2)], "cot", by=0.9999), "layer 1, head 2 at prompt 0"),
+        (MoveAttention([(1, 2)], "cot", by=0.9999), "layer 1, head 2 at position 13 of prompt '0'"),
         (MoveAttention([(1, 2)], "cot", by=-0.9999), "cannot bring the mass"),
         (MoveAttention([(1, 2)], "cot", to=0.9, from_="sink"), "leave from_=None"),
-        (MoveAttention([(1, 2)], "cot", to=0.9, query="all"), "position 0 comes before the whole span"),
     ):
         with pytest.raises(ImpossibleEdit, match=message):
             logits_under(case_gqa, editor)

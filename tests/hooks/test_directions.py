@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from typing import Any
 
@@ -46,15 +47,15 @@ def differs(case: Case, found: Tensor) -> None:
     assert float((found - case.truth.logits)[real].abs().max()) > 1e-2
 
 
-def orthogonalised(case: Case, direction: Tensor) -> Oracle:
+def orthogonalised(plain: Oracle, direction: Tensor) -> Oracle:
     """A plain model none of whose weights writes along the direction: embeddings, W_O, W_out and their biases."""
-    oracle, unit = case.edited_oracle(), direction / direction.norm()
+    oracle, unit = Oracle(copy.deepcopy(plain.hf)), direction / direction.norm()
     hf = oracle.hf
     embeddings = [hf.transformer.wte, hf.transformer.wpe] if oracle.is_gpt2 else [hf.model.embed_tokens]
     with torch.no_grad():
         for embedding in embeddings:
             embedding.weight -= (embedding.weight @ unit)[:, None] * unit
-        for layer in range(case.facts.n_layers):
+        for layer in range(len(oracle.blocks)):
             for projection in (oracle.out_projection(layer), oracle.down_projection(layer)):
                 if oracle.is_gpt2:
                     projection.weight -= (projection.weight @ unit)[:, None] * unit
@@ -64,9 +65,9 @@ def orthogonalised(case: Case, direction: Tensor) -> Oracle:
     return oracle
 
 
-def biased(case: Case, layer: int, bias: Tensor) -> Oracle:
+def biased_at(plain: Oracle, layer: int, bias: Tensor) -> Oracle:
     """A plain model with a bias in what reaches a layer: on the embeddings, or on the layer before."""
-    oracle = case.edited_oracle()
+    oracle = Oracle(copy.deepcopy(plain.hf))
     with torch.no_grad():
         if layer == 0:
             embedding = oracle.hf.transformer.wte if oracle.is_gpt2 else oracle.hf.model.embed_tokens
@@ -97,7 +98,7 @@ def run_with_input(oracle: Oracle, layer: int, change: Any, tokens: Tensor, mask
 
 
 def test_ablating_every_write_equals_orthogonal_weights(case: Case) -> None:
-    truth = orthogonalised(case, DIRECTION).run(case.batch.tokens, case.batch.attention_mask)
+    truth = orthogonalised(case.oracle, DIRECTION).run(case.batch.tokens, case.batch.attention_mask)
     found = logits_under(case, AblateDirection(DIRECTION))
     same(case, found, truth.logits, 2e-5)
     differs(case, found)
@@ -160,7 +161,7 @@ def test_ablating_under_a_cache(case: Case, positions: str) -> None:
     width, unit = batch.tokens.shape[1], DIRECTION / DIRECTION.norm()
     if positions == "all":
         editor: Any = AblateDirection(DIRECTION)
-        truth = orthogonalised(case, DIRECTION).run(tokens, mask).logits
+        truth = orthogonalised(case.oracle, DIRECTION).run(tokens, mask).logits
     else:
         editor = AblateDirection(DIRECTION, layers=[1], positions=positions)
 
@@ -181,9 +182,7 @@ def test_directions_and_heads_stack(case_gqa: Case) -> None:
     """Two directions at right angles, one after the other, are the plane they span; a head goes as well."""
     other = torch.randn(WIDTH, generator=torch.Generator().manual_seed(4))
     other = other - (other @ DIRECTION) / (DIRECTION @ DIRECTION) * DIRECTION
-    oracle = orthogonalised(case_gqa, DIRECTION)
-    second = Case(case_gqa.architecture, case_gqa.family, case_gqa.model, oracle, case_gqa.batch)
-    both = orthogonalised(second, other)
+    both = orthogonalised(orthogonalised(case_gqa.oracle, DIRECTION), other)
     both.zero_rows(both.out_projection(1), 2 * 12, 3 * 12)
     truth = both.run(case_gqa.batch.tokens, case_gqa.batch.attention_mask)
     found = logits_under(case_gqa, AblateDirection(DIRECTION), AblateHeads([(1, 2)]), AblateDirection(other))
@@ -202,7 +201,7 @@ def test_length_and_sign_do_not_matter(case_gqa: Case) -> None:
 @pytest.mark.parametrize("layer", [0, 1])
 def test_adding_equals_a_bias(case: Case, layer: int) -> None:
     bias = -2.5 * DIRECTION / DIRECTION.norm()
-    truth = biased(case, layer, bias).run(case.batch.tokens, case.batch.attention_mask)
+    truth = biased_at(case.oracle, layer, bias).run(case.batch.tokens, case.batch.attention_mask)
     found = logits_under(case, AddDirection(DIRECTION, layer, -2.5))
     same(case, found, truth.logits)
     differs(case, found)
