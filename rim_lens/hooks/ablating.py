@@ -15,13 +15,13 @@ from typing_extensions import override
 from rim_lens.chat.spans import ATOMS, SpanBatch
 from rim_lens.errors import EmptySpan, ReferenceMismatch
 from rim_lens.hooks.alignment import Align, check_rule
-from rim_lens.hooks.base import describe
+from rim_lens.hooks.base import Edit, describe
 from rim_lens.hooks.editing import Change, RowEditor, Rows
-from rim_lens.hooks.pairing import Pairing, require_batch
+from rim_lens.hooks.pairing import Pairing, require_batch, require_padding
 from rim_lens.hooks.positions import Positions, chosen_rows
-from rim_lens.hooks.recording import Recording, record
+from rim_lens.hooks.recording import record
 from rim_lens.hooks.reference import Per, reference_means, reference_slots, slots
-from rim_lens.lens import Model, ModelFacts, Site
+from rim_lens.lens import Model, ModelFacts, Site, hook_name
 
 Method = Literal["zero", "mean", "resample"]
 
@@ -141,53 +141,61 @@ class Ablation(RowEditor):
         if self._pairing is not None:
             recording = record(model, self.reference, [self.site], layers)
             return {
-                (self.site, layer): partial(self._resample, index, recording, layer)
+                (self.site, layer): partial(
+                    self._resample, index, recording.activations[self.site, layer][:, :, index]
+                )
                 for layer, index in columns.items()
             }
         means = reference_means(
             model, facts, self.reference, self.site, layers, self.positions, self.per, self.align == "end"
         )
         return {
-            (self.site, layer): partial(self._mean, index, means[layer]) for layer, index in columns.items()
+            (self.site, layer): partial(self._mean, index, means[layer][:, index.to(means[layer].device)])
+            for layer, index in columns.items()
         }
 
-    def _mean(self, index: Tensor, means: Float[Tensor, "slot ..."], values: Tensor, rows: Rows) -> Tensor:
-        index = index.to(values.device)
+    @override
+    def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
+        hooks = super().hooks(model, facts)
+        return [(hook_name("pattern", 0), self._is_ours), *hooks] if self._by_row() else hooks
+
+    def _is_ours(self, pattern: Tensor) -> None:
+        require_padding(pattern, self._prompts(), type(self).__name__)
+
+    def _prompts(self) -> SpanBatch:
+        told = f"per={self.per!r}" if self.method == "mean" else f"method={self.method!r}"
+        return require_batch(self._batch, f"{type(self).__name__}({told})")
+
+    def _mean(
+        self, index: Tensor, means: Float[Tensor, "slot column ..."], values: Tensor, rows: Rows
+    ) -> Tensor:
         if self.per == "all":
-            values[:, index] = means[0].to(values)[index]
+            values[:, index.to(values.device)] = means[0].to(values)
             return values
-        batch = require_batch(self._batch, f"{type(self).__name__}(per={self.per!r})")
-        places = self._slots(batch).to(values.device)
+        places = self._slots(self._prompts()).to(values.device)
         inside = rows.pos < places.shape[1]
         slot = torch.where(inside, places[rows.prompt, rows.pos.clamp(max=places.shape[1] - 1)], -1)
         # Rows in no span (padding, generated) and places that no reference prompt has stay as they are.
         found = (slot >= 0) & (slot < len(means))
         new = means[slot.clamp(0, len(means) - 1)]
         found &= ~new.flatten(1).isnan().any(dim=1)
-        values[found.nonzero(), index] = new[found][:, index].to(values)
-        return values
+        return put(values, index, found, new[found])
 
     def _resample(
-        self, index: Tensor, recording: Recording, layer: int, values: Tensor, rows: Rows
+        self, index: Tensor, recorded: Float[Tensor, "prompt pos column ..."], values: Tensor, rows: Rows
     ) -> Tensor:
-        batch = require_batch(self._batch, f"{type(self).__name__}(method='resample')")
         assert self._pairing is not None  # noqa: S101
         assert self._members is not None  # noqa: S101 - bound together with the batch
-        found = self._pairing.find(batch, self._members, rows)
-        return put(
-            values,
-            index,
-            found.rows,
-            recording.activations[self.site, layer][found.prompt.cpu(), found.pos.cpu()],
-        )
+        found = self._pairing.find(self._prompts(), self._members, rows)
+        return put(values, index, found.rows, recorded[found.prompt.cpu(), found.pos.cpu()])
 
 
 def put(values: Tensor, index: Tensor | None, rows: Tensor, new: Tensor) -> Tensor:
-    """Write new values into some rows, all columns or those given."""
+    """Write new values [row, column, ...] into some rows, at all columns or those given."""
     if index is None:
         values[rows] = new.to(values)
         return values
-    values[rows.nonzero(), index.to(values.device)] = new[:, index].to(values)
+    values[rows.nonzero(), index.to(values.device)] = new.to(values)
     return values
 
 

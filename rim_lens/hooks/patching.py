@@ -102,12 +102,14 @@ class _Patch(RowEditor):
     def changes(self, model: Model, facts: ModelFacts) -> dict[tuple[Site, int], Change]:
         spots = self.spots(facts)
         recording = self._recording(model, facts, list(spots))
-        return {
-            spot: partial(
-                self._patch, None if columns is None else torch.tensor(columns), recording.activations[spot]
-            )
-            for spot, columns in spots.items()
-        }
+        changes: dict[tuple[Site, int], Change] = {}
+        for spot, columns in spots.items():
+            recorded = recording.activations[spot]
+            if columns is None:
+                changes[spot] = partial(self._patch, None, recorded)
+            else:
+                changes[spot] = partial(self._patch, torch.tensor(columns), recorded[:, :, columns])
+        return changes
 
     @override
     def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
@@ -138,7 +140,7 @@ class _Patch(RowEditor):
         require_padding(pattern, prompts, type(self).__name__)
 
     def _patch(
-        self, index: Tensor | None, recorded: Float[Tensor, "prompt pos ..."], values: Tensor, rows: Rows
+        self, index: Tensor | None, recorded: Float[Tensor, "prompt pos *column"], values: Tensor, rows: Rows
     ) -> Tensor:
         if self._batch is None:
             found = self._by_position(rows)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rim_lens.batching import micro_batches
 from rim_lens.chat.spans import ATOMS, SpanBatch
-from rim_lens.errors import ReferenceMismatch
+from rim_lens.errors import NotFinite, ReferenceMismatch
 from rim_lens.hooks.positions import Positions, chosen_rows
 from rim_lens.lens import Model, ModelFacts, Site, hook_name, hooked, last_logits, quiet
 
@@ -81,6 +81,7 @@ def reference_means(
 
     Raises:
         ReferenceMismatch: The reference tokens are not of this model's vocabulary, or no row is chosen.
+        NotFinite: A mean is NaN or infinite.
     """
     check_vocabulary(facts, reference)
     places = reference_slots(reference, positions, per, from_end)
@@ -96,6 +97,12 @@ def reference_means(
         ]
         with quiet(), hooked(model, hooks):
             last_logits(model, part.tokens, part.attention_mask)
+    for layer, total in sums.items():
+        if not bool(total.isfinite().all()):
+            raise NotFinite(
+                f"the mean of {site!r} in layer {layer} over the reference prompts is NaN or infinite. Check the weights, or"
+                " load the model in float32."
+            )
     return {
         layer: total / counts.to(total).view(-1, *[1] * (total.ndim - 1)) for layer, total in sums.items()
     }

@@ -14,6 +14,7 @@ from torch import Tensor
 from rim_lens.chat.spans import ATOMS
 from rim_lens.errors import (
     EmptySpan,
+    NotFinite,
     ReferenceMismatch,
     SpanError,
     UnknownHead,
@@ -599,6 +600,38 @@ def test_spans_are_needed_where_they_say_what_is_put_in(case_gqa: Case) -> None:
         editor = AblateHeads(HEADS, reference=random_batch(seed=21), **settings)  # type: ignore[arg-type]
         with editor.on(case_gqa.model), pytest.raises(SpanError, match=r"rl\.capture"):
             last_logits(case_gqa.model, case_gqa.batch.tokens, case_gqa.batch.attention_mask)
+
+
+def test_a_pass_of_other_prompts_than_bound_is_refused(case_gqa: Case) -> None:
+    batch, order = case_gqa.batch, [3, 2, 1, 0]
+    for settings in ({"method": "resample"}, {"method": "mean", "per": "span"}):
+        editor = AblateHeads(HEADS, reference=random_batch(seed=21), **settings)  # type: ignore[arg-type]
+        with bound([editor], batch), editor.on(case_gqa.model):
+            with pytest.raises(WrongHookShape, match="in another order"):
+                last_logits(case_gqa.model, batch.tokens[order], batch.attention_mask[order])
+            with pytest.raises(WrongHookShape, match="4 prompts of 14"):
+                last_logits(case_gqa.model, batch.tokens.repeat(2, 1), batch.attention_mask.repeat(2, 1))
+
+
+def test_a_reference_run_that_is_not_a_number_is_refused(case_gqa: Case) -> None:
+    from tests.families import wrapped
+
+    model = wrapped("qwen3", "bridge" if case_gqa.family != "hooked" else "hooked", seed=3)
+    editors = [
+        AblateHeads(HEADS, "mean", case_gqa.batch),
+        AblateHeads(HEADS, "mean", case_gqa.batch, per="span"),
+        AblateHeads(HEADS, "resample", case_gqa.batch),
+    ]
+    for editor in editors:
+        with editor.on(model):
+            pass
+    with torch.no_grad():
+        for parameter in model.blocks[0].mlp.parameters():
+            parameter.fill_(1e30)
+    for editor in editors:
+        with pytest.raises(NotFinite, match="'z' in layer 1"), editor.on(model):
+            pass
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
 
 
 def test_a_span_without_a_batch_is_refused(case_gqa: Case) -> None:
