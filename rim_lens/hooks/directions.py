@@ -5,7 +5,8 @@ normalised inside. ``rl.refusal_direction`` finds one.
 
 Where an architecture normalises a sublayer's output before adding it (Gemma 2 and 3), `hook_attn_out` and
 `hook_mlp_out` come after that norm: what is edited is what the stream receives, so ablation is exact there too, but it
-no longer equals a change of W_O and W_out.
+no longer equals a change of W_O and W_out. A direction belongs to the weights it was found on as they are: TransformerLens's
+processed weights (centred, folded) have another stream.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from rim_lens.errors import EmptySpan, ImpossibleEdit, SpanError, UnknownHead, W
 from rim_lens.hooks import AblateHeads, BlockAttention, MoveAttention, SpanAttention, bound
 from rim_lens.hooks.attention_editing import move_mass
 from rim_lens.lens import Decoder, all_logits, hooked, last_logits
-from tests.families import Case, Oracle, close, random_batch, rows_of
+from tests.families import FAMILIES, Case, Oracle, close, random_batch, rows_of, wrapped
 
 HEADS = [(0, 1), (1, 3), (1, 0)]
 NEVER = torch.finfo(torch.float32).min
@@ -195,6 +195,25 @@ def test_a_cache_needs_no_batch_for_these_keys(case_gqa: Case, key: str) -> None
         found = [decoder.prefill(batch.tokens, batch.attention_mask)]
         found += [decoder.step(new[:, step]) for step in range(2)]
     close(torch.stack(found, dim=1), truth.logits[:, batch.tokens.shape[1] - 1 :])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_is_renormalised_in_full(family: str) -> None:
+    model = wrapped("llama", family).to(torch.bfloat16)
+    model.cfg.dtype = torch.bfloat16
+    batch, seen = random_batch(seed=9), list[Tensor]()
+    editors = [BlockAttention("prompt_last", "cot", [(0, 0)]), MoveAttention([(0, 1)], "cot", to=0.5)]
+    with ExitStack() as stack:
+        stack.enter_context(bound(editors, batch))
+        for editor in editors:
+            stack.enter_context(editor.on(model))
+        hook = ("blocks.0.attn.hook_pattern", lambda pattern, hook: seen.append(pattern.clone()))
+        stack.enter_context(hooked(model, [hook]))
+        last_logits(model, batch.tokens, batch.attention_mask)
+    assert seen[0].dtype == torch.bfloat16
+    rows, keys = seen[0][:, :2, -1].float(), batch.spans["cot"]
+    close(rows.sum(dim=-1), torch.ones(rows.shape[:2]), 1e-2)
+    close((rows * keys[:, None]).sum(dim=-1), torch.tensor([[0.0, 0.5]] * len(batch)), 5e-3)
 
 
 def test_what_the_model_wrote_in_one_pass(case_gqa: Case) -> None:

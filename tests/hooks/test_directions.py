@@ -19,8 +19,19 @@ from rim_lens.hooks import (
     ClampDirection,
     bound,
 )
-from rim_lens.lens import Decoder, all_logits, hooked
-from tests.families import Case, Oracle, close, random_batch, rows_of
+from rim_lens.lens import Decoder, all_logits, hooked, wrap_hf
+from tests.families import (
+    FAMILIES,
+    VOCABULARY,
+    Case,
+    Oracle,
+    close,
+    fill,
+    random_batch,
+    rows_of,
+    tokenizer,
+    wrapped,
+)
 
 pytestmark = pytest.mark.family_contract
 
@@ -193,6 +204,51 @@ def test_length_and_sign_do_not_matter(case_gqa: Case) -> None:
     found = logits_under(case_gqa, AblateDirection(DIRECTION))
     same(case_gqa, logits_under(case_gqa, AblateDirection(-1e-3 * DIRECTION)), found)
     same(case_gqa, logits_under(case_gqa, AblateDirection(DIRECTION.double() * 1e4)), found)
+
+
+@pytest.mark.skipif("bridge" not in FAMILIES, reason="Gemma 3 is wrapped by the bridge alone")
+def test_nothing_is_left_where_sublayers_are_normalised_after() -> None:
+    """Gemma 3 normalises what a sublayer gives before adding it: no weights equal this, and the stream is clean all the same."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    sizes = {"hidden_size": WIDTH, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 48, "sliding_window": 8}
+    tokens = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    hf = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **more, **tokens, attn_implementation="eager"))
+    fill(hf)
+    model = wrap_hf(hf.eval().requires_grad_(False), tokenizer(), family="bridge")
+    seen = list[Tensor]()
+    names = [f"blocks.{layer}.hook_resid_{at}" for layer in (0, 1) for at in ("pre", "post")]
+    batch = random_batch(seed=6)
+    plain = all_logits(model, batch.tokens, batch.attention_mask)
+    with (
+        AblateDirection(DIRECTION).on(model),
+        hooked(model, [(name, lambda stream, hook: seen.append(stream)) for name in names]),
+    ):
+        edited = all_logits(model, batch.tokens, batch.attention_mask)
+    assert len(seen) == 4
+    for stream in seen:
+        assert float((stream @ DIRECTION).abs().max() / DIRECTION.norm()) < 1e-5
+    assert float((edited - plain).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_keeps_its_dtype(family: str) -> None:
+    """The projection is computed in full; what is left is the rounding of bf16, 2⁻⁸ of each entry."""
+    model = wrapped("llama", family).to(torch.bfloat16)
+    model.cfg.dtype = torch.bfloat16
+    batch, seen = random_batch(seed=9), list[Tensor]()
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(3)]
+    with (
+        AblateDirection(DIRECTION, layers=range(3)).on(model),
+        hooked(model, [(name, lambda stream, hook: seen.append(stream)) for name in names]),
+    ):
+        all_logits(model, batch.tokens, batch.attention_mask)
+    assert len(seen) == 3
+    for stream in seen:
+        assert stream.dtype == torch.bfloat16
+        left = (stream.float() @ DIRECTION) / DIRECTION.norm()
+        assert float((left.abs() / stream.float().norm(dim=-1)).max()) < 2**-8
 
 
 # --- add -----------------------------------------------------------------------------------------------
