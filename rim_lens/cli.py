@@ -1,4 +1,4 @@
-"""The command line: rim-lens demo, study, show, organism."""
+"""The command line: rim-lens demo, study, measures, show, organism."""
 
 from __future__ import annotations
 

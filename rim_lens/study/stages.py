@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rim_lens.capturing import capture
-from rim_lens.chat import ChatFormat, SpanBatch
+from rim_lens.chat import ChatFormat, SpanBatch, render_conditions
 from rim_lens.generation import generate
 from rim_lens.hooks import AblateHeads, NeuronActivations, SpanAttention
 from rim_lens.lens import Head, Model, model_facts
@@ -78,10 +78,8 @@ class Bench:
     settings: Settings
 
     def render(self, requests: Sequence[Prompt], condition: str) -> SpanBatch:
-        """Render requests in a condition: "off", "open", or a kind of given CoT."""
-        if condition in ("off", "open"):
-            return self.chat.render(requests, think=condition, label=condition)
-        return self.chat.render(requests, think=self.chat.cots(requests, condition), label=condition)
+        """Render requests in a condition, see `rim_lens.chat.conditions`."""
+        return render_conditions(self.chat, requests, [condition])[condition]
 
     @cached_property
     def _kinds(self) -> dict[str, tuple[Prompt, ...]]:

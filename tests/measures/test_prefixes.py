@@ -12,6 +12,7 @@ import rim_lens as rl
 from rim_lens.chat import ChatFormat, SpanBatch
 from rim_lens.errors import ConditionError, NotEnoughData, TrainingMode
 from rim_lens.hooks import AblateHeads
+from rim_lens.measures import first_word
 from rim_lens.measures.prefixes import COMPLIANCE_PREFIXES, REFUSAL_PREFIXES, refusal_prefix_score
 from rim_lens.organisms.toy.host import TOKEN
 from tests.families import FAMILIES
@@ -219,3 +220,79 @@ def test_what_is_refused(spoken_gqa: Spoken) -> None:
     training = fresh("gpt2_relu", FAMILIES[0]).train()
     with pytest.raises(TrainingMode):
         refusal_prefix_score(training, ChatFormat.from_model(training).render(REQUESTS))
+
+
+@pytest.fixture
+def skipping(spoken: Spoken, monkeypatch: pytest.MonkeyPatch) -> tuple[SpanBatch, set[int]]:
+    """Words that this random model would write first, declared whitespace: rows skip none, one and more of them."""
+    batch = rendered(spoken)
+    firsts = [int(logits_alone(spoken.oracle, ids_of(batch, row)).argmax()) for row in range(len(batch))]
+    blank = set(firsts[1:4])
+    monkeypatch.setattr(first_word, "whitespace_ids", lambda *_: torch.tensor(sorted(blank)))
+    return batch, blank
+
+
+@pytest.mark.family_contract
+@pytest.mark.parametrize("positions", ["all", "generated", "request", "mask"])
+def test_rows_that_skip_differently_under_editors(
+    spoken: Spoken, skipping: tuple[SpanBatch, set[int]], positions: str
+) -> None:
+    """Each row is alone in the oracle; here rows part ways, lose the padding none of them needs, and masks with it."""
+    batch, blank = skipping
+    mask = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(3)) < 0.5
+    editor = AblateHeads(HEADS, positions=mask if positions == "mask" else positions)
+    options: dict[str, Any] = {"refusals": REFUSALS, "compliances": COMPLIANCES}
+    found = refusal_prefix_score(spoken.model, batch, editor, **options, max_rows=8)
+    scores = rl.refusal_score(spoken.model, batch, editor)
+    for row in range(len(batch)):
+        ids, real = ids_of(batch, row), batch.attention_mask[row].bool()
+        n_prompt = len(ids)
+        inside = {"request": batch.spans["request"], "mask": mask}.get(positions)
+
+        def rows(
+            n: int, n_prompt: int = n_prompt, inside: Any = inside, row: int = row, real: Any = real
+        ) -> Any:
+            if inside is not None:
+                return inside[row][real].nonzero().flatten().tolist()
+            return range(n_prompt, n) if positions == "generated" else range(n)
+
+        skipped = 0
+        while skipped < 4:
+            token = int(logits_alone(spoken.oracle, ids, HEADS, rows).argmax())
+            if token not in blank:
+                break
+            ids, skipped = [*ids, token], skipped + 1
+        assert int(found["skipped"][row]) == int(scores["skipped"][row]) == skipped
+        sides = []
+        for texts in (REFUSALS, COMPLIANCES):
+            logs = []
+            for text in texts:
+                sequence, total = list(ids), 0.0
+                for word in text.split():
+                    logits = logits_alone(spoken.oracle, sequence, HEADS, rows).double().log_softmax(dim=-1)
+                    total += float(logits[TOKEN[word]])
+                    sequence.append(TOKEN[word])
+                logs.append(total)
+            sides.append(float(np.logaddexp.reduce(logs)))
+        assert float(found[row]) == pytest.approx(sides[0] - sides[1], abs=1e-4)
+        logits = logits_alone(spoken.oracle, ids, HEADS, rows).double().log_softmax(dim=-1)
+        chance = float(logits[TOKEN["REFUSE"]].exp())
+        assert float(scores[row]) == pytest.approx(np.log(chance) - np.log1p(-chance), abs=1e-4)
+    assert len(set(found["skipped"].values.tolist())) > 1
+
+
+@pytest.mark.family_contract
+def test_blocked_keys_stay_where_they_are_when_padding_goes(
+    spoken: Spoken, skipping: tuple[SpanBatch, set[int]]
+) -> None:
+    """Keys are named by their place in the prompt: batched, with rows parting ways, equals one by one."""
+    batch, _ = skipping
+    options: dict[str, Any] = {"refusals": REFUSALS, "compliances": COMPLIANCES}
+    editor = rl.BlockAttention("generated", "request")
+    together = refusal_prefix_score(spoken.model, batch, editor, **options, max_rows=8)
+    alone = [
+        float(refusal_prefix_score(spoken.model, batch.select([row]), editor, **options)[0])
+        for row in range(len(batch))
+    ]
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    assert not np.allclose(together, refusal_prefix_score(spoken.model, batch, **options), atol=1e-3)
