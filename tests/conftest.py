@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 import torch
 
+from tests import oracles
 from tests.families import case, case_gqa, case_processed  # noqa: F401 - fixtures
 from tests.speaking import spoken, spoken_gqa  # noqa: F401 - fixtures
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--oracles", type=Path, help="write the largest differences of the oracles to this file")
+
+
+@pytest.fixture(autouse=True)
+def _oracle(request: pytest.FixtureRequest) -> Iterator[None]:
+    marker = request.node.get_closest_marker("oracle")
+    if marker is None or request.config.getoption("--oracles") is None:
+        yield
+        return
+    given = request.node.callspec.params
+    architecture, family = given["case"] if "case" in given else ("qwen3", given["case_gqa"])
+    with oracles.watching(*marker.args, family, architecture):
+        yield
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--oracles")
+    if path is not None:
+        oracles.write(path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ from rim_lens.chat.spans import ATOMS, SpanBatch, Spans
 from rim_lens.lens import model_facts, wrap_hf
 from rim_lens.lens.loading import bridge_class, hooked_class
 from rim_lens.prompts.records import Prompt
+from tests.oracles import How, saw
 
 VOCABULARY = 71
 CONTEXT = 48
@@ -358,6 +360,10 @@ def rows_of(batch: SpanBatch, positions: str, extra: int = 0) -> Tensor:
     return rows
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
-    """Assert equality to the contract's tolerance."""
+def close(found: Tensor, expected: Tensor, tolerance: float = TOLERANCE, how: How = "pass") -> None:
+    """Assert equality to the contract's tolerance; `how` the numbers came about is for the table of oracles."""
+    saw(
+        float((found.float() - expected.float()).abs().max()) if found.shape == expected.shape else math.inf,
+        how,
+    )
     torch.testing.assert_close(found.float(), expected.float(), atol=tolerance, rtol=tolerance)
