@@ -318,11 +318,11 @@ def _sides(
     sides = []
     for split in ("select", "evaluate"):
         chosen = [spread([p for p in prompts if p.split == split], limit) for prompts in (bad, good)]
-        n_families = len({_family(prompt) for prompt in chosen[0]})
-        if n_families < 2 or len(chosen[1]) < 2:
+        n_families = [len({_family(prompt) for prompt in prompts}) for prompts in chosen]
+        if min(n_families) < 2:
             raise NotEnoughData(
-                f"the {split} side has {len(chosen[0])} harmful requests of {n_families} families and {len(chosen[1])} harmless"
-                " ones; at least two families and two harmless requests are needed on each side. Give more requests, or records"
+                f"the {split} side has {len(chosen[0])} harmful requests of {n_families[0]} families and {len(chosen[1])} harmless"
+                f" ones of {n_families[1]}; two families of each kind are needed on each side. Give more requests, or records"
                 " without splits, which are then cut into halves."
             )
         sides.append(_Side(*(chat.render(prompts, think="off") for prompts in chosen)))

@@ -275,6 +275,7 @@ def test_what_is_asked_must_make_sense() -> None:
     one_family = [replace(prompt, family="same") for prompt in harmful]
     for bad, good in (
         (one_family, harmless),
+        (harmful, [replace(prompt, family="same") for prompt in harmless]),
         ([p for p in harmful if p.split == "select"], harmless),
         (harmful, [p for p in harmless if p.split == "evaluate"]),
     ):
