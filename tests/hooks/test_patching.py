@@ -91,6 +91,7 @@ def residual_run(
 # --- against the plain model ---------------------------------------------------------------------------
 
 
+@pytest.mark.oracle("PatchHeads, PatchNeurons", "the plain source run's values put in, with loops")
 @pytest.mark.parametrize(
     ("positions", "rule"), [("all", "stretch"), ("cot", "start"), ("prompt_last", "end")]
 )
@@ -117,6 +118,7 @@ def test_heads_and_neurons(case: Case, positions: str, rule: str) -> None:
     assert heads.unaligned.tolist() == [a - b for a, b in zip(expected, pads, strict=True)]
 
 
+@pytest.mark.oracle("PatchResidual", "the plain source run's residual stream put in, with loops")
 @pytest.mark.parametrize(("layers", "positions"), [([0], "cot"), ([1], "all"), ([1, 0], "prompt_last")])
 def test_the_residual_stream(case: Case, layers: list[int], positions: str) -> None:
     """Also before layer 0, where a pass under a cache has not yet shown where it begins."""
@@ -189,6 +191,7 @@ def attention_truth(
     return run
 
 
+@pytest.mark.oracle("PatchAttention", "z made anew from the source's attention, with loops")
 @pytest.mark.parametrize("positions", ["all", "cot"])
 def test_attention_of_a_twin(case: Case, positions: str) -> None:
     """Equal spans: every row has a counterpart that sees the same keys."""
@@ -197,6 +200,7 @@ def test_attention_of_a_twin(case: Case, positions: str) -> None:
     agrees(case, [PatchAttention(HEADS, twin, positions)], truth)
 
 
+@pytest.mark.oracle("PatchAttention, shared keys", "z made anew from the source's attention, with loops")
 def test_attention_on_shared_keys(case: Case) -> None:
     truth = attention_truth(case, rows_of(case.batch, "all"), SOURCE, paired(case), shared=True)
     editor = PatchAttention(HEADS, SOURCE, keys="shared")
@@ -204,6 +208,7 @@ def test_attention_on_shared_keys(case: Case) -> None:
     assert editor.unaligned.tolist() == align(case.batch, SOURCE).missing().tolist()
 
 
+@pytest.mark.oracle("PatchHeads", "TransformerLens's own patching sweep")
 def test_transformer_lens_patches_the_same(case: Case) -> None:
     """Its own sweep over heads, on prompts of one length, where it can be asked."""
     if version("transformer-lens").startswith("2.") and case.family != "hooked":
@@ -518,6 +523,13 @@ def test_rows_that_see_the_same_keys() -> None:
     assert same_keys(alignment, source).tolist() == [[True, True, True, False, False]]
     swapped = labelled([["sink", "cot", "request", "request", "answer"]])
     assert same_keys(align(target, swapped), swapped).tolist() == [[True, False, False, False, True]]
+    here, there = (
+        labelled([["sink", "request", "cot", "answer"]]),
+        labelled([["sink", "answer", "cot", "request"]]),
+    )
+    assert same_keys(align(here, there), there).tolist() == [
+        [True, False, False, False]
+    ]  # as many, but others
     shorter = labelled([["sink", "request", "cot", "answer"]])
     assert same_keys(align(target, shorter), shorter).tolist() == [[True, False, False, False, False]]
     assert same_keys(align(target, shorter, "start"), shorter).tolist() == [[True, True, False, False, False]]
