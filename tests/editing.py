@@ -80,7 +80,7 @@ def agrees(case: Case, editors: Sequence[Any], oracle: Callable[[Tensor, Tensor]
     whole = logits_under(case, *editors)
     same(case, whole, truth[:, :width])
     differs(case, whole)
-    close(decoded_under(case, *editors), truth[:, width - 1 :])
+    close(decoded_under(case, *editors), truth[:, width - 1 :], how="cache")
 
 
 def pairs_by_hand(target: SpanBatch, i: int, source: SpanBatch, j: int, rule: str = "end") -> dict[int, int]:

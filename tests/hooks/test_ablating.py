@@ -49,6 +49,7 @@ def setter(pairs: list[tuple[int, int]], rows: Tensor, values: dict[int, Tensor]
 # --- the whole sequence: the weights say the same ------------------------------------------------------
 
 
+@pytest.mark.oracle("AblateHeads zero", "the head's rows of W_O zeroed")
 @pytest.mark.parametrize("head", [0, 3])
 @pytest.mark.parametrize("layer", [0, 1])
 def test_ablating_a_head_equals_zeroing_its_rows_of_w_o(case: Case, layer: int, head: int) -> None:
@@ -77,6 +78,7 @@ def test_ablating_every_head_leaves_no_attention_output(case: Case) -> None:
     same(case, found, oracle.run(case.batch.tokens, case.batch.attention_mask).logits)
 
 
+@pytest.mark.oracle("AblateNeurons zero", "the neurons' rows of the down-projection zeroed")
 def test_ablating_neurons_equals_zeroing_their_rows_of_the_down_projection(case: Case) -> None:
     oracle = case.edited_oracle()
     for layer, neuron in NEURONS:
@@ -144,6 +146,9 @@ def test_a_head_named_twice_is_ablated_once(case_gqa: Case) -> None:
 # --- chosen rows ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.oracle(
+    "AblateHeads, AblateNeurons zero, chosen rows", "inputs of the projections zeroed there, with loops"
+)
 @pytest.mark.parametrize("positions", ["prompt_last", "cot", "think", "mask"])
 def test_edits_at_chosen_rows(case: Case, positions: str) -> None:
     batch = case.batch
@@ -188,6 +193,9 @@ def test_rows_the_model_wrote_in_one_pass(case_gqa: Case) -> None:
         close(found[real], truth.logits[real])
 
 
+@pytest.mark.oracle(
+    "AblateHeads, AblateNeurons zero, chosen rows", "inputs of the projections zeroed there, with loops"
+)
 @pytest.mark.parametrize("kind", ["heads", "neurons"])
 @pytest.mark.parametrize("positions", ["all", "prompt_last", "generated", "cot", "mask"])
 def test_edits_under_a_cache_equal_edits_without(case: Case, positions: str, kind: str) -> None:
@@ -212,7 +220,7 @@ def test_edits_under_a_cache_equal_edits_without(case: Case, positions: str, kin
         decoder = Decoder(case.model)
         found = [decoder.prefill(batch.tokens, batch.attention_mask)]
         found += [decoder.step(new[:, step]) for step in range(n_new)]
-    close(torch.stack(found, dim=1), truth[:, width - 1 :])
+    close(torch.stack(found, dim=1), truth[:, width - 1 :], how="cache")
 
 
 @pytest.mark.parametrize("positions", ["prompt_last", "generated"])
@@ -272,6 +280,9 @@ def means_by_hand(layers: list[Tensor], rows: Tensor) -> dict[int, Tensor]:
     }
 
 
+@pytest.mark.oracle(
+    "AblateHeads, AblateNeurons mean", "the plain model's mean over the reference, with loops"
+)
 @pytest.mark.parametrize("positions", ["all", "prompt_last", "cot"])
 def test_the_mean_is_over_data(case: Case, positions: str) -> None:
     """Over prompts and rows of the reference set, padding left out; one mean for each head and each unit of it."""
@@ -362,6 +373,9 @@ def spans_of(batch: Any, row: int) -> dict[int, tuple[str, int]]:
     return found
 
 
+@pytest.mark.oracle(
+    "AblateHeads, AblateNeurons mean per span, per position", "the plain model's means, with loops"
+)
 @pytest.mark.parametrize("positions", ["all", "cot"])
 @pytest.mark.parametrize("per", ["span", "position"])
 def test_means_per_span_and_per_position(case: Case, per: str, positions: str) -> None:
@@ -431,6 +445,7 @@ def donors_by_hand(batch: Any, reference: Any, seed: int) -> list[int]:
     return drawn
 
 
+@pytest.mark.oracle("AblateHeads, AblateNeurons resample", "the donor's values put in, with loops")
 @pytest.mark.parametrize(("positions", "align"), [("all", "end"), ("cot", "stretch")])
 def test_resampling_takes_a_donor_for_each_prompt(case: Case, positions: str, align: str) -> None:
     reference = random_batch(seed=21, n_prompts=5, shortest=8, longest=12)

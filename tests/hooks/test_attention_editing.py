@@ -97,6 +97,7 @@ def patterns_seen(case: Case, layer: int, seen: list[Tensor]) -> Any:
 # --- block ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.oracle("BlockAttention", "−∞ added to the plain model's scores")
 @pytest.mark.family_contract
 @pytest.mark.parametrize("heads", [None, HEADS], ids=["all heads", "some heads"])
 @pytest.mark.parametrize("query", ["all", "prompt_last", "answer", "mask"])
@@ -113,6 +114,7 @@ def test_blocking_equals_minus_infinity_before_the_softmax(case: Case, query: st
         differs(case, found)
 
 
+@pytest.mark.oracle("BlockAttention", "hook_attn_scores masked, where such hooks live")
 @pytest.mark.family_contract
 def test_blocking_equals_masking_the_scores_where_score_hooks_live(case: Case) -> None:
     batch = case.batch
@@ -130,6 +132,7 @@ def test_blocking_equals_masking_the_scores_where_score_hooks_live(case: Case) -
     close(logits_under(case, BlockAttention("all", "cot"))[real], masked[real])
 
 
+@pytest.mark.oracle("BlockAttention, mute", "z times the mass that was not blocked")
 @pytest.mark.family_contract
 def test_mute_loses_what_was_read_and_gives_it_to_nobody(case: Case) -> None:
     """In one layer: the blocked row's output times the mass that was not blocked."""
@@ -151,12 +154,14 @@ def test_mute_loses_what_was_read_and_gives_it_to_nobody(case: Case) -> None:
     differs(case, found)
 
 
+@pytest.mark.oracle("BlockAttention, mute", "all keys muted: AblateHeads")
 @pytest.mark.family_contract
 def test_muting_all_keys_equals_ablating_the_heads(case: Case) -> None:
     found = logits_under(case, BlockAttention("all", "all", HEADS, mute=True))
     same(case, found, logits_under(case, AblateHeads(HEADS)))
 
 
+@pytest.mark.oracle("BlockAttention", "−∞ added to the plain model's scores")
 @pytest.mark.family_contract
 @pytest.mark.parametrize(
     ("query", "key"),
@@ -179,7 +184,7 @@ def test_blocking_under_a_cache_equals_blocking_without(case: Case, query: str, 
         decoder = Decoder(case.model)
         found = [decoder.prefill(batch.tokens, batch.attention_mask)]
         found += [decoder.step(new[:, step]) for step in range(n_new)]
-    close(torch.stack(found, dim=1), truth[:, width - 1 :])
+    close(torch.stack(found, dim=1), truth[:, width - 1 :], how="cache")
 
 
 @pytest.mark.parametrize("key", ["generated", "prompt_last", "mask"])
@@ -336,6 +341,7 @@ def log_odds(share: Tensor) -> Tensor:
     return torch.log(share) - torch.log1p(-share)
 
 
+@pytest.mark.oracle("MoveAttention", "the plain model's scores shifted by a constant on the span")
 @pytest.mark.family_contract
 @pytest.mark.parametrize("how", ["to", "by", "factor"])
 @pytest.mark.parametrize("query", ["prompt_last", "answer"])
@@ -361,6 +367,7 @@ def test_moving_mass_equals_shifting_the_scores(case: Case, query: str, how: str
     assert float((found - case.truth.logits)[batch.attention_mask.bool()].abs().max()) > 1e-4
 
 
+@pytest.mark.oracle("MoveAttention, from a named span", "the plain model's scores shifted on both spans")
 @pytest.mark.family_contract
 def test_mass_from_a_named_span(case: Case) -> None:
     """Scores of span and source shift apart, so that every other key keeps what it had."""

@@ -108,6 +108,7 @@ def run_with_input(oracle: Oracle, layer: int, change: Any, tokens: Tensor, mask
 # --- ablate --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.oracle("AblateDirection, every write", "all writing weights and biases orthogonalised")
 def test_ablating_every_write_equals_orthogonal_weights(case: Case) -> None:
     truth = orthogonalised(case.oracle, DIRECTION).run(case.batch.tokens, case.batch.attention_mask)
     found = logits_under(case, AblateDirection(DIRECTION))
@@ -142,6 +143,7 @@ def test_nothing_is_left_along_the_direction_anywhere(case: Case) -> None:
         assert float(tensor.abs().max()) > 0.1
 
 
+@pytest.mark.oracle("AblateDirection, chosen layers", "the plain model's residual stream projected there")
 @pytest.mark.parametrize("per_layer", [False, True], ids=["one direction", "one per layer"])
 def test_ablating_before_chosen_layers(case: Case, per_layer: bool) -> None:
     batch = case.batch
@@ -163,6 +165,7 @@ def test_ablating_before_chosen_layers(case: Case, per_layer: bool) -> None:
     differs(case, found)
 
 
+@pytest.mark.oracle("AblateDirection, every write", "all writing weights and biases orthogonalised")
 @pytest.mark.parametrize("positions", ["all", "generated"])
 def test_ablating_under_a_cache(case: Case, positions: str) -> None:
     batch = case.batch
@@ -186,7 +189,7 @@ def test_ablating_under_a_cache(case: Case, positions: str) -> None:
         decoder = Decoder(case.model)
         found = [decoder.prefill(batch.tokens, batch.attention_mask)]
         found += [decoder.step(new[:, step]) for step in range(3)]
-    close(torch.stack(found, dim=1), truth[:, width - 1 :], 2e-5)
+    close(torch.stack(found, dim=1), truth[:, width - 1 :], 2e-5, how="cache")
 
 
 def test_directions_and_heads_stack(case_gqa: Case) -> None:
@@ -254,6 +257,7 @@ def test_half_precision_keeps_its_dtype(family: str) -> None:
 # --- add -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.oracle("AddDirection", "a bias added to the plain model")
 @pytest.mark.parametrize("layer", [0, 1])
 def test_adding_equals_a_bias(case: Case, layer: int) -> None:
     bias = -2.5 * DIRECTION / DIRECTION.norm()
@@ -263,6 +267,7 @@ def test_adding_equals_a_bias(case: Case, layer: int) -> None:
     differs(case, found)
 
 
+@pytest.mark.oracle("AddDirection, chosen rows", "the plain model's residual stream changed there")
 @pytest.mark.parametrize("positions", ["prompt_last", "generated", "cot"])
 def test_adding_at_chosen_rows_under_a_cache(case: Case, positions: str) -> None:
     batch = case.batch
@@ -282,12 +287,13 @@ def test_adding_at_chosen_rows_under_a_cache(case: Case, positions: str) -> None
         decoder = Decoder(case.model)
         found = [decoder.prefill(batch.tokens, batch.attention_mask)]
         found += [decoder.step(new[:, step]) for step in range(2)]
-    close(torch.stack(found, dim=1), truth[:, batch.tokens.shape[1] - 1 :])
+    close(torch.stack(found, dim=1), truth[:, batch.tokens.shape[1] - 1 :], how="cache")
 
 
 # --- clamp ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.oracle("ClampDirection", "the plain model's projection clamped")
 @pytest.mark.parametrize(("low", "high"), [(0.3, 0.3), (None, 0.1), (-0.2, None), (-0.2, 0.1)])
 def test_clamping_holds_the_projection(case: Case, low: float | None, high: float | None) -> None:
     batch, unit = case.batch, DIRECTION / DIRECTION.norm()

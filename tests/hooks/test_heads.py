@@ -19,6 +19,7 @@ pytestmark = pytest.mark.family_contract
 HEADS = [(0, 1), (1, 3), (1, 0)]
 
 
+@pytest.mark.oracle("ScaleHeads", "the heads' rows of W_O scaled")
 @pytest.mark.parametrize("factor", [2.5, -1.0])
 def test_scaling_a_head_equals_scaling_its_rows_of_w_o(case: Case, factor: float) -> None:
     oracle, width = case.edited_oracle(), case.facts.d_head

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.family_contract
 NEURONS = [(0, 7), (1, 2), (1, 39), (0, 30), (0, 31), (1, 11)]
 
 
+@pytest.mark.oracle("ScaleNeurons", "the neurons' rows of the down-projection scaled")
 def test_scaling_neurons_equals_scaling_their_rows_of_the_down_projection(case: Case) -> None:
     oracle = case.edited_oracle()
     for layer, neuron in NEURONS:
@@ -29,6 +30,7 @@ def test_scaling_neurons_equals_scaling_their_rows_of_the_down_projection(case: 
     agrees(case, [ScaleNeurons(NEURONS, -1.5)], lambda tokens, mask: oracle.run(tokens, mask).logits)
 
 
+@pytest.mark.oracle("ScaleNeurons, clamped", "inputs of the down-projection scaled and clamped, with loops")
 @pytest.mark.parametrize("positions", ["all", "cot", "prompt_last"])
 def test_clamping_after_scaling(case: Case, positions: str) -> None:
     rows = rows_of(case.batch, positions, extra=2)
