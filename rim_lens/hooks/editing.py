@@ -81,6 +81,8 @@ class RowEditor(Component):
         prompt, row = (index.to(activation.device) for index in rows.nonzero(as_tuple=True))
         if len(prompt) == 0:
             return None
-        edited = activation.clone()
-        edited[prompt, row] = change(edited[prompt, row], Rows(prompt, row + offset))
+        edited, which = activation.clone(), Rows(prompt, row + offset)
+        if len(prompt) == n_prompts * n_rows:  # all rows, in order: nothing to gather and put back
+            return change(edited.flatten(0, 1), which).view(activation.shape)
+        edited[prompt, row] = change(edited[prompt, row], which)
         return edited

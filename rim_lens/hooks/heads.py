@@ -29,7 +29,8 @@ class AblateHeads(Ablation):
 
     An effect of an ablation shows that the model, as it stands, uses the head. It does not show that the
     head alone does the work, nor that nothing would take its place after training. A single draw of donors is
-    one sample: repeat with other seeds before you conclude.
+    one sample: repeat with other seeds before you conclude. On a bridge whose compatibility mode has folded
+    weights, the part of z that value biases contribute (GPT-2) sits in the output bias, and zero leaves it there.
 
     Args:
         heads: (layer, head) pairs, at least one.

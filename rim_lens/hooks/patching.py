@@ -174,7 +174,8 @@ class PatchHeads(_Patch):
             `Recording` (rl.record), so that a scan over heads runs the source once.
         positions: Rows of *this* run to patch: "all", "prompt_last", a span's name, or a mask [prompt, pos].
         align: How tokens of a span correspond where it is of unequal length: "end", "start" or "stretch"; see `align`.
-        source_model: Run the source prompts on this model (a tuned one of the same shapes) instead.
+        source_model: Run the source prompts on this model (a tuned one of the same shapes) instead. Both must be loaded
+            alike: folded weights (compatibility mode with processing) make other numbers of the same shapes.
         batch: The prompts that will be read, for use where nothing binds them: `with PatchHeads(..., batch=off).on(model):
             model(off.tokens, attention_mask=off.attention_mask)`. With neither, only whole runs of the source's own shape
             are patched, position for position.
