@@ -3,7 +3,8 @@ PYTHON ?= python3
 MODEL ?= toy
 DEMO_ARGS ?=
 WORKERS ?= 2
-export OMP_NUM_THREADS ?= 1
+# Small models run fastest on one thread; tests share the cores among workers. A real model takes all cores.
+export OMP_NUM_THREADS ?= $(if $(filter toy planted,$(MODEL)),1,$(shell getconf _NPROCESSORS_ONLN))
 export OMP_WAIT_POLICY ?= PASSIVE
 
 # SmolLM2 needs two more packages, to read its weights and to merge the adapter.
