@@ -316,7 +316,8 @@ class MoveAttention(_AttentionEditor):
         mass, given = (rows * span).sum(dim=-1), (rows * source).sum(dim=-1)
         target = self._target(mass)
         self._check(which, mass, given, target, source)
-        return move_mass(rows, span, source, target)
+        # A row with no other key keeps its sum, also where what was asked is off by rounding.
+        return move_mass(rows, span, source, torch.where(source.any(dim=-1), target, mass))
 
     def _target(self, mass: Float[Tensor, "row head"]) -> Float[Tensor, "row head"]:
         if self.to is not None:

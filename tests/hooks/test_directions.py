@@ -312,6 +312,26 @@ def test_clamping_holds_the_projection(case: Case, low: float | None, high: floa
     differs(case, found)
 
 
+@pytest.mark.oracle("ClampDirection", "the plain model's projection clamped")
+def test_clamping_under_a_cache(case: Case) -> None:
+    batch, unit = case.batch, DIRECTION / DIRECTION.norm()
+    new = torch.randint(2, 71, (len(batch), 2), generator=torch.Generator().manual_seed(6))
+    tokens = torch.cat([batch.tokens, new], dim=1)
+    mask = torch.cat([batch.attention_mask, torch.ones_like(new)], dim=1)
+
+    def change(stream: Tensor) -> Tensor:
+        found = stream @ unit
+        return stream + (found.clamp(0.1, 0.2) - found)[..., None] * unit
+
+    truth = run_with_input(case.oracle, 1, change, tokens, mask)
+    editor = ClampDirection(DIRECTION, 0.1, 0.2, layers=[1])
+    with bound([editor], batch), editor.on(case.model):
+        decoder = Decoder(case.model)
+        found = [decoder.prefill(batch.tokens, batch.attention_mask)]
+        found += [decoder.step(new[:, step]) for step in range(2)]
+    close(torch.stack(found, dim=1), truth[:, batch.tokens.shape[1] - 1 :], how="cache")
+
+
 def test_setting_the_projection_before_every_layer(case_gqa: Case) -> None:
     editor = ClampDirection(DIRECTION, 0.5, 0.5)
     seen = dict[int, Tensor]()
