@@ -7,7 +7,7 @@ import pytest
 
 from rim_lens.chat import ChatFormat
 from rim_lens.errors import EmptySpan, NotEnoughData, ReferenceMismatch, UnknownHead, UnknownLayer
-from rim_lens.hooks import AblateHeads, PatchHeads, PatchResidual, record
+from rim_lens.hooks import AblateHeads, BlockAttention, PatchHeads, PatchResidual, record
 from rim_lens.lens import load_model, model_facts
 from rim_lens.measures.patching import head_patching, patching_table, span_patching
 from rim_lens.measures.refusal import refusal_score
@@ -63,6 +63,30 @@ def test_knocking_heads_out_one_by_one_finds_the_planted_path_and_not_the_decoy(
     assert fall.pop(READER) / reach > STRONG
     assert fall.pop(TOPIC_HEAD) / reach > STRONG
     assert max(abs(value / reach) for value in fall.values()) < WEAK
+
+
+def test_blocking_attention_head_by_head_finds_the_planted_edges_and_not_the_decoy(setting):
+    """The topic head has to see the request, the reader the tags; the decoy sees the tags as well, and need not."""
+    model, batches = setting
+    off = batches["off"]
+    base = refusal_score(model, off).values
+    reach = float(refusal_score(model, batches["twins"]).mean() - base.mean())
+    share = {
+        (head, key): float(
+            (refusal_score(model, off, BlockAttention("all", key, [head])).values - base).mean()
+        )
+        / reach
+        for head in model_facts(model).heads()
+        for key in ("request", "think_open", "assistant")
+    }
+    assert share.pop((TOPIC_HEAD, "request")) > STRONG
+    # Of two tags one is left to the reader, and either is enough.
+    assert abs(share.pop((READER, "think_open"))) < STRONG
+    assert max(abs(value) for value in share.values()) < WEAK
+    tags = off.spans["think_open"] | off.spans["think_close"]
+    for head, needs in ((READER, True), (DECOY_HEAD, False)):
+        blocked = refusal_score(model, off, BlockAttention("prompt_last", tags, [head])).values
+        assert ((blocked - base).mean() / reach > STRONG) == needs
 
 
 @pytest.mark.parametrize(("target", "source"), [("twins", "off"), ("off", "twins")])
