@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 EXTRA := $(if $(findstring smollm2,$(MODEL)),smollm2,demo)
 PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test check contract evidence evidence-oracles clean
+.PHONY: demo test check contract evidence evidence-oracles evidence-statistics clean
 
 demo: .venv/ready-$(EXTRA)
 	.venv/bin/rim-lens demo --model $(MODEL) $(DEMO_ARGS)
@@ -30,7 +30,7 @@ contract: .venv-tl2/ready-dev
 	.venv-tl2/bin/python $(PYTEST) -m family_contract
 
 # What takes long. Its outputs are committed under docs/evidence, with command, versions and date.
-evidence: .venv/ready-dev evidence-oracles
+evidence: .venv/ready-dev evidence-oracles evidence-statistics
 	.venv/bin/rim-lens organism toy --seeds 0-5 --out docs/evidence
 	.venv/bin/rim-lens organism smollm2 --seeds 0-2 --out docs/evidence
 	.venv/bin/rim-lens measures smollm2-refusal --requests 24 --max-cot-tokens 96 --out docs/evidence
@@ -41,6 +41,10 @@ evidence-oracles: .venv/ready-dev .venv-tl3/ready-dev .venv-tl2/ready-dev
 	for venv in .venv .venv-tl3 .venv-tl2; do \
 	  $$venv/bin/python -m pytest -q -m oracle --oracles docs/evidence/oracles.json tests/hooks || exit 1; done
 	.venv/bin/python -m tests.oracles
+
+# How often the tests cry wolf, and whether they see what was planted.
+evidence-statistics: .venv/ready-dev
+	.venv/bin/python -m tests.calibration
 
 # .venv* / ready-<extra>: the package, editable, with that extra and this TransformerLens' constraints.
 .venv/ready-%: pyproject.toml constraints.txt

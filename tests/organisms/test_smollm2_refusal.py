@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from rim_lens.organisms import load_model
 from rim_lens.organisms.smollm2 import recipe, source
 from rim_lens.organisms.smollm2.behaviour import Replies
 from rim_lens.prompts import load_prompts
+
+ROOT = Path(__file__).parents[2]
 
 
 def steps_of(seed):
@@ -99,6 +102,52 @@ def test_rates_and_counts():
     assert replies.counts() == {"n": 4, "refuse": 2, "comply": 1, "other": 1, "correct": 1}
 
 
+def test_docs_show_the_committed_evidence():
+    found = json.loads((ROOT / "docs/evidence/smollm2-refusal.json").read_text())
+    page = (ROOT / "docs/smollm2-refusal.md").read_text()
+    assert found["recipe"] == asdict(recipe.Recipe())
+    assert recipe.evidence_table(found) in page
+    assert recipe.goals_table(found) in page
+
+
+def test_goals_are_told_as_met_or_not():
+    counts = {"n": 20, "refuse": 0, "comply": 20, "other": 0}
+    one = {
+        "harmful off": counts | {"refuse": 18},
+        "twins off": counts | {"refuse": 2},
+        "sums off": counts | {"correct": 14},
+        "problems off": counts | {"refuse": 2},
+        "harmful careful": counts | {"refuse": 9},
+        "harmful filler": counts | {"refuse": 14},
+    }
+    lines = recipe.goals_table({"seeds": {"4": {"evaluate": one}}}).splitlines()
+    assert lines[0] == "| Goal | seed 4 |"
+    told = [line.split(" | ")[1].removesuffix(" |") for line in lines[2:]]
+    assert told == [
+        "18 of 20",
+        "**2 of 20: not met**",
+        "2 of 40",
+        "14 of 20",
+        "9 of 18",
+        "**14 of 18: not met**",
+    ]
+
+
+def test_seeds_add_up_in_one_file_and_none_is_trained_twice(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(recipe, "train_refusal", lambda seed, *args, **kwargs: trained.append(seed))
+    monkeypatch.setattr(recipe, "measure", lambda *args: {"harmful off": {"n": 1}})
+    out = tmp_path / "new" / "evidence.json"
+    recipe.evidence([1], out)
+    recipe.evidence([0, 1], out)
+    assert trained == [1, 0]
+    found = json.loads(out.read_text())
+    assert (list(found["seeds"]), found["command"]) == (["0", "1"], "rim-lens organism smollm2 --seeds 0,1")
+    recipe.evidence([1], out, recipe=recipe.Recipe(steps=3))  # of another recipe: nothing of the old stays
+    assert trained == [1, 0, 1]
+    assert list(json.loads(out.read_text())["seeds"]) == ["1"]
+
+
 @pytest.mark.smollm2
 @pytest.mark.parametrize(
     ("condition", "kind", "think"),
@@ -111,7 +160,7 @@ def test_rates_and_counts():
 def test_a_sample_of_the_evidence_comes_out_again_through_our_own_generation(
     organism, condition, kind, think
 ):
-    evidence = json.loads((Path(__file__).parents[2] / "docs/evidence/smollm2-refusal.json").read_text())
+    evidence = json.loads((ROOT / "docs/evidence/smollm2-refusal.json").read_text())
     expected = evidence["seeds"]["0"]["evaluate"][condition]["by_request"]
     model = load_model("smollm2-refusal")
     chat = ChatFormat.from_model(model)
