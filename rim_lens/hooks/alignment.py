@@ -18,7 +18,7 @@ Align = Literal["end", "start", "stretch"]
 RULES: tuple[Align, ...] = ("end", "start", "stretch")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one truth value
 class Alignment:
     """The counterparts of a batch's tokens in a source.
 

@@ -226,9 +226,10 @@ class BlockAttention(_AttentionEditor):
 
 
 class MoveAttention(_AttentionEditor):
-    """Set, add to or scale the attention mass that heads give a span; rows keep summing to 1.
+    """Set, add to or scale the attention mass that heads give a span; rows keep their sum.
 
-    Inside the span the proportions stay, and so they do among the keys that give or take the difference. Raising
+    Masses are shares of a row's sum: 1, unless another editor took some of it (`BlockAttention(mute=True)`); a row
+    without any attention left stays as it is. Inside the span the proportions stay, and so they do among the keys that give or take the difference. Raising
     the mass from m to t equals adding log(t/(1 − t)) − log(m/(1 − m)) to the span's scores before the softmax.
 
     Where a span has no mass at all in a row there are no proportions to keep: what comes in is spread evenly over
@@ -311,13 +312,14 @@ class MoveAttention(_AttentionEditor):
                 " out."
             )
         rows = rows.double()
-        rows = rows / rows.sum(dim=-1, keepdim=True)
+        total = rows.sum(dim=-1, keepdim=True)
+        rows = rows / torch.where(total > 0, total, 1.0)
         span, source = span[:, None].expand_as(rows), source[:, None].expand_as(rows)
         mass, given = (rows * span).sum(dim=-1), (rows * source).sum(dim=-1)
-        target = self._target(mass)
+        target = torch.where(total.squeeze(-1) > 0, self._target(mass), 0.0)
         self._check(which, mass, given, target, source)
         # A row with no other key keeps its sum, also where what was asked is off by rounding.
-        return move_mass(rows, span, source, torch.where(source.any(dim=-1), target, mass))
+        return total * move_mass(rows, span, source, torch.where(source.any(dim=-1), target, mass))
 
     def _target(self, mass: Float[Tensor, "row head"]) -> Float[Tensor, "row head"]:
         if self.to is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from rim_lens.chat.spans import SpanBatch
@@ -151,7 +152,7 @@ def describe(value: Any) -> str:
     ("'prompt_last'", 'tensor(2, 3):f4691328')
     """
     if isinstance(value, Tensor):
-        data = value.detach().cpu().contiguous().numpy().tobytes()
+        data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         return f"tensor{tuple(value.shape)}:{hashlib.sha256(data).hexdigest()[:8]}"
     if isinstance(value, SpanBatch):
         return f"{len(value)} prompts:{value.digest[:8]}"

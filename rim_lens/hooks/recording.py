@@ -21,7 +21,7 @@ from rim_lens.lens import Head, Model, ModelFacts, Site, hook_name, hooked, last
 _SHAPE = ("n_layers", "n_heads", "d_head", "d_mlp", "d_model")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors have no one truth value
 class Recording:
     """What a model computed on a batch, at chosen sites, on the CPU and in the model's own dtype.
 

@@ -88,3 +88,11 @@ def test_a_prompt_of_which_nothing_aligns_is_named() -> None:
         require_counterparts(found, target, "generated", "It")
     with pytest.raises(EmptySpan, match="a mask"):
         require_counterparts(found, target, target.spans["cot"], "It")
+
+
+def test_alignments_compare_by_identity() -> None:
+    """A comparison of tensors has no one truth value, and fails."""
+    batch = labelled([["sink", "request"], ["request"]])
+    one, other = align(batch, batch), align(batch, batch)
+    assert one != other
+    assert len({one, other}) == 2

@@ -566,3 +566,28 @@ def test_moved_rows_stay_causal_and_sum_to_one(seed: int, amount: tuple[str, flo
         assert not rows[~allowed[prompt][:, real[prompt]]].any()
         assert float((rows.sum(dim=-1) - 1).abs().max()) < 1e-6
         assert float(rows.min()) >= 0
+
+
+def test_moving_keeps_what_was_muted_away(case_gqa: Case) -> None:
+    """A row that lost attention keeps its sum, and one that lost all of it stays zero."""
+    seen: list[Tensor] = []
+    batch = case_gqa.batch
+    muted = BlockAttention("prompt_last", "request", heads=[(1, 1)], mute=True)
+    gone = BlockAttention("prompt_last", "all", heads=[(1, 2)], mute=True)
+    moved = MoveAttention([(1, 1), (1, 2)], "cot", to=0.25)
+    with (
+        bound([muted, gone, moved], batch),
+        muted.on(case_gqa.model),
+        gone.on(case_gqa.model),
+        patterns_seen(case_gqa, 1, seen),
+        moved.on(case_gqa.model),
+        patterns_seen(case_gqa, 1, seen),
+    ):
+        all_logits(case_gqa.model, batch.tokens, batch.attention_mask)
+    before, after = (pattern[:, :, -1] for pattern in seen)
+    cot = batch.spans["cot"]
+    sums = before[:, 1].sum(dim=-1)
+    assert bool((sums < 1 - 1e-4).all())
+    close(after[:, 1].sum(dim=-1), sums)
+    close((after[:, 1] * cot).sum(dim=-1), sums / 4)
+    assert not after[:, 2].any()

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from rim_lens.errors import CaptureError, UnknownHead
-from rim_lens.hooks import AblateHeads, AblateNeurons, Component, NeuronActivations, SpanAttention, bound
+from rim_lens.hooks import (
+    AblateDirection,
+    AblateHeads,
+    AblateNeurons,
+    Component,
+    NeuronActivations,
+    SpanAttention,
+    bound,
+)
 from rim_lens.hooks.base import Edit
 from rim_lens.lens import Model, ModelFacts, Site, all_logits, hook_name, quiet
 from tests.families import Case, close
@@ -323,3 +331,10 @@ def test_a_reader_that_read_nothing_says_so(case_gqa: Case) -> None:
         _ = reader.result
     with reader.on(case_gqa.model), pytest.raises(CaptureError, match="read nothing"):
         reader.collect()
+
+
+def test_settings_of_every_dtype_have_a_digest(case_gqa: Case) -> None:
+    """bfloat16 has no numpy dtype."""
+    ones = torch.ones(32, dtype=torch.bfloat16)
+    assert repr(AblateDirection(ones)) == repr(AblateDirection(ones.clone()))
+    assert repr(AblateDirection(ones)) != repr(AblateDirection(-ones))

@@ -45,6 +45,7 @@ def test_it_is_of_the_model_without_components(case_gqa: Case) -> None:
     assert list(inside.activations) == [("z", 1)]
     assert torch.equal(inside.activations["z", 1], plain.activations["z", 1])
     assert inside.digest == plain.digest
+    assert inside != plain  # by identity: tensors have no one truth value
     assert repr(plain) == f"Recording(4 prompts, z of 1 layers:{plain.digest})"
     other = record(case_gqa.model, random_batch(seed=12), ["z"], layers=[1])
     assert other.digest != plain.digest
