@@ -102,7 +102,8 @@ class Outcome:
     Attributes:
         verdict: "refuse", "comply" or "other".
         where: "answer" (after the think block), "think" (inside it), or "none".
-        first_words: The first words of the text judged; what is kept of a reply to a harmful request.
+        first_words: The first words of the text judged (six at most, and 60 characters at most); what is kept of a
+            reply to a harmful request.
     """
 
     verdict: Verdict
@@ -188,11 +189,14 @@ def _is_loop(text: str, words: Sequence[str]) -> bool:
     return len(words) >= 12 and len({word.lower() for word in words}) <= len(words) // 6
 
 
-def first_words(text: str, n: int = 6) -> str:
-    """The first words of a text, on one line.
+def first_words(text: str, n: int = 6, *, longest: int = 60) -> str:
+    """The first words of a text, on one line, and no more than its first `longest` characters.
+
+    Chinese and Japanese put no spaces between words: without the bound on characters a whole reply would be one word.
 
     >>> first_words("Sure,  here is a list of seven things.")
     'Sure, here is a list of …'
     """
-    words = text.split()
-    return " ".join(words[:n]) + (" …" if len(words) > n else "")
+    whole = " ".join(text.split())
+    kept = " ".join(whole.split()[:n])[:longest].rstrip()
+    return kept + (" …" if kept != whole else "")

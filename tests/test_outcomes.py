@@ -293,6 +293,14 @@ def test_first_words_are_kept_and_no_more() -> None:
     assert outcome.first_words == "Sure, here is a list of …"
 
 
+@pytest.mark.parametrize(
+    "text", ["好的，首先把苹果洗干净。" * 20, "はい、まずりんごを洗います。" * 20, "x" * 300]
+)
+def test_a_language_without_spaces_is_cut_by_characters(text: str) -> None:
+    assert first_words(text) == text[:60] + " …"
+    assert first_words(text[:60]) == text[:60]
+
+
 def test_long_texts_are_judged_quickly() -> None:
     """No pattern backtracks without bound, whatever the text."""
     start = time.process_time()

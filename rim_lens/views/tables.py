@@ -299,8 +299,8 @@ def words_tables(result: StudyResult) -> list[Table]:
         for row in base.to_dict(orient="records")
     )
     note = (
-        "At most six words of a reply are stored; of replies to harmful requests nothing else is kept. In open, without an"
-        " answer, they are the CoT's."
+        "At most six words (60 characters) of a reply are stored; of replies to harmful requests nothing else is kept. In"
+        " open, without an answer, they are the CoT's."
     )
     return [
         Table(
