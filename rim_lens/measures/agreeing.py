@@ -10,12 +10,11 @@ import numpy as np
 from jaxtyping import Float
 
 from rim_lens.errors import NotEnoughData, StatisticsError
+from rim_lens.measures.rates import VERDICTS
 from rim_lens.measures.stats import Families, bootstrap_interval, family_index
 
 if TYPE_CHECKING:
     import pandas as pd
-
-LABELS = ("refuse", "comply", "other")
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +92,7 @@ def agreement(
         families = its_families or other_families or None
     index, n_families = family_index(families, len(one))
     seen = {*one, *two}
-    labels = [label for label in LABELS if label in seen] + sorted(seen - set(LABELS))
+    labels = [label for label in VERDICTS if label in seen] + sorted(seen - set(VERDICTS))
     codes = np.array([[labels.index(a), labels.index(b)] for a, b in zip(one, two, strict=True)], dtype=float)
     counts = _counts(codes, len(labels))
     observed, expected = _shares(counts)
