@@ -110,7 +110,12 @@ def compare_conditions(
 
     records = as_prompts(requests)
     own = dict(texts or {})
-    names, added = with_controls((*conditions, *(name for name in own if name not in conditions)))
+    if components and not isinstance(measure, str):
+        raise ConditionError(
+            "components were given beside a measure of your own, which runs the model itself: they would not be active."
+            " Attach them in your function, or use measure='generated', 'score' or 'prefix'."
+        )
+    names, added = with_controls((*conditions, *(name for name in own if name not in conditions)), tuple(own))
     batches = render_conditions(
         chat, records, {name: own.get(name) for name in names}, seed=seed, tolerance=tolerance
     )
@@ -158,7 +163,9 @@ def compare_conditions(
         line |= _difference("", effects.get(name), families, seed)
         line["p"] = float(raw[name].p) if name in raw else float("nan")
         line["p_corrected"] = corrected.get(name, float("nan"))
-        for word, control in zip(("filler", "unrelated"), controls_of(name) or (None, None), strict=True):
+        for word, control in zip(
+            ("filler", "unrelated"), controls_of(name, tuple(own)) or (None, None), strict=True
+        ):
             beyond = None if control is None else found.values - measured[control].values
             line |= _difference(f"beyond_{word}", beyond, families, seed)
         if found.generation is not None:

@@ -26,7 +26,9 @@ from rim_lens.errors import (
 from rim_lens.measures.stats import Alternative, check_alternative, check_finite, extremeness, to_numpy
 
 Unit = tuple[int, int]
-NEAREST = 20  # a control is drawn from so many neighbours in activity
+NEAREST = (
+    20  # a control is drawn from so many neighbours in activity, and from a quarter of the layer at most
+)
 _GIVE_UP = 1000
 
 
@@ -118,9 +120,10 @@ def random_heads_per_layer(
     are given that cannot be, and there it draws from all heads of the layer. The given set itself is never
     among the controls. Sets are distinct; where no more than `n_sets` exist, all of them come, in order.
 
-    With `activity`, each head is replaced by one of the `NEAREST` others of its layer that come nearest to it in
-    activity, so that a control moves about as much as the set in question. It may then be more like it in other
-    ways as well, and the yardstick is stricter.
+    With `activity`, each head is replaced by one of those others of its layer that come nearest to it in
+    activity (`NEAREST` of them, a quarter of the layer at most), so that a control moves about as much as the set in
+    question. It may then be more like it in other ways as well, and the yardstick is stricter. Fewer sets exist
+    then: count them. Where no more than `n_sets` exist without matching, all of those come all the same.
 
     Args:
         heads: (layer, head) pairs; one named twice counts once.
@@ -260,6 +263,7 @@ def _nearest(
     for member in generator.permutation(members):
         free = np.setdiff1d(pool, taken)
         distance = np.abs(activity[free] - activity[member])
-        near = free[np.argsort(distance, kind="stable")[:NEAREST]]
+        reach = min(NEAREST, max(1, len(free) // 4))
+        near = free[np.argsort(distance, kind="stable")[:reach]]
         taken.append(int(generator.choice(near)))
     return taken

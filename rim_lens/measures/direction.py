@@ -32,13 +32,16 @@ from rim_lens.lens import (
     hook_name,
     hooked,
     last_logits,
+    quiet,
     require_finite,
     verify,
     weights_digest,
 )
+from rim_lens.measures.controls import percentile_among
+from rim_lens.measures.rates import families_of
 from rim_lens.measures.refusal import refusal_score
 from rim_lens.measures.stats import bootstrap_interval, family_index, sign_flip_test
-from rim_lens.prompts import Prompt, as_prompts, assign_splits, spread
+from rim_lens.prompts import Prompt, as_prompts, assign_splits, check_splits, spread
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,20 +51,13 @@ MAX_LAYER = 0.8  # share of the layers; directions of the last ones act on the w
 _NOTHING = 1e-6  # a difference smaller than this share of the stream's norm is rounding
 
 CANDIDATES = (
-    *(
-        "layer",
-        "offset",
-        "position",
-        "norm",
-        "separation",
-        "effect",
-        "kl",
-        "score_added",
-        "induces",
-        "verdict",
-    ),
+    *("layer", "offset", "position", "norm", "separation", "effect", "kl", "score_added", "induces"),
+    "verdict",
 )
-EFFECTS = ("edit", "requests", "baseline", "effect", "low", "high", "p", "kl", "n", "n_families")
+EFFECTS = (
+    *("edit", "requests", "baseline", "effect", "low", "high", "p", "kl", "n", "n_families"),
+    *("percentile", "n_controls"),
+)
 CONTROLS = ("kind", "control", "ablate_effect", "ablate_kl", "add_effect")
 
 
@@ -77,7 +73,8 @@ class RefusalDirection:
         table: Every candidate: layer, offset, position, norm, separation (d′ of held-out projections), effect (mean change of
             the refusal score on harmful select requests when ablated, nats), kl (on harmless ones, nats), score_added
             (mean refusal score of harmless ones with the vector added), induces (whether that is above 0), verdict.
-        effects: On evaluate requests: edit, requests, mean baseline score, mean effect in nats with its interval and p, KL.
+        effects: On evaluate requests: edit, requests, mean baseline score, mean effect in nats with its interval and p
+            (not corrected over these few rows), KL, and the place of its size among the n_controls "within" controls.
         controls: The same edits with other directions of the same length on the same evaluate requests: kind "random" (any
             direction) and "within" (differences of means between random halves that mix both kinds alike).
         settings: What was asked, the model and its digest, and how many requests stood on which side.
@@ -97,7 +94,7 @@ class RefusalDirection:
         return (
             f"RefusalDirection(layer={self.layer}, offset={self.offset} ({self.position}), norm={float(self.vector.norm()):.3g},"
             f" ablation on held-out harmful requests {ablated['effect']:+.2f} [{ablated['low']:+.2f}, {ablated['high']:+.2f}]"
-            f" nats, controls {self.controls['ablate_effect'].median():+.2f})"
+            f" nats, larger than {ablated['percentile']:.0f} % of n = {ablated['n_controls']} controls)"
         )
 
     def ablate(self) -> AblateDirection:
@@ -165,7 +162,7 @@ class _Side(NamedTuple):
 
     def families(self) -> list[str]:
         """Of the harmful requests, then of the harmless ones."""
-        return [_family(prompt) for batch in self for prompt in batch.prompts]
+        return [family for batch in self for family in families_of(batch.prompts)]
 
 
 def refusal_direction(
@@ -318,7 +315,7 @@ def _sides(
     sides = []
     for split in ("select", "evaluate"):
         chosen = [spread([p for p in prompts if p.split == split], limit) for prompts in (bad, good)]
-        n_families = [len({_family(prompt) for prompt in prompts}) for prompts in chosen]
+        n_families = [len(set(families_of(prompts))) for prompts in chosen]
         if min(n_families) < 2:
             raise NotEnoughData(
                 f"the {split} side has {len(chosen[0])} harmful requests of {n_families[0]} families and {len(chosen[1])} harmless"
@@ -326,6 +323,7 @@ def _sides(
                 " without splits, which are then cut into halves."
             )
         sides.append(_Side(*(chat.render(prompts, think="off") for prompts in chosen)))
+    check_splits([prompt for side in sides for batch in side for prompt in batch.prompts])
     return sides[0], sides[1]
 
 
@@ -335,10 +333,6 @@ def _named(requests: Sequence[Prompt | str], kind: str) -> list[Prompt]:
         prompt if isinstance(given, Prompt) else replace(prompt, id=f"{kind}-{prompt.id}", kind=kind)
         for given, prompt in zip(requests, as_prompts(requests), strict=True)
     ]
-
-
-def _family(prompt: Prompt) -> str:
-    return prompt.family or prompt.id
 
 
 def _check_gate(harmful: np.ndarray, harmless: np.ndarray) -> None:
@@ -433,7 +427,7 @@ def _streams(
             (hook_name("resid_pre", layer), partial(_keep, seen=seen, layer=layer, n_rows=n_rows))
             for layer in layers
         ]
-        with hooked(model, hooks):
+        with quiet(), hooked(model, hooks):  # the model itself, as in every reference run
             require_finite(last_logits(model, part.tokens, part.attention_mask), "refusal_direction")
         together = torch.stack([seen[layer] for layer in layers], dim=1)
         kept.update(zip(rows, together, strict=True))
@@ -524,8 +518,8 @@ def _test(
     }
     plain = meter.log_probs(side.harmless)
     families = {
-        "harmful": [_family(prompt) for prompt in side.harmful.prompts],
-        "harmless": [_family(prompt) for prompt in side.harmless.prompts],
+        "harmful": families_of(side.harmful.prompts),
+        "harmless": families_of(side.harmless.prompts),
     }
 
     def tried(vector: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -573,6 +567,11 @@ def _test(
                     "add_effect": float(added.mean()),
                 }
             )
+    within = [control for control in controls if control["kind"] == "within"]
+    for row, measured in ((rows[0], "ablate_effect"), (rows[2], "add_effect")):
+        if within:
+            place = percentile_among(row["effect"], [control[measured] for control in within])
+            row |= {"percentile": place.percentile, "n_controls": place.n_controls}
     return _frame(rows, EFFECTS), _frame(controls, CONTROLS)
 
 
@@ -591,6 +590,8 @@ def _effect(
         "kl": np.nan,
         "n": interval.n,
         "n_families": interval.n_families,
+        "percentile": np.nan,
+        "n_controls": 0,
     }
 
 

@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 
 from rim_lens.batching import MAX_ROWS
 from rim_lens.chat.spans import SpanBatch
-from rim_lens.errors import EmptySpan, NotEnoughData
-from rim_lens.hooks import Component, PatchHeads, PatchResidual, Recording, record
+from rim_lens.errors import EmptySpan, NotEnoughData, ReferenceMismatch
+from rim_lens.hooks import Component, PatchHeads, PatchResidual, record
 from rim_lens.hooks.alignment import Align
 from rim_lens.hooks.positions import Positions
 from rim_lens.lens import Head, Model, model_facts
@@ -43,7 +43,7 @@ Score = Callable[..., Any]
 def head_patching(
     model: Model,
     target: SpanBatch,
-    source: SpanBatch | Recording,
+    source: SpanBatch,
     *,
     heads: Iterable[Head] | None = None,
     positions: Positions = "all",
@@ -60,7 +60,7 @@ def head_patching(
     Args:
         model: The model that is patched.
         target: Prompts that are read, thinking closed.
-        source: Prompts whose run is patched in, row for row; or a `Recording` of "z".
+        source: Prompts whose run is patched in, row for row: the same requests in another condition, or their twins.
         heads: (layer, head) pairs; all when None.
         positions: Rows of the target that are patched; see `PatchHeads`.
         align: How tokens of spans of unequal length correspond.
@@ -76,6 +76,7 @@ def head_patching(
 
     Raises:
         UnknownHead: The model lacks one of the heads.
+        ReferenceMismatch: The source holds the target's requests, or their twins, in another order.
         RimLensError: As `PatchHeads` and the score.
 
     >>> import rim_lens as rl
@@ -89,20 +90,22 @@ def head_patching(
     """
     facts = model_facts(model)
     cells = facts.check_heads(facts.heads() if heads is None else list(heads))
-    recorded = _recorded(model, source, "z", sorted({layer for layer, _ in cells}), source_model)
+    _same_order(target, source)
+    source_model = model if source_model is None else source_model
+    recorded = record(source_model, source, ["z"], sorted({layer for layer, _ in cells}))
     effect = np.full((len(target), facts.n_layers, facts.n_heads), np.nan)
     edits = (PatchHeads([cell], recorded, positions, align) for cell in cells)
     baseline, values = _scores(model, target, edits, len(cells), score, max_rows, progress)
     for (layer, head), value in zip(cells, values, strict=True):
         effect[:, layer, head] = value - baseline
-    goal = _goal(model, recorded.batch, source_model, score, max_rows)
-    return _dataset(target, recorded.batch, effect, ("layer", "head"), {}, baseline, goal, positions)
+    goal = np.asarray(score(source_model, source, max_rows=max_rows), dtype=np.float64)
+    return _dataset(target, source, effect, ("layer", "head"), {}, baseline, goal, positions)
 
 
 def span_patching(
     model: Model,
     target: SpanBatch,
-    source: SpanBatch | Recording,
+    source: SpanBatch,
     *,
     spans: Sequence[str] | None = None,
     layers: Iterable[int] | None = None,
@@ -117,7 +120,7 @@ def span_patching(
     Args:
         model: The model that is patched.
         target: Prompts that are read, thinking closed.
-        source: Prompts whose run is patched in, row for row; or a `Recording` of "resid_pre".
+        source: Prompts whose run is patched in, row for row.
         spans: Spans of the target to patch; when None, every atom that each prompt has in both runs.
         layers: Layers before which to patch; all when None.
         align: How tokens of spans of unequal length correspond.
@@ -137,24 +140,25 @@ def span_patching(
     """
     facts = model_facts(model)
     places = [facts.check_layer(layer) for layer in (range(facts.n_layers) if layers is None else layers)]
-    batch = source.batch if isinstance(source, Recording) else source
+    _same_order(target, source)
     if spans is None:
         both = target.spans.present()
-        spans = [name for name in target.spans.atoms() if name in both and name in batch.spans.present()]
+        spans = [name for name in target.spans.atoms() if name in both and name in source.spans.present()]
     if not spans:
         raise EmptySpan("no span has a token in every prompt of both runs; name spans that both have.")
     for name in spans:
         target.spans.require(name)
-    recorded = _recorded(model, source, "resid_pre", places, source_model)
+    source_model = model if source_model is None else source_model
+    recorded = record(source_model, source, ["resid_pre"], places)
     cells = [(layer, number) for layer in places for number in range(len(spans))]
     effect = np.full((len(target), facts.n_layers, len(spans)), np.nan)
     edits = (PatchResidual([layer], recorded, spans[number], "resid_pre", align) for layer, number in cells)
     baseline, values = _scores(model, target, edits, len(cells), score, max_rows, progress)
     for (layer, number), value in zip(cells, values, strict=True):
         effect[:, layer, number] = value - baseline
-    goal = _goal(model, batch, source_model, score, max_rows)
+    goal = np.asarray(score(source_model, source, max_rows=max_rows), dtype=np.float64)
     labels = {"span": list(spans)}
-    return _dataset(target, batch, effect, ("layer", "span"), labels, baseline, goal, "span")
+    return _dataset(target, source, effect, ("layer", "span"), labels, baseline, goal, "span")
 
 
 def patching_table(effects: xr.Dataset, *, seed: int = 0) -> pd.DataFrame:
@@ -171,6 +175,7 @@ def patching_table(effects: xr.Dataset, *, seed: int = 0) -> pd.DataFrame:
 
     Raises:
         NotEnoughData: Requests of fewer than two families, or no cell was patched.
+        NotFinite: A score was NaN or infinite.
     """
     import pandas as pd
 
@@ -178,7 +183,7 @@ def patching_table(effects: xr.Dataset, *, seed: int = 0) -> pd.DataFrame:
     if family_index(families, len(families))[1] < 2:
         raise NotEnoughData("all requests are of one family; a test over requests needs at least two.")
     which = str(effects["effect"].dims[2])
-    stacked = effects["effect"].stack(cell=("layer", which)).dropna("cell")
+    stacked = effects["effect"].stack(cell=("layer", which)).dropna("cell", how="all")
     if stacked.sizes["cell"] == 0:
         raise NotEnoughData("no cell of these effects was patched.")
     values = stacked.transpose("prompt", "cell").values
@@ -200,16 +205,18 @@ def patching_table(effects: xr.Dataset, *, seed: int = 0) -> pd.DataFrame:
     return table.loc[order].reset_index(drop=True)
 
 
-def _recorded(
-    model: Model,
-    source: SpanBatch | Recording,
-    site: Any,
-    layers: Sequence[int],
-    source_model: Model | None,
-) -> Recording:
-    if isinstance(source, Recording):
-        return source
-    return record(model if source_model is None else source_model, source, [site], layers)
+def _same_order(target: SpanBatch, source: SpanBatch) -> None:
+    """Refuse a source whose requests, or their twins, are the target's in another order."""
+    here = [prompt.id for prompt in target.prompts]
+    twins = [prompt.twin for prompt in target.prompts]
+    there = [prompt.id for prompt in source.prompts]
+    for ids in (here, twins):
+        if None not in ids and there != ids and sorted(there) == sorted(map(str, ids)):
+            row = next(row for row, (a, b) in enumerate(zip(there, ids, strict=True)) if a != b)
+            raise ReferenceMismatch(
+                f"row {row} of the source is request {there[row]!r}, which belongs to another row of the target: row i of the"
+                " source stands for row i of the target. Render both in one order."
+            )
 
 
 def _scores(
@@ -226,13 +233,6 @@ def _scores(
     return baseline, [
         np.asarray(score(model, target, edit, max_rows=max_rows), dtype=np.float64) for edit in shown
     ]
-
-
-def _goal(
-    model: Model, source: SpanBatch, source_model: Model | None, score: Score, max_rows: int
-) -> Float[np.ndarray, " prompt"]:
-    own = score(model if source_model is None else source_model, source, max_rows=max_rows)
-    return np.asarray(own, dtype=np.float64)
 
 
 def _dataset(

@@ -58,7 +58,7 @@ def sentence_effects(
         split: How a text is cut into sentences, see `rim_lens.chat.sentences`.
         refusal: Measure the change of `refusal_score` at the answer as well; needs prompts that end where it begins.
         openers: Texts that refusals begin with, see `refusal_score`.
-        keep_text: Keep whole sentences of harmful requests; else their first words.
+        keep_text: Keep the sentences that the model itself wrote to harmful requests; else the first words alone.
         progress: Show a progress bar.
 
     Returns:
@@ -90,8 +90,10 @@ def sentence_effects(
     baseline = refusal_score(model, batch, openers=openers).values if refusal else None
     for row in tqdm(range(len(batch)), desc=f"sentences {batch.name}", disable=not progress):
         n = len(found.texts[row])
-        hide = batch.prompts[row].kind == "harmful" and not keep_text
-        text[row, :n] = [first_words(sentence) if hide else sentence for sentence in found.texts[row]]
+        # Of what the model itself wrote to a harmful request, the first words are kept and no more.
+        written = batch.n_generated[row] if batch.n_generated else 0
+        hide = batch.prompts[row].kind == "harmful" and written > 0 and not keep_text
+        text[row, :n] = [first_words(found.texts[row][0]), *["…"] * (n - 1)] if hide else found.texts[row]
         n_tokens[row, :n] = [int(found.mask(sentence)[row].sum()) for sentence in range(n)]
         log_kl[row, :n, :n] = _log_kl(model, batch, found, row)
         if baseline is not None:

@@ -160,19 +160,51 @@ def statement_texts(
     >>> statement_texts(["Name a fruit."], "confirm", count_tokens=lambda text: len(text.split()))
     ['I will look for simple confirmation without logical re-evaluation.']
     """
-    if control not in (None, "filler", "unrelated"):
+    records = as_prompts(prompts)
+    statements = [self_statement(kind, prompt.language) for prompt in records]
+    if control is None:
+        return statements
+    return control_texts(records, statements, control, count_tokens, seed, tolerance)
+
+
+def control_texts(
+    prompts: Sequence[Prompt | str],
+    texts: Sequence[str],
+    control: str,
+    count_tokens: CountTokens,
+    seed: int = 0,
+    tolerance: int = 0,
+) -> list[str]:
+    """Write filler, or a chain of thought of another task, of exactly as many tokens as given texts.
+
+    Args:
+        prompts: Records or plain strings.
+        texts: What each control is to be as long as, one per request.
+        control: "filler" or "unrelated".
+        count_tokens: Tokens of a text without special tokens.
+        seed: Which sentences and words are drawn.
+        tolerance: How many tokens a control may differ.
+
+    Raises:
+        CotError: Unknown control, or no text of the wanted length was found.
+
+    >>> control_texts(["Name a fruit."], ["It is sweet."], "filler", lambda text: len(text.split()))[0].count(" ")
+    2
+    """
+    if control not in ("filler", "unrelated"):
         raise CotError(f"no control is called {control!r}; there are 'filler' and 'unrelated'.")
-    texts = []
-    for prompt in as_prompts(prompts):
-        statement = self_statement(kind, prompt.language)
-        if control is None:
-            texts.append(statement)
-        elif prompt.language == "toy":
-            words = _write(prompt, control, count_tokens, seed, tolerance).split()
-            texts.append(" ".join(words[: len(statement.split())]))
-        else:
-            texts.append(_write(replace(prompt, cot=statement), control, count_tokens, seed, tolerance))
-    return texts
+    written = []
+    for prompt, text in zip(as_prompts(prompts), texts, strict=True):
+        if prompt.language != "toy":
+            written.append(_write(replace(prompt, cot=text), control, count_tokens, seed, tolerance))
+            continue
+        words, wanted = _write(prompt, control, count_tokens, seed, tolerance).split(), len(text.split())
+        if wanted > len(words):
+            raise CotError(
+                f"a control of {wanted} words was asked for; a chain of thought in the toy language has {len(words)}."
+            )
+        written.append(" ".join(words[:wanted]))
+    return written
 
 
 def cot_texts(

@@ -402,6 +402,16 @@ def assign_splits(
     return [replace(prompt, split=cast(Split, split_of[row])) for row, prompt in enumerate(prompts)]
 
 
+def check_splits(prompts: Sequence[Prompt]) -> None:
+    """Refuse records whose families, twins or words stand in two splits: a selection would be tested on what chose it.
+
+    Raises:
+        ValueError: They do; the message names a record of each split.
+    """
+    for group in _groups(prompts):
+        _given_split(prompts, group)
+
+
 def _groups(prompts: Sequence[Prompt]) -> list[list[int]]:
     """Rows linked by a family, a twin or the same words, directly or through others."""
     parent = list(range(len(prompts)))

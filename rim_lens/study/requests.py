@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rim_lens.errors import MissingTwin, NotEnoughData
-from rim_lens.prompts import Prompt, as_prompts, assign_splits, load_prompts, spread
+from rim_lens.prompts import Prompt, as_prompts, assign_splits, check_splits, load_prompts, spread
+from rim_lens.prompts.records import Split
 from rim_lens.prompts.toy import toy_prompts
 
 
@@ -30,7 +31,7 @@ def requests_by_split(
     harmless: Sequence[Prompt | str] | None,
     reasoning: Sequence[Prompt | str] | None,
     limit: int | None,
-) -> dict[str, Requests]:
+) -> dict[Split, Requests]:
     """Return the `select` and `evaluate` requests.
 
     Given requests keep their own splits; where they have none, halves are cut by family, twins together. Without
@@ -47,6 +48,7 @@ def requests_by_split(
     Raises:
         MissingTwin: A harmful request has no twin among the harmless.
         NotEnoughData: A split is left without requests, or with a single family.
+        ValueError: A family, or a request and its twin, stand on both sides.
     """
     if harmful is None:
         bad, good = load_prompts("harmful", language), load_prompts("harmless", language)
@@ -57,8 +59,9 @@ def requests_by_split(
         bad, good = both[: len(bad)], both[len(bad) :]
     questions = _questions(language, reasoning)
     twins = {prompt.id: prompt for prompt in good}
-    sides = {}
-    for split in ("select", "evaluate"):
+    sides: dict[Split, Requests] = {}
+    both_sides: tuple[Split, Split] = ("select", "evaluate")
+    for split in both_sides:
         chosen = spread([prompt for prompt in bad if prompt.split == split], limit)
         missing = [prompt.id for prompt in chosen if prompt.twin not in twins]
         if missing:
@@ -78,12 +81,17 @@ def requests_by_split(
                 " over requests needs at least two families on each side."
             )
         sides[split] = side
+    check_splits(
+        [
+            replace(prompt, split=split)
+            for split, side in sides.items()
+            for prompt in (*side.harmful, *side.twins)
+        ]
+    )
     return sides
 
 
 def _paired(bad: list[Prompt], good: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-    from dataclasses import replace
-
     if all(prompt.twin for prompt in bad):
         return bad, good
     if len(bad) != len(good):

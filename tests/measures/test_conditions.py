@@ -99,9 +99,13 @@ def test_texts_and_measures_of_ones_own(toy: Any) -> None:
         return batch.lengths.tolist()
 
     table = rl.compare_conditions(model, chat, harmful, [], measure=lengths, texts={"mine": "bread soup"})
-    assert asked == table["condition"].tolist() == ["off", "mine", "filler", "unrelated"]
-    assert table["effect"].tolist()[1:] == [2.0, 7.0, 7.0]
-    assert table["beyond_filler"][1] == -5.0
+    assert asked == table["condition"].tolist() == ["off", "mine", "filler:mine", "unrelated:mine"]
+    assert table["effect"].tolist()[1:] == [
+        2.0,
+        2.0,
+        2.0,
+    ]  # controls are as long as the text, not as a careful chain
+    assert table["beyond_filler"][1] == 0.0
     assert table.attrs["measure"] == "lengths"
     with pytest.raises(StatisticsError, match="1 numbers for"):
         rl.compare_conditions(model, chat, harmful, ["careful"], measure=lambda batch: [1.0])
@@ -122,6 +126,14 @@ def test_what_is_refused(toy: Any) -> None:
         rl.compare_conditions(model, chat, harmful, ["open"], measure="score")
     with pytest.raises(ConditionError, match="is unknown"):
         rl.compare_conditions(model, chat, harmful, ["careful"], measure="vibes")
+    editor = rl.AblateHeads([(0, 5)])
+    with pytest.raises(ConditionError, match="would not be active"):
+        rl.compare_conditions(
+            model, chat, harmful, ["careful"], editor, measure=lambda batch: [0.0] * len(batch)
+        )
+    for taken in ("off", "careful", "filler:mine"):
+        with pytest.raises(ConditionError, match="another name"):
+            rl.compare_conditions(model, chat, harmful, [], texts={taken: "bread soup"})
     with pytest.raises(ConditionError, match="no think condition"):
         rl.compare_conditions(model, chat, harmful, ["careless"])
 

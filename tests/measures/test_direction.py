@@ -260,6 +260,14 @@ def test_no_direction_within_the_bound() -> None:
         refusal_direction(model, chat, *both(), max_layer=0.5)  # the template's own embeddings
 
 
+def test_a_family_on_both_sides_is_refused() -> None:
+    model, chat = toy()
+    harmful, harmless = both()
+    mixed = [replace(prompt, family=f"{i % 2}") for i, prompt in enumerate(harmful)]
+    with pytest.raises(ValueError, match="tested on what chose it"):
+        refusal_direction(model, chat, mixed, harmless)
+
+
 def test_what_is_asked_must_make_sense() -> None:
     model, chat = toy()
     harmful, harmless = both()

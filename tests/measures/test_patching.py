@@ -7,7 +7,7 @@ import pytest
 
 from rim_lens.chat import ChatFormat
 from rim_lens.errors import EmptySpan, NotEnoughData, ReferenceMismatch, UnknownHead, UnknownLayer
-from rim_lens.hooks import AblateHeads, BlockAttention, PatchHeads, PatchResidual, record
+from rim_lens.hooks import AblateHeads, BlockAttention, PatchHeads, PatchResidual
 from rim_lens.lens import load_model, model_facts
 from rim_lens.measures.patching import head_patching, patching_table, span_patching
 from rim_lens.measures.refusal import refusal_score
@@ -126,10 +126,10 @@ def test_each_cell_is_one_patch_by_hand(setting):
     assert (spans.attrs["target"], spans.attrs["source"]) == ("careful", "off")
 
 
-def test_a_recording_serves_as_well_and_runs_of_the_same_prompts_differ_nowhere(setting):
+def test_runs_of_the_same_prompts_differ_nowhere(setting):
     model, batches = setting
     off = batches["off"]
-    found = head_patching(model, off, record(model, off, ["z"]))
+    found = head_patching(model, off, off)
     assert float(abs(found["effect"]).max()) < 1e-4
     assert float(abs(found["reach"]).max()) == 0
 
@@ -170,6 +170,10 @@ def test_what_cannot_be_patched_is_refused(setting):
         span_patching(model, careful, off, spans=["cot"])  # off has none
     with pytest.raises(ReferenceMismatch):
         head_patching(model, careful, off.select([0, 1]))
+    with pytest.raises(ReferenceMismatch, match="another row"):
+        head_patching(model, careful, off.select(list(reversed(range(N)))))
+    with pytest.raises(ReferenceMismatch, match="another row"):
+        span_patching(model, off, batches["twins"].select([1, 0, *range(2, N)]))
     one = head_patching(model, careful.select([0]), off.select([0]), heads=[READER])
     with pytest.raises(NotEnoughData, match="one family"):
         patching_table(one)

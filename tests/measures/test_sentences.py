@@ -113,7 +113,11 @@ def test_prompts_that_do_not_end_at_the_answer(spoken_gqa: Spoken) -> None:
 def test_harmful_requests_keep_first_words_only(spoken_gqa: Spoken) -> None:
     long = " ".join(["so"] * 30)
     harmful = [replace(REQUESTS[0], kind="harmful")]
-    batch = spoken_gqa.chat.render(harmful, think=long)
+    given = spoken_gqa.chat.render(harmful, think=long)
+    assert (
+        sentence_effects(spoken_gqa.model, given, refusal=False)["text"].item() == long
+    )  # nobody wrote it but us
+    batch = replace(given, n_generated=(len(long.split()) + 1,))
     hidden = sentence_effects(spoken_gqa.model, batch, refusal=False)["text"].item()
     whole = sentence_effects(spoken_gqa.model, batch, refusal=False, keep_text=True)["text"].item()
     assert len(hidden) < len(whole) == len(long)

@@ -58,3 +58,10 @@ def test_a_limit_thins_evenly_over_the_list():
     places = [whole.index(request) for request in thin]
     assert places == sorted(places)
     assert max(b - a for a, b in pairwise(places)) <= len(whole) // 10 + 1
+
+
+def test_a_family_on_both_sides_is_refused():
+    bad = load_prompts("harmful")
+    halves = [replace(request, family=f"{i % 2}") for i, request in enumerate(bad)]
+    with pytest.raises(ValueError, match="tested on what chose it"):
+        requests_by_split("en", halves, load_prompts("harmless"), None, None)
