@@ -68,7 +68,7 @@ def capture(
     attrs = _attributes(model, facts, batch, readers, editors)
     with ExitStack() as stack:
         # Attaching verifies, so a model that cannot be read stops here.
-        stack.enter_context(attached(model, [*editors, *readers], batch))
+        stack.enter_context(attached(model, [*editors, *readers], batch, writes=False))
         coords = labelled(variables, batch)
         store = (
             MemoryStore(variables, coords, attrs)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from rim_lens.batching import MAX_ROWS, micro_batches
 from rim_lens.chat import ChatFormat, SpanBatch
-from rim_lens.errors import CaptureError, ConditionError, SpanError
+from rim_lens.errors import ConditionError, SpanError
 from rim_lens.hooks.base import Component, attached, bound
 from rim_lens.lens import Decoder, Model, model_facts, require_eval, require_finite
 from rim_lens.outcomes import Outcome, first_words, judge
@@ -175,8 +175,6 @@ def generate(
             f"{budget.cot} tokens of thought, the closing tag and {max_new_tokens} tokens of answer are {needed}, and the"
             f" context of {facts.n_ctx} has room for {room} after the longest prompt. Lower max_cot_tokens or max_new_tokens."
         )
-    if len({id(component) for component in components}) < len(components):
-        raise CaptureError("the same component was given twice.")
 
     written: dict[int, _Row] = {}
     with attached(model, components, batch):

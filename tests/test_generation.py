@@ -657,3 +657,14 @@ def test_a_refusal_in_the_given_beginning_is_not_the_models() -> None:
     assert (out.cot, out.own_cot, out.outcome) == (("REFUSE 3 4 6",), ("4 6",), ("other",))
     model = writer("toy", FAMILIES[0]).teach(int(batch.lengths), toy_ids("4 REFUSE <user>"))
     assert rl.generate(model, batch, max_new_tokens=3).where == ("think",)
+
+
+def test_a_mean_over_what_a_model_wrote(spoken_gqa: Spoken) -> None:
+    """What the error of a mean over generated tokens advises."""
+    model, batch = spoken_gqa.model, rendered(spoken_gqa)
+    wrote = rl.generate(model, batch, max_new_tokens=STEPS).batch
+    editor = AblateNeurons([(0, 3)], "mean", wrote, positions="generated")
+    rl.generate(model, batch, editor, max_new_tokens=STEPS)
+    data = rl.capture(model, wrote, NeuronActivations("mean", positions="generated"), editor)
+    found = torch.from_numpy(data["neuron_activation"].sel(layer=0, neuron=3).values)
+    close(found, found[:1].expand_as(found))

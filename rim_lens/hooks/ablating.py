@@ -8,7 +8,7 @@ from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
@@ -16,7 +16,7 @@ from rim_lens.chat.spans import ATOMS, SpanBatch
 from rim_lens.errors import EmptySpan, ReferenceMismatch
 from rim_lens.hooks.alignment import Align, check_rule
 from rim_lens.hooks.base import Edit, describe
-from rim_lens.hooks.editing import Change, RowEditor, Rows
+from rim_lens.hooks.editing import AligningEditor, Change, Rows
 from rim_lens.hooks.pairing import Pairing, require_batch, require_padding
 from rim_lens.hooks.positions import Positions, chosen_rows
 from rim_lens.hooks.recording import record
@@ -26,7 +26,7 @@ from rim_lens.lens import Model, ModelFacts, Site, hook_name
 Method = Literal["zero", "mean", "resample"]
 
 
-class Ablation(RowEditor):
+class Ablation(AligningEditor):
     """Replace columns of an activation, at chosen rows, by zero, by a mean, or by those of another prompt."""
 
     site: ClassVar[Site]
@@ -102,12 +102,15 @@ class Ablation(RowEditor):
 
     @override
     def check_prompts(self, batch: SpanBatch) -> None:
+        super().check_prompts(batch)
         if self._pairing is not None:
-            self._pairing.check(batch, self.positions, type(self).__name__)
+            self._unaligned = self._pairing.check(batch, self.positions, type(self).__name__)
         elif self._by_row():
-            self._check_means(batch)
+            self._unaligned = self._check_means(batch)
+        else:
+            self._unaligned = torch.zeros(len(batch), dtype=torch.long)
 
-    def _check_means(self, batch: SpanBatch) -> None:
+    def _check_means(self, batch: SpanBatch) -> Int[Tensor, " prompt"]:
         assert self.reference is not None  # noqa: S101 - told to the type checker: __init__ saw to it
         places = self._slots(batch)
         taken = reference_slots(self.reference, self.positions, self.per, self.align == "end")
@@ -127,6 +130,7 @@ class Ablation(RowEditor):
                 f" of {len(batch)} prompts (first: {batch.prompts[bare[0]].id!r}); generated rows are in no span. Use"
                 " per='all', or name other positions."
             )
+        return (rows & ~known).sum(dim=1)
 
     def _slots(self, batch: SpanBatch) -> Tensor:
         assert self.reference is not None  # noqa: S101

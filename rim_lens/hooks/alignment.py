@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rim_lens.chat.spans import ATOMS, SpanBatch
 from rim_lens.errors import EmptySpan, ReferenceMismatch
-from rim_lens.hooks.positions import Positions, chosen_rows
+from rim_lens.hooks.positions import Positions, chosen_rows, is_word, told
 
 Align = Literal["end", "start", "stretch"]
 RULES: tuple[Align, ...] = ("end", "start", "stretch")
@@ -122,11 +122,16 @@ def require_counterparts(
         first = bare[0]
         atoms = sorted({atom for atom in ATOMS if bool((batch.spans[atom][first].cpu() & rows[first]).any())})
         spans = f"spans {', '.join(atoms)}" if atoms else "no token of the prompt"
-        where = repr(positions) if isinstance(positions, str) else "a mask"
+        advice = (
+            " Tokens still to be written have no counterpart: a mean for them is of what a model wrote"
+            " (method='mean', reference=rl.generate(...).batch)."
+            if is_word(positions, "generated")
+            else ""
+        )
         raise EmptySpan(
-            f"{what}: positions={where} means {spans} of prompt {batch.prompts[first].id!r} (row {first}), of which"
+            f"{what}: positions={told(positions)} means {spans} of prompt {batch.prompts[first].id!r} (row {first}), of which"
             f" nothing has a counterpart in its source prompt; so in {len(bare)} of {len(batch)} prompts. Ask for a"
-            " span that both sides have: rim_lens.hooks.align(target, source).found shows where."
+            f" span that both sides have: rim_lens.hooks.align(target, source).found shows where.{advice}"
         )
     return alignment.missing(rows)
 

@@ -19,7 +19,7 @@ from typing_extensions import override
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import ImpossibleEdit, SpanError, WrongHookShape
 from rim_lens.hooks.base import Component, Edit
-from rim_lens.hooks.positions import Positions, chosen_rows
+from rim_lens.hooks.positions import Positions, chosen_rows, is_word, require_rows, told
 from rim_lens.lens import Head, Model, ModelFacts, Site, hook_name
 
 _SLACK = 1e-5  # masses are sums of float32 numbers; what is further off was asked for wrongly
@@ -61,8 +61,17 @@ class _AttentionEditor(Component):
         """Return keys of which each edited row must see at least one, and what is wrong where it does not. Override this."""
         raise NotImplementedError
 
+    def key_positions(self) -> list[Positions]:
+        """Return the keys asked for. Override this."""
+        raise NotImplementedError
+
     @override
     def check_prompts(self, batch: SpanBatch) -> None:
+        asked = self.key_positions()
+        if not is_word(self.query, "later"):
+            asked.append(self.query)
+        for positions in asked:
+            require_rows(positions, batch, type(self).__name__)
         found = self.needed(batch)
         if found is None:
             return
@@ -76,6 +85,12 @@ class _AttentionEditor(Component):
                 f"{type(self).__name__}: position {pos} of prompt {batch.prompts[prompt].id!r} {wrong} ({len(bad)} such rows)."
                 " Choose later query rows."
             )
+
+    @override
+    def acts_within(self, batch: SpanBatch) -> bool:
+        rows = self.queries(batch, 0, *batch.tokens.shape)
+        meant = [rows, *(_prompt_keys(key, batch) for key in self.key_positions())]
+        return all(bool((mask & batch.attention_mask.bool().cpu()).any()) for mask in meant)
 
     @override
     def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
@@ -172,7 +187,7 @@ class BlockAttention(_AttentionEditor):
         mute: bool = False,
     ) -> None:
         super().__init__(query, heads)
-        if _is(query, "later") and (_is(key, "all") or _is(key, "generated")):
+        if is_word(query, "later") and (is_word(key, "all") or is_word(key, "generated")):
             raise ImpossibleEdit(
                 f"BlockAttention('later', {key!r}): no row comes after the last of those keys, as each generated token"
                 " adds one. Name a span or pass a mask as key, or query='all'."
@@ -184,11 +199,15 @@ class BlockAttention(_AttentionEditor):
     def queries(
         self, batch: SpanBatch | None, offset: int, n_prompts: int, n_queries: int
     ) -> Bool[Tensor, "prompt query"]:
-        if not _is(self.query, "later"):
+        if not is_word(self.query, "later"):
             return super().queries(batch, offset, n_prompts, n_queries)
         keys = chosen_keys(self.key, batch, n_prompts, offset + n_queries, self._width)
         last = torch.where(keys.any(dim=1), _last(keys), keys.shape[1])
         return offset + torch.arange(n_queries)[None] > last[:, None]
+
+    @override
+    def key_positions(self) -> list[Positions]:
+        return [self.key]
 
     @override
     def needed(self, batch: SpanBatch) -> tuple[Bool[Tensor, "prompt key"], str] | None:
@@ -197,7 +216,7 @@ class BlockAttention(_AttentionEditor):
             return None
         return (
             ~keys,
-            f"sees no key but those to be blocked (key={_told(self.key)}), and mute=True is not asked for",
+            f"sees no key but those to be blocked (key={told(self.key)}), and mute=True is not asked for",
         )
 
     @override
@@ -219,7 +238,7 @@ class BlockAttention(_AttentionEditor):
                 else "it sees no other key; choose later query rows, or use mute=True"
             )
             raise ImpossibleEdit(
-                f"BlockAttention(key={_told(self.key)}) would leave {self.name(which, row, head)} with nothing to attend to:"
+                f"BlockAttention(key={told(self.key)}) would leave {self.name(which, row, head)} with nothing to attend to:"
                 f" {why}."
             )
         return kept * torch.where(left > 0, before / left, 1.0)
@@ -290,11 +309,12 @@ class MoveAttention(_AttentionEditor):
         self.from_ = from_
 
     @override
+    def key_positions(self) -> list[Positions]:
+        return [self.span] if self.from_ is None else [self.span, self.from_]
+
+    @override
     def needed(self, batch: SpanBatch) -> tuple[Bool[Tensor, "prompt key"], str]:
-        keys = _prompt_keys(self.span, batch)
-        if self.from_ is not None:
-            _prompt_keys(self.from_, batch)  # refuses an empty span
-        return keys, f"comes before the whole span ({_told(self.span)})"
+        return _prompt_keys(self.span, batch), f"comes before the whole span ({told(self.span)})"
 
     @override
     def change(self, rows: Float[Tensor, "row head key"], which: _Rows) -> Float[Tensor, "row head key"]:
@@ -307,7 +327,7 @@ class MoveAttention(_AttentionEditor):
         if blind.any():
             row = int(blind.nonzero()[0])
             raise ImpossibleEdit(
-                f"MoveAttention(span={_told(self.span)}): {self.name(which, row, 0)} comes before the whole span, or is padding."
+                f"MoveAttention(span={told(self.span)}): {self.name(which, row, 0)} comes before the whole span, or is padding."
                 " Choose later query rows; bind the batch (rl.capture, rl.generate and the measures do) to leave padding"
                 " out."
             )
@@ -332,7 +352,7 @@ class MoveAttention(_AttentionEditor):
         if bad.any():
             row, head = bad.nonzero()[0].tolist()
             raise ImpossibleEdit(
-                f"MoveAttention(span={_told(self.span)}) cannot bring the mass of {self.name(which, row, head)} from"
+                f"MoveAttention(span={told(self.span)}) cannot bring the mass of {self.name(which, row, head)} from"
                 f" {float(mass[row, head]):.4g} to {float(target[row, head]):.4g}: the keys that give or take the"
                 f" difference have {float(given[row, head]):.4g}. Ask for another mass, or leave from_=None."
             )
@@ -396,7 +416,7 @@ def chosen_keys(
         WrongHookShape: The pass has another number of prompts, or fewer keys, than the batch or mask.
         EmptySpan: Some prompt has no token in the span.
     """
-    if _is(key, "all"):
+    if is_word(key, "all"):
         return torch.ones(n_prompts, n_keys, dtype=torch.bool)
     if isinstance(key, str) and key in ("prompt_last", "generated"):
         last = torch.full((n_prompts,), width - 1) if batch is None else batch.prompt_last
@@ -426,11 +446,3 @@ def _prompt_keys(key: Positions, batch: SpanBatch) -> Bool[Tensor, "prompt pos"]
 
 def _last(mask: Bool[Tensor, "prompt key"]) -> Int[Tensor, " prompt"]:
     return mask.shape[1] - 1 - mask.flip(1).int().argmax(dim=1)
-
-
-def _is(positions: Positions, word: str) -> bool:
-    return isinstance(positions, str) and positions == word
-
-
-def _told(positions: Positions) -> str:
-    return repr(positions) if isinstance(positions, str) else "a mask"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rim_lens.chat.spans import SpanBatch
+from rim_lens.errors import CaptureError, ConditionError
 from rim_lens.lens import Hook, Model, ModelFacts, Site, add_hooks, hooked, is_quiet, verify
 
 # tensor at a hook point → its replacement, or None to leave it
@@ -54,6 +55,10 @@ class Component:
 
     def check_prompts(self, batch: SpanBatch) -> None:
         """Refuse prompts that this component cannot work on; called with the whole batch before any pass over it."""
+
+    def acts_within(self, batch: SpanBatch) -> bool:  # noqa: ARG002
+        """Whether something of it is done to the tokens of these prompts, and not only to such as are still written."""
+        return True
 
     def fwd_hooks(self, model: Model) -> list[tuple[str, Hook]]:
         """Verify the model and return hooks for `model.run_with_hooks(fwd_hooks=...)`.
@@ -110,14 +115,34 @@ def bound(
 
 
 @contextmanager
-def attached(model: Model, components: Sequence[Component], batch: SpanBatch) -> Iterator[None]:
+def attached(
+    model: Model, components: Sequence[Component], batch: SpanBatch, writes: bool = True
+) -> Iterator[None]:
     """Attach components for the length of a `with` in which the batch is going to be read.
 
     They look at the prompts first: attaching may run reference prompts, which nobody should wait for in vain.
+
+    Args:
+        model: Any HookedTransformer or TransformerBridge.
+        components: Readers and editors, none of them twice.
+        batch: The prompts.
+        writes: Whether tokens are read after those of the batch, in every prompt.
+
+    Raises:
+        CaptureError: A component was given twice, and would act twice.
+        ConditionError: No token follows the prompts, and a component acts on such alone.
     """
+    if len({id(component) for component in components}) < len(components):
+        raise CaptureError("the same component was given twice, and would act twice; give each once.")
     with ExitStack() as stack:
         for component in components:
             _check(component, batch)
+            if not writes and not component.acts_within(batch):
+                raise ConditionError(
+                    f"{component!r} acts on nothing but tokens that are written after these prompts, and here the prompts"
+                    " are read with none after them, or none but whitespace in some: the effect would be 0. Name rows of the prompt ('all', 'prompt_last', a span), or"
+                    " use it in rl.generate, or in rl.capture of what was written (rl.generate(...).batch)."
+                )
         for component in components:
             stack.enter_context(component.on(model))
         yield

@@ -10,8 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
+from rim_lens.chat.spans import SpanBatch
+from rim_lens.errors import SpanError
 from rim_lens.hooks.base import Component, Edit
-from rim_lens.hooks.positions import Positions, RowOffset, chosen_rows, prompt_width
+from rim_lens.hooks.positions import Positions, RowOffset, chosen_rows, is_word, prompt_width, require_rows
 from rim_lens.lens import Model, ModelFacts, Site, hook_name
 
 
@@ -56,9 +58,18 @@ class RowEditor(Component):
     def sites(self) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
         return ("pattern",) if self._looks_at_pattern() else (), self.edited_sites()
 
+    @override
+    def check_prompts(self, batch: SpanBatch) -> None:
+        require_rows(self.positions, batch, type(self).__name__)
+
+    @override
+    def acts_within(self, batch: SpanBatch) -> bool:
+        rows = chosen_rows(self.positions, batch, 0, *batch.tokens.shape)
+        return bool((rows & batch.attention_mask.bool().cpu()).any())
+
     def _looks_at_pattern(self) -> bool:
         # The attention pattern of layer 0 tells where a pass under a key-value cache begins.
-        return self.needs_pos or not (isinstance(self.positions, str) and self.positions == "all")
+        return self.needs_pos or not is_word(self.positions, "all")
 
     @override
     def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
@@ -86,3 +97,25 @@ class RowEditor(Component):
             return change(edited.flatten(0, 1), which).view(activation.shape)
         edited[prompt, row] = change(edited[prompt, row], which)
         return edited
+
+
+class AligningEditor(RowEditor):
+    """An editor of rows that puts in what other prompts have at a row's counterpart: a row without one stays as it is."""
+
+    def __init__(self, positions: Positions) -> None:
+        super().__init__(positions)
+        self._unaligned: Int[Tensor, " prompt"] | None = None  # set where prompts are checked
+
+    @property
+    def unaligned(self) -> Int[Tensor, " prompt"]:
+        """Rows asked for that have no counterpart and stay as they are, by prompt of the batch bound last.
+
+        Raises:
+            SpanError: No prompts were bound yet.
+        """
+        if self._unaligned is None:
+            raise SpanError(
+                f"{type(self).__name__} has not been bound to any prompts yet, so nothing was aligned. Run it first:"
+                " rl.capture, rl.generate and rl.refusal_score bind their prompts."
+            )
+        return self._unaligned

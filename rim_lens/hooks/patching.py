@@ -19,7 +19,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from typing_extensions import override
 
@@ -28,11 +28,11 @@ from rim_lens.errors import EmptySpan, ReferenceMismatch, SpanError, UnknownLaye
 from rim_lens.hooks.ablating import by_layer, put
 from rim_lens.hooks.alignment import Align, Alignment, check_rule
 from rim_lens.hooks.base import Edit, describe
-from rim_lens.hooks.editing import Change, RowEditor, Rows
+from rim_lens.hooks.editing import AligningEditor, Change, Rows
 from rim_lens.hooks.heads import some_heads
 from rim_lens.hooks.neurons import some_neurons
 from rim_lens.hooks.pairing import Found, Pairing, require_padding
-from rim_lens.hooks.positions import Positions, chosen_rows
+from rim_lens.hooks.positions import Positions, chosen_rows, is_word
 from rim_lens.hooks.recording import Recording, record, require_same_shapes
 from rim_lens.lens import Head, Model, ModelFacts, Site, hook_name, model_facts, weights_digest
 
@@ -40,7 +40,7 @@ from rim_lens.lens import Head, Model, ModelFacts, Site, hook_name, model_facts,
 Spots = Mapping[tuple[Site, int], list[int] | None]
 
 
-class _Patch(RowEditor):
+class _Patch(AligningEditor):
     """Puts rows of a source run in place of this run's."""
 
     needs_pos = True
@@ -65,7 +65,6 @@ class _Patch(RowEditor):
         self._source_model = source_model
         self._source_batch = source.batch if isinstance(source, Recording) else source
         self._pairing = Pairing(self._source_batch, align)
-        self._unaligned: Int[Tensor, " prompt"] | None = None
         if batch is not None:
             self.check_prompts(batch)
             self._batch, self._members = batch, list(range(len(batch)))
@@ -80,22 +79,9 @@ class _Patch(RowEditor):
             source += f" of a model with weights {weights_digest(self._source_model)[:8]}"
         return f"{super().__repr__()[:-1]}, source={source})"
 
-    @property
-    def unaligned(self) -> Int[Tensor, " prompt"]:
-        """Rows asked for that have no counterpart and stay as they are, by prompt of the batch bound last.
-
-        Raises:
-            SpanError: No prompts were bound yet.
-        """
-        if self._unaligned is None:
-            raise SpanError(
-                f"{type(self).__name__} has not been bound to any prompts yet, so nothing was aligned. Run it first, or pass"
-                " batch=."
-            )
-        return self._unaligned
-
     @override
     def check_prompts(self, batch: SpanBatch) -> None:
+        super().check_prompts(batch)
         self._unaligned = self._pairing.check(batch, self.positions, type(self).__name__)
 
     @override
@@ -131,7 +117,7 @@ class _Patch(RowEditor):
         return found
 
     def _is_ours(self, pattern: Tensor) -> None:
-        if self._batch is None and not (isinstance(self.positions, str) and self.positions == "all"):
+        if self._batch is None and not is_word(self.positions, "all"):
             raise SpanError(
                 f"{type(self).__name__}(positions={describe(self.positions)}) does not know the prompts that are read. Pass"
                 " batch=, or hand the editor to rl.capture, rl.generate or rl.refusal_score, which bind them."

@@ -15,6 +15,53 @@ from rim_lens.lens import Site, hook_name
 Positions = str | Bool[Tensor, "prompt pos"]
 
 
+def is_word(positions: Positions, word: str) -> bool:
+    """Whether rows were asked for by this very word; a mask is no word, and comparing it with one means nothing."""
+    return isinstance(positions, str) and positions == word
+
+
+def told(positions: Positions) -> str:
+    """Return rows asked for in words, for a message."""
+    return repr(positions) if isinstance(positions, str) else "a mask"
+
+
+def require_rows(positions: Positions, batch: SpanBatch, what: str) -> None:
+    """Refuse rows that some prompt has none of, before any pass: nothing would be edited there, and an effect of 0 read.
+
+    Rows of generated tokens may still come; see `rim_lens.hooks.base.attached`.
+
+    Args:
+        positions: Rows asked for, as editors take them.
+        batch: The prompts.
+        what: Who asks, for the message.
+
+    Raises:
+        EmptySpan: Some prompt has no such row.
+        WrongHookShape: A mask is of another shape than the prompts.
+    """
+    if isinstance(positions, str):
+        if positions not in ("all", "prompt_last", "generated"):
+            batch.spans.require(positions)
+        return
+    if positions.shape != batch.tokens.shape:
+        raise WrongHookShape(
+            f"{what} was given a mask of shape {tuple(positions.shape)} and is to read prompts of shape"
+            f" {tuple(batch.tokens.shape)}. Pass a mask of these prompts (batch.spans[...]), or name the span."
+        )
+    bare = (
+        (~(positions.bool().cpu() & batch.attention_mask.bool().cpu()).any(dim=1))
+        .nonzero()
+        .flatten()
+        .tolist()
+    )
+    if bare:
+        raise EmptySpan(
+            f"{what} was given a mask that marks no token in {len(bare)} of {len(batch)} prompts (first:"
+            f" {batch.prompts[bare[0]].id!r}), so nothing would be edited there. Leave those prompts out, or mark a token"
+            " in each."
+        )
+
+
 class RowOffset:
     """Absolute position of the first row of the pass under way.
 
@@ -90,7 +137,7 @@ def chosen_rows(
         SpanError: A span was named and no batch is bound.
         WrongHookShape: The pass has another number of prompts or positions than the batch.
     """
-    if isinstance(positions, str) and positions == "all":
+    if is_word(positions, "all"):
         return torch.ones(n_prompts, n_rows, dtype=torch.bool)
     if isinstance(positions, Tensor):
         return _window(positions.bool().cpu(), offset, n_prompts, n_rows)
@@ -150,7 +197,7 @@ def rows_to_read(
     if some.any() and not some.all():
         empty = (~some).nonzero().flatten().tolist()
         raise EmptySpan(
-            f"positions={positions if isinstance(positions, str) else 'a mask'!r} has no row in {len(empty)} of"
+            f"positions={told(positions)} has no row in {len(empty)} of"
             f" {n_prompts} prompts (first: prompt {empty[0]}); a mean or maximum over nothing is undefined."
         )
     return rows

@@ -12,7 +12,7 @@ from torch import Tensor
 from rim_lens.batching import micro_batches
 from rim_lens.chat.spans import ATOMS, SpanBatch
 from rim_lens.errors import NotFinite, ReferenceMismatch
-from rim_lens.hooks.positions import Positions, chosen_rows
+from rim_lens.hooks.positions import Positions, chosen_rows, is_word, told
 from rim_lens.lens import Model, ModelFacts, Site, hook_name, hooked, last_logits, quiet
 
 # One mean for all rows; one for each atom; one for each place within an atom, counted from its end or start
@@ -125,8 +125,14 @@ def reference_slots(
             )
         places[~chosen_rows(positions, reference, 0, *reference.tokens.shape)] = -1
     if not (places >= 0).any():
+        advice = (
+            " These prompts hold no generated token: give what a model wrote, reference=rl.generate(...).batch."
+            if is_word(positions, "generated")
+            else ""
+        )
         raise ReferenceMismatch(
-            "no row of the reference set is chosen by positions; a mean over nothing is undefined."
+            "no row of the reference set is chosen by"
+            f" positions={told(positions)}; a mean over nothing is undefined.{advice}"
         )
     return places
 

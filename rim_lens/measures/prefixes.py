@@ -148,7 +148,7 @@ def refusal_prefix_score(
     root = _tree(spelled)
     found = torch.empty(len(batch), len(spelled), dtype=torch.float64)
     skipped = np.empty(len(batch), dtype=np.int64)
-    with attached(model, components, batch):
+    with attached(model, components, batch, writes=skip == "forced" or _widest(root) > 0):
         for word in first_words_of(
             model,
             batch,

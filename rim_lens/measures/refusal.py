@@ -64,7 +64,8 @@ def refusal_score(
 
     Raises:
         ConditionError: The think block is open, so that the next token belongs to the CoT; or the prompts end with
-            what the model wrote; or whitespace is to be forced that this vocabulary lacks.
+            what the model wrote; or whitespace is to be forced that this vocabulary lacks; or an editor acts on
+            generated tokens alone, of which there is none unless whitespace is forced.
         NotFinite: NaN or infinity in the logits.
 
     >>> import rim_lens as rl
@@ -86,7 +87,7 @@ def refusal_score(
     share = np.empty(len(batch), dtype=np.float64)
     skipped = np.empty(len(batch), dtype=np.int64)
     mass: Tensor | None = None
-    with attached(model, components, batch):
+    with attached(model, components, batch, writes=skip == "forced"):
         for word in first_words_of(
             model,
             batch,
@@ -162,7 +163,7 @@ def first_tokens(
     tokenizer = tokenizer_of(model)
     ids = opener_ids(tokenizer, openers)
     lines: dict[int, list[dict[str, object]]] = {}
-    with attached(model, components, batch):
+    with attached(model, components, batch, writes=skip == "forced"):
         for word in first_words_of(
             model, batch, components, skip=skip, whitespace=whitespace, max_rows=max_rows, what="first_tokens"
         ):

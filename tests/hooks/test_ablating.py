@@ -555,7 +555,7 @@ def test_a_reference_of_another_vocabulary_is_refused(case_gqa: Case) -> None:
 def test_a_reference_without_rows_is_refused(case_gqa: Case) -> None:
     reference = random_batch(seed=21)
     with (
-        pytest.raises(ReferenceMismatch, match="no row"),
+        pytest.raises(ReferenceMismatch, match=r"reference=rl\.generate"),
         AblateHeads(HEADS, "mean", reference, positions="generated").on(case_gqa.model),
     ):
         pass
@@ -599,6 +599,7 @@ def test_spans_the_reference_lacks_are_refused_before_any_pass(
         (AblateHeads(HEADS, "mean", without, positions="cot", per="position"), "no row with a mean"),
         (AblateHeads(HEADS, "mean", without, positions="generated", per="position"), "no row with a mean"),
         (AblateHeads(HEADS, "resample", without, positions="cot"), "spans cot of prompt '0'"),
+        (AblateHeads(HEADS, "resample", without, positions="generated"), r"reference=rl\.generate"),
     ):
         with (
             pytest.raises(EmptySpan, match=match),
@@ -695,3 +696,25 @@ def test_readers_see_what_editors_leave(case_gqa: Case) -> None:
     found = reader.collect()["neuron_activation"]
     assert not found[:, 0].any()
     assert found[:, 1].any()
+
+
+def test_rows_left_as_they_are_are_counted(case_gqa: Case) -> None:
+    batch = case_gqa.batch
+    without = random_batch(seed=21, names=("system", "request", "assistant", "think_open", "answer"))
+    lost = (batch.attention_mask.bool() & batch.spans["cot"]).sum(dim=1)
+    resampled = AblateHeads(HEADS, "resample", without, align="stretch")
+    with pytest.raises(SpanError, match="not been bound"):
+        _ = resampled.unaligned
+    averaged = AblateNeurons(NEURONS, "mean", without, per="position", align="start")
+    zeroed = AblateHeads(HEADS)
+    with bound([resampled, averaged, zeroed], batch):
+        pass
+    known = {atom: int(without.spans[atom].sum(dim=1).max()) for atom in ATOMS}
+    beyond = [
+        sum(max(0, int(batch.spans[atom][row].sum()) - known[atom]) for atom in ATOMS)
+        for row in range(len(batch))
+    ]
+    assert bool((lost > 0).any())
+    assert bool((resampled.unaligned >= lost).all())
+    assert averaged.unaligned.tolist() == beyond
+    assert zeroed.unaligned.tolist() == [0] * len(batch)

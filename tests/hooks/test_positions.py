@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rim_lens.errors import EmptySpan, SpanError, WrongHookShape
-from rim_lens.hooks.positions import RowOffset, chosen_rows, rows_to_read
+from rim_lens.hooks.positions import RowOffset, chosen_rows, require_rows, rows_to_read
 from tests.families import random_batch
 
 
@@ -94,3 +94,19 @@ def test_where_a_pass_begins_before_it_shows() -> None:
         offset.at("resid_pre", 0, n_rows, width)
         with pytest.raises(WrongHookShape, match="before layer 0"):
             reads(offset, n_rows, n_keys)
+
+
+def test_rows_that_some_prompt_has_none_of_are_refused() -> None:
+    batch = random_batch(n_prompts=3, longest=12)
+    mask = torch.zeros_like(batch.attention_mask, dtype=torch.bool)
+    mask[:, -2] = True
+    require_rows(mask, batch, "It")
+    for name in ("all", "prompt_last", "generated", "request"):
+        require_rows(name, batch, "It")
+    mask[1] = ~batch.attention_mask[1].bool()  # marks padding alone
+    with pytest.raises(EmptySpan, match=f"1 of 3 prompts .*{batch.prompts[1].id!r}"):
+        require_rows(mask, batch, "It")
+    with pytest.raises(EmptySpan, match="gap"):
+        require_rows("gap", batch, "It")
+    with pytest.raises(WrongHookShape, match="2, 12"):
+        require_rows(mask[:2], batch, "It")

@@ -243,7 +243,12 @@ def test_rows_that_skip_differently_under_editors(
     editor = AblateHeads(HEADS, positions=mask if positions == "mask" else positions)
     options: dict[str, Any] = {"refusals": REFUSALS, "compliances": COMPLIANCES}
     found = refusal_prefix_score(spoken.model, batch, editor, **options, max_rows=8)
-    scores = rl.refusal_score(spoken.model, batch, editor)
+    if positions == "generated":  # what the first word is read after is whitespace, in some prompts none
+        with pytest.raises(ConditionError, match="the effect would be 0"):
+            rl.refusal_score(spoken.model, batch, editor)
+        scores = None
+    else:
+        scores = rl.refusal_score(spoken.model, batch, editor)
     for row in range(len(batch)):
         ids, real = ids_of(batch, row), batch.attention_mask[row].bool()
         n_prompt = len(ids)
@@ -262,7 +267,7 @@ def test_rows_that_skip_differently_under_editors(
             if token not in blank:
                 break
             ids, skipped = [*ids, token], skipped + 1
-        assert int(found["skipped"][row]) == int(scores["skipped"][row]) == skipped
+        assert int(found["skipped"][row]) == skipped
         sides = []
         for texts in (REFUSALS, COMPLIANCES):
             logs = []
@@ -275,6 +280,9 @@ def test_rows_that_skip_differently_under_editors(
                 logs.append(total)
             sides.append(float(np.logaddexp.reduce(logs)))
         assert float(found[row]) == pytest.approx(sides[0] - sides[1], abs=1e-4)
+        if scores is None:
+            continue
+        assert int(scores["skipped"][row]) == skipped
         logits = logits_alone(spoken.oracle, ids, HEADS, rows).double().log_softmax(dim=-1)
         chance = float(logits[TOKEN["REFUSE"]].exp())
         assert float(scores[row]) == pytest.approx(np.log(chance) - np.log1p(-chance), abs=1e-4)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import rim_lens as rl
 from rim_lens.chat import ChatFormat, SpanBatch
-from rim_lens.errors import ConditionError, NotEnoughData, NotFinite, TrainingMode
+from rim_lens.errors import CaptureError, ConditionError, EmptySpan, NotEnoughData, NotFinite, TrainingMode
 from rim_lens.hooks import AblateHeads
 from rim_lens.measures.openers import OPENERS, opener_ids, whitespace_ids
 from rim_lens.measures.rates import refusal_rate, share_interval
@@ -64,6 +64,35 @@ def test_log_odds_by_hand(spoken: Spoken, think: str, openers: list[str] | None)
     best = int(mean.argmax())
     mark = "*" if best in ids else ""
     assert words.startswith(f"{spoken.chat.tokenizer.decode([best])!r}{mark} {float(mean[best]):.2f}")
+
+
+def test_an_edit_of_nothing_is_refused(spoken_gqa: Spoken) -> None:
+    """It would read as an effect of exactly 0."""
+    batch = rendered(spoken_gqa)
+    nothing = torch.zeros_like(batch.tokens, dtype=torch.bool)
+    heads = [(0, 1)]
+    for editor in (
+        rl.ScaleHeads(heads, 0, positions="generated"),
+        rl.BlockAttention("generated", "request"),
+        rl.BlockAttention("all", "generated"),
+        rl.BlockAttention("later", batch.spans["request"] | nothing.index_fill(1, torch.tensor([-1]), True)),
+    ):
+        for measure in (rl.refusal_score, rl.first_tokens):
+            with pytest.raises(ConditionError, match=r"rl\.generate"):
+                measure(spoken_gqa.model, batch, editor)
+        with pytest.raises(ConditionError, match=r"rl\.generate"):
+            rl.capture(spoken_gqa.model, batch, rl.SpanAttention(), editor)
+    for editor in (
+        rl.ScaleHeads(heads, 0, positions=nothing),
+        rl.BlockAttention(nothing, "request"),
+        rl.BlockAttention("prompt_last", nothing, mute=True),
+        rl.MoveAttention(heads, "request", factor=0.5, query=nothing),
+    ):
+        with pytest.raises(EmptySpan, match=f"marks no token .*{batch.prompts[0].id!r}"):
+            refusal_score(spoken_gqa.model, batch, editor)
+    once = rl.ScaleHeads(heads, 0.5)
+    with pytest.raises(CaptureError, match="twice"):
+        refusal_score(spoken_gqa.model, batch, once, once)
 
 
 @pytest.mark.parametrize("max_rows", [2, 64])
