@@ -121,10 +121,13 @@ def _texts(batch: SpanBatch) -> list[tuple[int, ...]]:
 
 
 def require_padding(pattern: Float[Tensor, "prompt head query key"], batch: SpanBatch, what: str) -> None:
-    """Refuse a prefill that attends where the prompts have padding: it is of other prompts, or in another order.
+    """Refuse a prefill of another shape than the prompts, or that attends where they have padding.
+
+    That is all it can tell, as an attention pattern holds no token ids. A pass of other prompts of the same lengths goes through, and so
+    does one whose rows stand in another order where all are of one length.
 
     Raises:
-        WrongHookShape: The pass is not of these prompts.
+        WrongHookShape: The pass is of another shape, or of prompts with other padding.
     """
     n_prompts, _, n_queries, n_keys = pattern.shape
     if n_keys > n_queries:

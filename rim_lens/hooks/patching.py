@@ -164,7 +164,8 @@ class PatchHeads(_Patch):
             alike: folded weights (compatibility mode with processing) make other numbers of the same shapes.
         batch: The prompts that will be read, for use where nothing binds them: `with PatchHeads(..., batch=off).on(model):
             model(off.tokens, attention_mask=off.attention_mask)`. With neither, only whole runs of the source's own shape
-            are patched, position for position.
+            are patched, position for position. That the pass really is of these prompts, in this order, is up to the caller: only
+            its shape and padding are checked, not its tokens. rl.capture, rl.generate and the measures run what they bind.
 
     Raises:
         UnknownHead: No head was named; or, on attaching, the model lacks one.
@@ -173,7 +174,7 @@ class PatchHeads(_Patch):
         EmptySpan: Nothing asked for aligns in some prompt; raised when the prompts are bound.
         NotFinite: The source run gives NaN or infinity.
         SpanError: While the model runs: prompts are needed and none are bound.
-        WrongHookShape: While the model runs: the pass is of other prompts than those bound.
+        WrongHookShape: While the model runs: the pass has another shape or padding than the prompts bound.
 
     >>> import rim_lens as rl
     >>> model = rl.load_model("toy")
