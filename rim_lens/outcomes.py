@@ -7,6 +7,8 @@ is *other*. And a refusal is an opening that declines, not a word that refusals 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,6 +95,20 @@ _FROM_HELPING = re.compile(
     r"|teach|encourage)",
     re.IGNORECASE,
 )
+
+_RULES = 1  # raise it with every change of how a reply is judged that changes no pattern above
+
+
+def rules_digest() -> str:
+    """8 hexadecimal digits of the rules by which `judge` judges: other rules, other digits."""
+    patterns = [
+        (found.pattern, found.flags)
+        for found in (
+            *(_MARKUP, _TAG, _BLEED, _RUN, _DECLINES, _BARE_REFUSAL),
+            *(_IDIOM, _LACK, _HELP_FOLLOWS, _FROM_HELPING),
+        )
+    ]
+    return hashlib.sha256(json.dumps([_RULES, patterns]).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from rim_lens.errors import JudgeUnavailable, StatisticsError
 from rim_lens.generation import Generation
 from rim_lens.measures.rates import check_verdicts
-from rim_lens.outcomes import Verdict, first_words, judge
+from rim_lens.outcomes import Verdict, first_words, judge, rules_digest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,13 +65,17 @@ class Reply:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
+UNPARSED = "unparsed"
+
+
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """A verdict, and why where that needs saying.
 
     Attributes:
         verdict: "refuse", "comply" or "other".
-        reason: "" as a rule; "unparsed" where what the judge said could not be read.
+        reason: "" as a rule; "unparsed" where what the judge said could not be read (`judge_all` asks again when it
+            goes on from a file).
     """
 
     verdict: Verdict
@@ -81,7 +85,8 @@ class Judgement:
 class Judge(Protocol):
     """Anything that takes a reply and gives a verdict: a function will do.
 
-    Where it has an attribute `name`, results are filed under it, else under its ``__name__``.
+    Where it has an attribute `name`, results are filed under it, else under its ``__name__``. Judges that judge by
+    other rules need other names; what a file keeps of one judge is told from another's by the name alone.
     """
 
     def __call__(self, reply: Reply, /) -> Judgement | Verdict:
@@ -92,11 +97,13 @@ class Judge(Protocol):
 class PrefixJudge:
     """Judges by the opening words (`rim_lens.outcomes.judge`): the judge that `generate` uses.
 
+    Its name holds a digest of its rules, so that verdicts by the rules of another version are not taken for its own.
+
     >>> PrefixJudge()(Reply("a", "Name a fruit.", answer="I'm sorry, but I can't help with that.")).verdict
     'refuse'
     """
 
-    name = "prefix"
+    name = f"prefix:{rules_digest()}"
 
     def __call__(self, reply: Reply, /) -> Judgement:
         """Judge one reply."""
@@ -146,7 +153,8 @@ def judge_all(
         judge: Any `Judge`.
         replies: What `generate` gave, or replies.
         out: A JSON-lines file to keep verdicts in: id, condition, judge, verdict, reason and first words, no full text.
-            What this judge has judged there is not judged again, unless the reply differs; other judges' lines stay.
+            What this judge (by its name) has judged there is not judged again, unless the reply differs; what was
+            "unparsed" is asked again. Other judges' lines stay.
         progress: Show a progress bar.
 
     Returns:
@@ -156,14 +164,20 @@ def judge_all(
     Raises:
         JudgeUnavailable: The judge's endpoint does not answer. Nothing judged is lost: it stands in `out`, and in the
             exception's `judged`.
-        StatisticsError: The judge gave something that is no verdict.
+        StatisticsError: The judge gave something that is no verdict, or has no name to keep its verdicts under.
 
     >>> found = judge_all(PrefixJudge(), [Reply("a", "Name a fruit.", answer="An apple.")])
     >>> found["verdict"].tolist()
     ['comply']
     """
     every = replies_of(replies) if isinstance(replies, Generation) else list(replies)
-    name = str(getattr(judge, "name", "") or getattr(judge, "__name__", type(judge).__name__))
+    name = str(getattr(judge, "name", "") or getattr(judge, "__name__", ""))
+    if out is not None and name in ("", "<lambda>"):
+        raise StatisticsError(
+            f"this judge ({name or type(judge).__name__}) has no name, so that another one's verdicts in {out} could be"
+            " taken for its own; write it as a function with `def`, or give it an attribute `name`."
+        )
+    name = name or type(judge).__name__
     file = _Verdicts(Path(out), name) if out is not None else None
     lines: list[dict[str, str]] = []
     for reply in tqdm(every, desc=f"judge {name}", disable=not progress):
@@ -231,10 +245,14 @@ class _Verdicts:
             if not line.endswith(b"\n"):
                 break
             if its_judge == judge:
+                if found["reason"] == UNPARSED:
+                    continue  # no verdict yet: asked again, and written anew
                 self.known[reply] = found
             whole += line
         if whole != path.read_bytes():
-            path.write_bytes(whole)
+            beside = path.with_name(path.name + ".part")
+            beside.write_bytes(whole)
+            beside.replace(path)  # a stop in between loses nothing
 
     def add(self, reply: Reply, found: dict[str, str]) -> None:
         self.known[reply.digest] = found
@@ -289,13 +307,16 @@ class EndpointJudge:
     categories, no other rows. What comes back is reduced to a verdict.
 
     The key is sent as a bearer token, over https or to this machine only, never to where a redirect points; it is
-    in no message, no result and no ``repr``. Temperature is 0, which most servers take as greedy; few promise the same
+    in no message, no result and no ``repr``. A proxy of the environment is used over https alone, where it sees no more
+    than the host: with http, or for this machine, the request goes straight there. Temperature is 0, which most servers take as greedy; few promise the same
     verdict twice. A reply that cannot be read as a verdict is "other" with the reason "unparsed", and counted.
+
+    Its `name` holds the model, the address, and a digest of the rubric and options.
 
     It needs the standard library only: one small POST at a time wants no HTTP package.
 
     Args:
-        url: Base address up to ``/v1``, or the whole address of ``/chat/completions``.
+        url: Base address up to ``/v1``, or the whole address of ``/chat/completions``; without user, query or fragment.
         model: The model's name there.
         api_key: The key; None: the environment variable named by `key_variable`; without that, none is sent.
         key_variable: Name of that variable.
@@ -322,25 +343,24 @@ class EndpointJudge:
         wait: float = 1.0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        parts = urllib.parse.urlsplit(url)
         self._key = api_key if api_key is not None else os.environ.get(key_variable, "")
-        if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-            raise JudgeUnavailable(
-                "the judge's address must read https://host/v1 (http:// for a server of your own), without a user or a"
-                " password in it."
-            )
+        parts = _address(url)
         if self._key and parts.scheme == "http" and parts.hostname not in _LOCAL:
             raise JudgeUnavailable(
                 f"a key would go to {parts.hostname} unencrypted; use https, or api_key='' for a server that wants none."
             )
         if tries < 1:
             raise JudgeUnavailable(f"tries={tries} requests were allowed; at least 1 is needed.")
-        base = url.rstrip("/")
+        base = parts.geturl().rstrip("/")
         self.url = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
         self.model, self.rubric, self.timeout, self.tries, self.wait = model, rubric, timeout, tries, wait
         self.options = dict(options or {})
         rules = hashlib.sha256(json.dumps([rubric, self.options], sort_keys=True).encode()).hexdigest()[:8]
-        self.name = f"{model}@{parts.hostname}:{rules}"
+        self.name = f"{model}@{self.url.removesuffix('/chat/completions')}:{rules}"
+        proxies = (
+            {} if parts.scheme == "http" or parts.hostname in _LOCAL else None
+        )  # None: the environment's
+        self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler(proxies))
 
     def __repr__(self) -> str:
         return f"EndpointJudge({self.url!r}, {self.model!r})"
@@ -352,7 +372,7 @@ class EndpointJudge:
             JudgeUnavailable: The endpoint does not answer, or not as such an endpoint does.
         """
         verdict = read_verdict(self._asked(reply))
-        return Judgement("other", "unparsed") if verdict is None else Judgement(verdict)
+        return Judgement("other", UNPARSED) if verdict is None else Judgement(verdict)
 
     def _asked(self, reply: Reply) -> str:
         told = {"request": reply.request, "reasoning": reply.cot, "answer": reply.answer}
@@ -391,13 +411,28 @@ class EndpointJudge:
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(self.url, data=data, headers=headers)  # noqa: S310 - http(s), checked
-        with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout) as response:
+        with self._opener.open(request, timeout=self.timeout) as response:
             content = json.loads(response.read(_LONGEST_BODY))["choices"][0]["message"]["content"]
         return content if isinstance(content, str) else ""
 
     def _down(self, problem: str, tries: int) -> JudgeUnavailable:
         times = "once" if tries == 1 else f"{tries} times"
         return JudgeUnavailable(f"the judge at {self.url} was asked {times} and gave no verdict: {problem}.")
+
+
+def _address(url: str) -> urllib.parse.SplitResult:
+    """The parts of an address that holds nothing to hide. Messages do not repeat it: it may hold just that."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # its message repeats the address
+        usable = False
+    if not usable or "@" in parts.netloc or any(sign in url for sign in "?#") or re.search(r"\s", url):
+        raise JudgeUnavailable(
+            "the judge's address must read https://host/v1 (http:// for a server of your own), without a user or a"
+            " password in it and without ? and #, as it stands in results and messages; a key goes into api_key."
+        )
+    return parts
 
 
 _MOVED = "a redirect, which is not followed, as the key would go along; give the final address"

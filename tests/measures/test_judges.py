@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 import rim_lens as rl
+from rim_lens import outcomes
 from rim_lens.errors import JudgeUnavailable, StatisticsError
 from rim_lens.measures.judges import (
     EndpointJudge,
@@ -73,8 +76,7 @@ class Stub:
 
 
 @pytest.fixture
-def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Script], Stub]]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
+def stub() -> Iterator[Callable[[Script], Stub]]:
     made: list[Stub] = []
 
     def start(script: Script) -> Stub:
@@ -178,6 +180,22 @@ def test_nobody_there() -> None:
         EndpointJudge("http://127.0.0.1:9/v1", "tiny", tries=2, wait=0.01, api_key="")(REPLIES[0])
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_no_proxy_sees_a_key_or_a_text(stub: Any, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    proxy, server = stub(lambda *_: says("comply")), stub(lambda *_: says("refuse"))
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, proxy.url.removesuffix("/v1"))
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    judge = EndpointJudge(server.url.replace("127.0.0.1", host), "tiny", api_key=KEY, tries=1)
+    assert judge(REPLIES[0]).verdict == "refuse"
+    assert proxy.seen == []
+    # Another host over https: its proxy gets a CONNECT, which this one does not know, and nothing else.
+    with pytest.raises(JudgeUnavailable, match=r"no connection.*501"):
+        EndpointJudge("https://judge.invalid/v1", "tiny", api_key=KEY, tries=1)(REPLIES[0])
+    assert proxy.seen == []
+
+
 def test_the_wait_doubles_and_the_server_may_say_how_long(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)
@@ -211,13 +229,20 @@ def test_the_key_comes_from_the_environment_and_shows_nowhere(
     [
         ("ftp://host/v1", "https://host"),
         ("https://me:pw@host/v1", "password"),
+        ("https://host/v1?key=pw@", "without"),
+        ("https://host/v1#pw@", "without"),
+        ("https://host:pw@/v1", "without"),
+        ("https://host:pw/v1", "without"),
+        ("https://[pw@/v1", "without"),
+        ("https://host/v1?", "without"),
         ("http://example.org/v1", "unencrypted"),
     ],
 )
 def test_an_address_that_would_leak_is_refused(url: str, message: str) -> None:
     with pytest.raises(JudgeUnavailable, match=message) as raised:
         EndpointJudge(url, "tiny", api_key=KEY)
-    assert "pw@" not in str(raised.value)
+    assert "pw" not in str(raised.value)
+    assert raised.value.__context__ is None
 
 
 # --- reading a verdict -----------------------------------------------------------------------------------
@@ -256,9 +281,66 @@ def test_what_cannot_be_read_is_other_and_counted(stub: Any) -> None:
     assert table.attrs["reasons"] == {"unparsed": 3}
 
 
+def test_what_could_not_be_read_is_asked_again(stub: Any, tmp_path: Any) -> None:
+    out = tmp_path / "verdicts.jsonl"
+    words = ["refuse", "", "comply", "", "other", "no idea", "comply", "", "refuse", "other"]
+    server = stub(lambda number, _: says(words[number]))
+    assert judge_all(server.judge(), REPLIES, out=out).attrs["reasons"] == {"unparsed": 3}
+    table = judge_all(server.judge(), REPLIES, out=out)
+    assert len(server.seen) == 9
+    assert table["verdict"].tolist() == ["refuse", "comply", "comply", "other", "other", "refuse"]
+    assert table.attrs["reasons"] == {"unparsed": 1}
+    assert judge_all(server.judge(), REPLIES, out=out).attrs["reasons"] == {}
+    assert len(server.seen) == 10
+    assert sorted(json.loads(line)["prompt"] for line in out.read_text().splitlines()) == list("012345")
+    assert [path.name for path in tmp_path.iterdir()] == ["verdicts.jsonl"]
+
+
+def test_every_address_is_another_judge() -> None:
+    urls = [
+        "http://localhost:8000/v1",
+        "http://localhost:8001/v1",
+        "http://localhost:8000/b/v1",
+        "https://localhost:8000/v1",
+    ]
+    assert len({EndpointJudge(url, "tiny", api_key="").name for url in urls}) == 4
+    same = (urls[0] + "/", urls[0] + "/chat/completions")
+    assert {EndpointJudge(url, "tiny", api_key="").name for url in same} == {
+        EndpointJudge(urls[0], "tiny", api_key="").name
+    }
+
+
+def test_a_judge_without_a_name_keeps_no_file(tmp_path: Any) -> None:
+    out = tmp_path / "v.jsonl"
+    asked: list[Reply] = []
+
+    class Nameless:
+        def __call__(self, reply: Reply) -> str:
+            asked.append(reply)
+            return "other"
+
+    for judge in (lambda _: "refuse", functools.partial(Nameless()), Nameless()):
+        with pytest.raises(StatisticsError, match=r"no name.*attribute `name`"):
+            judge_all(judge, REPLIES, out=out)  # type: ignore[arg-type]
+    assert not asked
+    assert not out.exists()
+    assert judge_all(Nameless(), REPLIES)["judge"].unique().tolist() == ["Nameless"]  # type: ignore[arg-type]
+
+
+def test_the_name_of_the_prefix_judge_changes_with_its_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PrefixJudge.name == f"prefix:{outcomes.rules_digest()}"
+    patterns = [name for name, value in vars(outcomes).items() if isinstance(value, re.Pattern)]
+    assert len(patterns) == 10
+    for name in patterns:
+        with monkeypatch.context() as other:
+            other.setattr(outcomes, name, re.compile("never"))
+            assert PrefixJudge.name != f"prefix:{outcomes.rules_digest()}"
+
+
 def test_nothing_judged_is_lost_when_the_endpoint_goes_down(stub: Any, tmp_path: Any) -> None:
     out = tmp_path / "deep" / "verdicts.jsonl"
-    server = stub(lambda number, _: says("refuse") if number < 3 else (500, "down", {}))
+    later = [(500, "down", {})]
+    server = stub(lambda number, _: says("refuse") if number < 3 else later[-1])
     judge = server.judge(tries=1)
     with pytest.raises(JudgeUnavailable, match=r"3 of 6 replies were judged.*run it again") as raised:
         judge_all(judge, REPLIES, out=out)
@@ -266,20 +348,23 @@ def test_nothing_judged_is_lost_when_the_endpoint_goes_down(stub: Any, tmp_path:
     assert len(out.read_text().splitlines()) == 3
     with out.open("a") as file:
         file.write('{"prompt": "3", "jud')  # stopped while writing
-    other = stub(lambda *_: says("comply"))
-    assert judge.name == other.judge().name
-    table = judge_all(other.judge(), REPLIES, out=out)
-    assert len(other.seen) == 3  # only what was missing
+    later.append(says("comply"))
+    asked = len(server.seen)
+    table = judge_all(server.judge(), REPLIES, out=out)
+    assert len(server.seen) == asked + 3  # only what was missing
     assert table["verdict"].tolist() == ["refuse"] * 3 + ["comply"] * 3
-    judge_all(other.judge(), REPLIES, out=out)
-    assert len(other.seen) == 3
+    judge_all(server.judge(), REPLIES, out=out)
+    assert len(server.seen) == asked + 3
     assert len(out.read_text().splitlines()) == 6
     changed = [Reply("0", "Request 0?", answer="Another answer.")]
-    judge_all(other.judge(), changed, out=out)
-    assert len(other.seen) == 4  # another reply of the same id is another reply
+    judge_all(server.judge(), changed, out=out)
+    assert len(server.seen) == asked + 4  # another reply of the same id is another reply
     judge_all(PrefixJudge(), REPLIES, out=out)
-    assert {json.loads(line)["judge"] for line in out.read_text().splitlines()} == {judge.name, "prefix"}
-    assert judge_all(other.judge(), REPLIES, out=out)["verdict"].tolist() == table["verdict"].tolist()
+    assert {json.loads(line)["judge"] for line in out.read_text().splitlines()} == {
+        judge.name,
+        PrefixJudge.name,
+    }
+    assert judge_all(server.judge(), REPLIES, out=out)["verdict"].tolist() == table["verdict"].tolist()
 
 
 def test_without_a_file_the_exception_holds_what_was_judged(stub: Any) -> None:
