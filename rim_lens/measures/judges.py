@@ -357,10 +357,9 @@ class EndpointJudge:
         self.options = dict(options or {})
         rules = hashlib.sha256(json.dumps([rubric, self.options], sort_keys=True).encode()).hexdigest()[:8]
         self.name = f"{model}@{self.url.removesuffix('/chat/completions')}:{rules}"
-        proxies = (
-            {} if parts.scheme == "http" or parts.hostname in _LOCAL else None
-        )  # None: the environment's
-        self._opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler(proxies))
+        straight = parts.scheme == "http" or parts.hostname in _LOCAL
+        proxies = urllib.request.ProxyHandler({} if straight else None)  # None: the environment's
+        self._opener = urllib.request.build_opener(_NoRedirect, proxies)
 
     def __repr__(self) -> str:
         return f"EndpointJudge({self.url!r}, {self.model!r})"
