@@ -458,7 +458,11 @@ OTHER_MASK = random_batch(seed=5, n_prompts=N_PROMPTS).spans["request"]
         {"batch": other_spans(some())},
         {"batch": relabelled(some())},
         {"batch": replace(some(), label="filler")},
-        {"batch": some().select(range(6))},
+        {
+            "batch": some().select(range(6)),
+            "readers": [SpanAttention(["request"], query=MASK[:6])],
+            "editors": [AblateHeads([(0, 1)], positions=OTHER_MASK[:6])],
+        },
         {"readers": [SpanAttention(["request", "answer"])]},
         {"readers": [SpanAttention(["request"], query="cot")]},
         {"readers": [SpanAttention(["request"], query=OTHER_MASK)]},
