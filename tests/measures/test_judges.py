@@ -152,7 +152,7 @@ def test_a_passing_trouble_is_tried_again(stub: Any, trouble: Any) -> None:
 def test_a_lasting_trouble_has_an_end_and_a_name(stub: Any, trouble: Any) -> None:
     def script(*_: Any) -> tuple[int, str, dict[str, str]]:
         if trouble == "timeout":
-            time.sleep(0.4)
+            time.sleep(3 * PATIENCE)
         return (500 if trouble == 500 else 200), "trouble", {}
 
     server = stub(script)
