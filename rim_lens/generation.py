@@ -266,12 +266,17 @@ def _append(row: _Row, token: int, chat: ChatFormat, stops: frozenset[int], budg
     elif budget.cot is not None and row.answer_at is not None:
         row.ending = "out of tokens" if n - row.answer_at >= budget.answer else None
     elif budget.cot is not None and n >= budget.cot:
-        if budget.close:
+        if budget.close and _inside(chat, row):
             row.queue = _closing(chat, chat.decode(row.tokens[-_LONGEST_TAG:]))
             row.n_forced = len(row.queue)
         else:
             row.ending = "out of tokens"
     return token
+
+
+def _inside(chat: ChatFormat, row: _Row) -> bool:
+    """Whether a block has been opened; where the model opens it itself, the tag may still be unfinished."""
+    return row.opened or chat.decode(row.tokens).lstrip().startswith(chat.spec.think_open)
 
 
 def _closing(chat: ChatFormat, thought: str) -> list[int]:

@@ -631,6 +631,18 @@ def test_the_closing_tag_of_true_formats(name: str, newline: bool) -> None:
 
 
 @pytest.mark.npm
+def test_a_block_that_was_never_opened_is_not_closed() -> None:
+    """Qwen3 opens its block itself; whitespace before that may still become a block, and is none yet."""
+    chat = true_chat("qwen3")
+    batch = chat.render([Prompt(id="a", text="Bake bread.", kind="harmless")], think="open")
+    made = writer("qwen3", FAMILIES[0], 64)
+    model = made.teach(int(batch.lengths), [*chat.encode("\n"), *[5] * 6])
+    out = rl.generate(model, batch, max_new_tokens=3, max_cot_tokens=1, close_unfinished=True, chat=chat)
+    assert (out.n_forced, out.ending) == ((0,), ("out of tokens",))
+    assert chat.spec.think_close not in out.batch.texts[0]
+
+
+@pytest.mark.npm
 def test_harmony_closes_its_analysis_and_opens_its_final_channel() -> None:
     chat = true_chat("gpt_oss")
     tokens = generation._closing(chat, "They ask for bread.")
