@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,3 +81,27 @@ def open_page(driver: Any, path: Path) -> None:
             "return [...document.querySelectorAll('.plot')].every(plot => plot.dataset.drawn)"
         )
     )
+
+
+def act_until(
+    driver: Any, find: Callable[[Any], Any], seen: Callable[[Any], Any], *, click: bool = True
+) -> Any:
+    """Point at an element, and click it, again and again as a user would, until something is seen.
+
+    A busy browser may still be laying out the page when the pointer arrives, and miss it.
+    """
+    from selenium.common.exceptions import TimeoutException
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    for tries_left in reversed(range(6)):
+        element = find(driver)
+        driver.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
+        pointer = ActionChains(driver).move_by_offset(0, 0).move_to_element(element)
+        (pointer.click() if click else pointer).perform()
+        try:
+            return WebDriverWait(driver, 8).until(seen)
+        except TimeoutException:
+            if not tries_left:
+                raise
+    raise AssertionError

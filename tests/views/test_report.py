@@ -14,7 +14,7 @@ import pytest
 from rim_lens.study import StudyResult
 from rim_lens.views import study_html, write_report
 from rim_lens.views.text import visible
-from tests.views.browser import errors_of, open_page, requests_of
+from tests.views.browser import act_until, errors_of, open_page, requests_of
 from tests.views.planted import Planted, write
 
 Make = Callable[..., StudyResult]
@@ -233,30 +233,27 @@ def test_figures_follow_the_theme(toy_report: Path, browser: Any) -> None:
 
 @pytest.mark.chromium
 def test_the_menu_changes_the_span(toy_report: Path, browser: Any) -> None:
-    from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import WebDriverWait
 
     open_page(browser, toy_report)
     plot = browser.find_element(By.ID, "figure-attention_off")
     before = browser.execute_script("return arguments[0].data[0].z", plot)
-    header = plot.find_element(By.CSS_SELECTOR, ".updatemenu-header")
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", header)
-    ActionChains(browser).move_to_element(header).click().perform()
-    wait = WebDriverWait(browser, 20)  # the menu opens and the picture is redrawn in their own time
     buttons = ".updatemenu-dropdown-button"
-    wait.until(lambda page: len(page.find_elements(By.CSS_SELECTOR, buttons)) > 1)
-    ActionChains(browser).move_to_element(
-        browser.find_elements(By.CSS_SELECTOR, buttons)[1]
-    ).click().perform()
-    wait.until(lambda page: page.execute_script("return arguments[0].data[0].z", plot) != before)
+    act_until(
+        browser,
+        lambda _: plot.find_element(By.CSS_SELECTOR, ".updatemenu-header"),
+        lambda page: len(page.find_elements(By.CSS_SELECTOR, buttons)) > 1,
+    )
+    act_until(
+        browser,
+        lambda page: page.find_elements(By.CSS_SELECTOR, buttons)[1],
+        lambda page: page.execute_script("return arguments[0].data[0].z", plot) != before,
+    )
 
 
 @pytest.mark.chromium
 def test_hostile_text_runs_nothing_and_is_seen(hostile_study: StudyResult, browser: Any) -> None:
-    from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
-    from selenium.webdriver.support.ui import WebDriverWait
 
     report = write_report(hostile_study)
     requests_of(browser), errors_of(browser)
@@ -271,13 +268,14 @@ def test_hostile_text_runs_nothing_and_is_seen(hostile_study: StudyResult, brows
         ".map(text => text.textContent)"
     )
     assert labels.count("<think>%{x}") == 2
-    diamond = browser.find_element(By.CSS_SELECTOR, "#figure-shift .scatterlayer .trace:nth-child(3) .point")
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", diamond)
-    ActionChains(browser).move_to_element(diamond).perform()
-    hover = WebDriverWait(browser, 20).until(
+    diamond = "#figure-shift .scatterlayer .trace:nth-child(3) .point"
+    hover = act_until(
+        browser,
+        lambda page: page.find_element(By.CSS_SELECTOR, diamond),
         lambda page: page.execute_script(
             "return document.querySelector('#figure-shift .hoverlayer').textContent"
-        )
+        ),
+        click=False,
     )
     assert "<think>%{x}" in hover
     assert requests_of(browser) == [report.as_uri()]
