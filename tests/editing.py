@@ -13,7 +13,7 @@ from rim_lens.chat.spans import ATOMS, SpanBatch, Spans
 from rim_lens.hooks import bound
 from rim_lens.lens import Decoder, all_logits
 from rim_lens.prompts.records import Prompt
-from tests.families import Case, close
+from tests.families import TOLERANCE, Case, close
 
 N_NEW = 2
 
@@ -54,10 +54,10 @@ def extended(batch: SpanBatch) -> tuple[Tensor, Tensor]:
     )
 
 
-def same(case: Case, found: Tensor, expected: Tensor, batch: SpanBatch | None = None) -> None:
+def same(case: Case, found: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
     """Assert that the logits of all real rows agree."""
-    real = (case.batch if batch is None else batch).attention_mask.bool()
-    close(found[real], expected[real])
+    real = case.batch.attention_mask.bool()
+    close(found[real], expected[real], tolerance)
 
 
 def differs(case: Case, found: Tensor) -> None:

@@ -17,29 +17,11 @@ from rim_lens.errors import EmptySpan, ImpossibleEdit, SpanError, UnknownHead, W
 from rim_lens.hooks import AblateHeads, BlockAttention, MoveAttention, SpanAttention, bound
 from rim_lens.hooks.attention_editing import move_mass
 from rim_lens.lens import Decoder, all_logits, hooked, last_logits
+from tests.editing import differs, logits_under, same
 from tests.families import FAMILIES, Case, Oracle, close, random_batch, rows_of, wrapped
 
 HEADS = [(0, 1), (1, 3), (1, 0)]
 NEVER = torch.finfo(torch.float32).min
-
-
-def logits_under(case: Case, *editors: Any, batch: SpanBatch | None = None) -> Tensor:
-    batch = batch or case.batch
-    with ExitStack() as stack:
-        stack.enter_context(bound(editors, batch))
-        for editor in editors:
-            stack.enter_context(editor.on(case.model))
-        return all_logits(case.model, batch.tokens, batch.attention_mask)
-
-
-def same(case: Case, found: Tensor, expected: Tensor) -> None:
-    real = case.batch.attention_mask.bool()
-    close(found[real], expected[real])
-
-
-def differs(case: Case, found: Tensor) -> None:
-    real = case.batch.attention_mask.bool()
-    assert float((found - case.truth.logits)[real].abs().max()) > 1e-2
 
 
 def with_scores(

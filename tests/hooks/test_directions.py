@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import ImpossibleEdit, UnknownLayer
 from rim_lens.hooks import (
     AblateDirection,
@@ -20,6 +19,7 @@ from rim_lens.hooks import (
     bound,
 )
 from rim_lens.lens import Decoder, all_logits, hooked, wrap_hf
+from tests.editing import differs, logits_under, same
 from tests.families import (
     FAMILIES,
     VOCABULARY,
@@ -37,25 +37,6 @@ pytestmark = pytest.mark.family_contract
 
 WIDTH = 32
 DIRECTION = torch.randn(WIDTH, generator=torch.Generator().manual_seed(3)) * 7
-
-
-def logits_under(case: Case, *editors: Any, batch: SpanBatch | None = None) -> Tensor:
-    batch = batch or case.batch
-    with ExitStack() as stack:
-        stack.enter_context(bound(editors, batch))
-        for editor in editors:
-            stack.enter_context(editor.on(case.model))
-        return all_logits(case.model, batch.tokens, batch.attention_mask)
-
-
-def same(case: Case, found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    real = case.batch.attention_mask.bool()
-    close(found[real], expected[real], tolerance)
-
-
-def differs(case: Case, found: Tensor) -> None:
-    real = case.batch.attention_mask.bool()
-    assert float((found - case.truth.logits)[real].abs().max()) > 1e-2
 
 
 def orthogonalised(plain: Oracle, direction: Tensor) -> Oracle:
