@@ -84,7 +84,7 @@ def planted_effects(seed: int) -> tuple[dict[tuple[int, int], np.ndarray], list[
     """Effect of zeroing each head of `planted` on the refusal score, and the family of each request."""
     from rim_lens.chat import ChatFormat
     from rim_lens.lens import load_model, model_facts
-    from rim_lens.measures.heads import scorer
+    from rim_lens.measures.heads.finding import scorer
     from rim_lens.prompts import load_prompts
 
     model = load_model(f"planted:{seed}")

@@ -1,6 +1,5 @@
 """Measures: refusal, heads, the shift between a base and a tuned model, and the statistics under them."""
 
-from rim_lens.measures.agreeing import Agreement, agreement
 from rim_lens.measures.conditions import compare_conditions
 from rim_lens.measures.controls import (
     control_p,
@@ -8,15 +7,16 @@ from rim_lens.measures.controls import (
     random_heads_per_layer,
     random_neurons_per_layer,
 )
-from rim_lens.measures.direction import RefusalDirection, refusal_direction
-from rim_lens.measures.heads import find_heads, head_table, scorer
-from rim_lens.measures.judges import EndpointJudge, Judge, Judgement, PrefixJudge, Reply, judge_all
-from rim_lens.measures.openers import opener_ids
+from rim_lens.measures.heads.finding import find_heads, head_table, scorer
 from rim_lens.measures.patching import head_patching, patching_table, span_patching
-from rim_lens.measures.prefixes import refusal_prefix_score
-from rim_lens.measures.rates import Rate, refusal_rate, refusal_rates, share_interval
 from rim_lens.measures.reasoning import Accuracy, reasoning_accuracy
-from rim_lens.measures.refusal import first_tokens, refusal_score
+from rim_lens.measures.refusal.agreeing import Agreement, agreement
+from rim_lens.measures.refusal.direction import RefusalDirection, refusal_direction
+from rim_lens.measures.refusal.judges import EndpointJudge, Judge, Judgement, PrefixJudge, Reply, judge_all
+from rim_lens.measures.refusal.openers import opener_ids
+from rim_lens.measures.refusal.prefixes import refusal_prefix_score
+from rim_lens.measures.refusal.rates import Rate, refusal_rate, refusal_rates, share_interval
+from rim_lens.measures.refusal.score import first_tokens, refusal_score
 from rim_lens.measures.sentences import sentence_effects
 from rim_lens.measures.shift import ReciprocalShift, reciprocal_activation_shift
 from rim_lens.measures.stats import (

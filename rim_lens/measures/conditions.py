@@ -15,9 +15,9 @@ from rim_lens.errors import ConditionError, StatisticsError
 from rim_lens.generation import Generation, generate
 from rim_lens.hooks.base import Component
 from rim_lens.lens import Model
-from rim_lens.measures.prefixes import refusal_prefix_score
-from rim_lens.measures.rates import families_of
-from rim_lens.measures.refusal import refusal_score
+from rim_lens.measures.refusal.prefixes import refusal_prefix_score
+from rim_lens.measures.refusal.rates import families_of
+from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.measures.stats import bootstrap_interval, sign_flip_test
 from rim_lens.prompts.records import Prompt, as_prompts
 

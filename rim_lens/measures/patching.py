@@ -29,7 +29,7 @@ from rim_lens.hooks import Component, PatchHeads, PatchResidual, record
 from rim_lens.hooks.alignment import Align
 from rim_lens.hooks.positions import Positions
 from rim_lens.lens import Head, Model, model_facts
-from rim_lens.measures.refusal import refusal_score
+from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.measures.stats import bootstrap_interval, family_index, sign_flip_test
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rim_lens.errors import AnswerError
 from rim_lens.generation import Generation
 from rim_lens.measures.answers import extract_number, numbers_in, toy_answer
-from rim_lens.measures.rates import families_of, share_interval
+from rim_lens.measures.refusal.rates import families_of, share_interval
 from rim_lens.prompts.records import Prompt
 
 if TYPE_CHECKING:

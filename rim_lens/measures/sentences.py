@@ -18,7 +18,7 @@ from rim_lens.errors import ConditionError
 from rim_lens.hooks import BlockAttention, bound
 from rim_lens.hooks.base import attached
 from rim_lens.lens import Model, all_logits, model_facts, require_eval, require_finite
-from rim_lens.measures.refusal import refusal_score
+from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.outcomes import first_words
 
 if TYPE_CHECKING:

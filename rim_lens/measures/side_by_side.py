@@ -17,10 +17,10 @@ from rim_lens.chat.conditions import STANDARD, render_conditions
 from rim_lens.errors import ConditionError
 from rim_lens.generation import Generation, generate
 from rim_lens.lens import Model, model_facts
-from rim_lens.measures.agreeing import agreement
-from rim_lens.measures.prefixes import refusal_prefix_score
-from rim_lens.measures.rates import families_of, share_interval
-from rim_lens.measures.refusal import refusal_score
+from rim_lens.measures.refusal.agreeing import agreement
+from rim_lens.measures.refusal.prefixes import refusal_prefix_score
+from rim_lens.measures.refusal.rates import families_of, share_interval
+from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.measures.stats import bootstrap_interval
 from rim_lens.prompts.records import Prompt
 

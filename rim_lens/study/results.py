@@ -72,7 +72,7 @@ class StudyResult:
 
     @cached_property
     def head_table(self) -> pd.DataFrame:
-        """Tested heads, one row each; see `rim_lens.measures.heads.head_table`."""
+        """Tested heads, one row each; see `rim_lens.measures.heads.finding.head_table`."""
         import pandas as pd
 
         return pd.DataFrame(self.heads["table"])

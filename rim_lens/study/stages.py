@@ -21,9 +21,9 @@ from rim_lens.measures.controls import (
     random_heads_per_layer,
     random_neurons_per_layer,
 )
-from rim_lens.measures.heads import find_heads, head_table, scorer
-from rim_lens.measures.rates import refusal_rate
-from rim_lens.measures.refusal import refusal_score
+from rim_lens.measures.heads.finding import find_heads, head_table, scorer
+from rim_lens.measures.refusal.rates import refusal_rate
+from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.measures.shift import reciprocal_activation_shift
 from rim_lens.measures.stats import bootstrap_interval
 from rim_lens.prompts import Prompt

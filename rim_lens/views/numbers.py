@@ -147,7 +147,7 @@ def head_effects(result: StudyResult) -> pd.DataFrame:
     """The table of tested heads, with an interval for the effect on twins beside the one on harmful requests.
 
     Returns:
-        The columns of `rim_lens.measures.heads.head_table`, twins_low, twins_high (nats), and name ("L0H3").
+        The columns of `rim_lens.measures.heads.finding.head_table`, twins_low, twins_high (nats), and name ("L0H3").
     """
     table = result.head_table.copy()
     if table.empty:

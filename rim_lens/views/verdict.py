@@ -242,7 +242,7 @@ def head_findings(heads: Mapping[str, Any], design: Mapping[str, Any]) -> list[F
         heads: `StudyResult.heads`.
         design: `StudyResult.design`.
     """
-    from rim_lens.measures.heads import find_heads
+    from rim_lens.measures.heads.finding import find_heads
 
     n_select, settings = design["n_select"], design["settings"]
     if not heads["found"]:

@@ -10,7 +10,7 @@ from rim_lens.errors import EmptySpan, NotEnoughData, ReferenceMismatch, Unknown
 from rim_lens.hooks import AblateHeads, BlockAttention, PatchHeads, PatchResidual
 from rim_lens.lens import load_model, model_facts
 from rim_lens.measures.patching import head_patching, patching_table, span_patching
-from rim_lens.measures.refusal import refusal_score
+from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.organisms.planted import DECOY_HEAD, READER, TOPIC_HEAD
 from rim_lens.prompts import load_prompts
 

@@ -10,7 +10,7 @@ import pytest
 import rim_lens as rl
 from rim_lens.chat import ChatFormat
 from rim_lens.errors import AnswerError
-from rim_lens.measures.rates import share_interval
+from rim_lens.measures.refusal.rates import share_interval
 from rim_lens.organisms.toy.host import TOKEN
 from rim_lens.prompts.records import Prompt
 from tests.families import FAMILIES

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rim_lens.errors import ConditionError, EmptySpan
-from rim_lens.measures.openers import TOY_OPENERS
+from rim_lens.measures.refusal.openers import TOY_OPENERS
 from rim_lens.measures.sentences import FLOOR, sentence_effects
 from rim_lens.organisms.toy.host import TOKEN
 from tests.speaking import REQUESTS, Spoken

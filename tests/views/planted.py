@@ -12,8 +12,8 @@ import numpy as np
 import xarray as xr
 
 from rim_lens.measures.controls import control_p, percentile_among, random_heads_per_layer
-from rim_lens.measures.heads import head_table
-from rim_lens.measures.rates import refusal_rate
+from rim_lens.measures.heads.finding import head_table
+from rim_lens.measures.refusal.rates import refusal_rate
 from rim_lens.measures.stats import bootstrap_interval
 from rim_lens.study import StudyResult, load_study
 from rim_lens.study.folder import StudyFolder

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from rim_lens.errors import JudgeUnavailable, StatisticsError
 from rim_lens.generation import Generation
-from rim_lens.measures.rates import check_verdicts
+from rim_lens.measures.refusal.rates import check_verdicts
 from rim_lens.outcomes import Verdict, first_words, judge, rules_digest
 
 if TYPE_CHECKING:

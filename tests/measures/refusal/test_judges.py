@@ -17,7 +17,7 @@ import pytest
 import rim_lens as rl
 from rim_lens import outcomes
 from rim_lens.errors import JudgeUnavailable, StatisticsError
-from rim_lens.measures.judges import (
+from rim_lens.measures.refusal.judges import (
     EndpointJudge,
     Judgement,
     PrefixJudge,

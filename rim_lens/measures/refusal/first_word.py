@@ -16,7 +16,7 @@ from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import ConditionError
 from rim_lens.hooks.base import Component, bound
 from rim_lens.lens import Decoder, Model, last_logits, model_facts, require_finite, tokenizer_of
-from rim_lens.measures.openers import whitespace_ids
+from rim_lens.measures.refusal.openers import whitespace_ids
 
 MAX_SKIP = 4  # whitespace tokens skipped before the first word is looked at
 

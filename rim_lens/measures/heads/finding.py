@@ -14,7 +14,7 @@ from rim_lens.errors import NotEnoughData, UnknownHead
 from rim_lens.hooks import AblateHeads
 from rim_lens.lens import Head, Model
 from rim_lens.measures.controls import percentile_among
-from rim_lens.measures.refusal import refusal_score
+from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.measures.stats import bootstrap_interval, family_index, sign_flip_test
 
 if TYPE_CHECKING:

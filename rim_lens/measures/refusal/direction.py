@@ -38,8 +38,8 @@ from rim_lens.lens import (
     weights_digest,
 )
 from rim_lens.measures.controls import percentile_among
-from rim_lens.measures.rates import families_of
-from rim_lens.measures.refusal import refusal_score
+from rim_lens.measures.refusal.rates import families_of
+from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.measures.stats import bootstrap_interval, family_index, sign_flip_test
 from rim_lens.prompts import Prompt, as_prompts, assign_splits, check_splits, spread
 

@@ -11,8 +11,8 @@ import torch
 
 from rim_lens.errors import NotEnoughData, UnknownHead
 from rim_lens.hooks import AblateHeads
-from rim_lens.measures.heads import COLUMNS, find_heads, head_table, scorer
-from rim_lens.measures.refusal import refusal_score
+from rim_lens.measures.heads.finding import COLUMNS, find_heads, head_table, scorer
+from rim_lens.measures.refusal.score import refusal_score
 from tests.speaking import REQUESTS, TOKEN, Spoken, ids_of, logits_alone
 
 Head = tuple[int, int]

@@ -16,9 +16,9 @@ import rim_lens as rl
 from rim_lens.chat import ChatFormat, SpanBatch
 from rim_lens.errors import CaptureError, ConditionError, EmptySpan, NotEnoughData, NotFinite, TrainingMode
 from rim_lens.hooks import AblateHeads
-from rim_lens.measures.openers import OPENERS, opener_ids, whitespace_ids
-from rim_lens.measures.rates import refusal_rate, share_interval
-from rim_lens.measures.refusal import _log_odds, refusal_score
+from rim_lens.measures.refusal.openers import OPENERS, opener_ids, whitespace_ids
+from rim_lens.measures.refusal.rates import refusal_rate, share_interval
+from rim_lens.measures.refusal.score import _log_odds, refusal_score
 from rim_lens.organisms.toy.host import TOKEN, toy_tokenizer
 from tests.families import FAMILIES
 from tests.speaking import REQUESTS, Spoken, Writer, fresh, ids_of, logits_alone, toy_speaking, writer

@@ -16,9 +16,9 @@ from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import NotEnoughData
 from rim_lens.hooks.base import Component, attached, bound
 from rim_lens.lens import Decoder, Model, require_eval, require_finite, tokenizer_of
-from rim_lens.measures.first_word import FirstWord, Skip, check_answer_is_next, first_words_of
-from rim_lens.measures.openers import is_toy, spellings
-from rim_lens.measures.refusal import check_skip
+from rim_lens.measures.refusal.first_word import FirstWord, Skip, check_answer_is_next, first_words_of
+from rim_lens.measures.refusal.openers import is_toy, spellings
+from rim_lens.measures.refusal.score import check_skip
 from rim_lens.prompts.toy import DIGITS
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ import rim_lens as rl
 from rim_lens.chat import ChatFormat, SpanBatch
 from rim_lens.errors import ConditionError, NotEnoughData, TrainingMode
 from rim_lens.hooks import AblateHeads
-from rim_lens.measures import first_word
-from rim_lens.measures.prefixes import COMPLIANCE_PREFIXES, REFUSAL_PREFIXES, refusal_prefix_score
+from rim_lens.measures.refusal import first_word
+from rim_lens.measures.refusal.prefixes import COMPLIANCE_PREFIXES, REFUSAL_PREFIXES, refusal_prefix_score
 from rim_lens.organisms.toy.host import TOKEN
 from tests.families import FAMILIES
 from tests.speaking import REQUESTS, Spoken, fresh, ids_of, logits_alone, writer
@@ -195,7 +195,7 @@ def test_after_whitespace_with_a_true_tokenizer(skip: str) -> None:
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "gpt_oss", "llama3_1", "chatml"])
 def test_the_prefixes_of_the_package_fit_true_tokenizers(name: str) -> None:
     """No prefix of one side begins with one of the other, and every one can be spelled."""
-    from rim_lens.measures.prefixes import _spelled
+    from rim_lens.measures.refusal.prefixes import _spelled
 
     spelled = _spelled(true_chat(name).tokenizer, (REFUSAL_PREFIXES, COMPLIANCE_PREFIXES))
     assert {(one.side, one.prefix) for one in spelled} == {

@@ -17,8 +17,8 @@ import torch
 from rim_lens.chat import ChatFormat
 from rim_lens.errors import CorruptWeights, GateNotPassed, NoDirection, NotEnoughData
 from rim_lens.measures import bootstrap_interval
-from rim_lens.measures.direction import RefusalDirection, refusal_direction
-from rim_lens.measures.refusal import refusal_score
+from rim_lens.measures.refusal.direction import RefusalDirection, refusal_direction
+from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.organisms import load_model
 from rim_lens.organisms.planted import _AT
 from rim_lens.organisms.toy.host import TOKEN

@@ -9,7 +9,7 @@ import pytest
 
 from rim_lens.errors import NotEnoughData, StatisticsError
 from rim_lens.measures import agreement
-from rim_lens.measures.agreeing import kappa
+from rim_lens.measures.refusal.agreeing import kappa
 
 
 def pairs(table: list[list[int]], labels: list[str]) -> tuple[list[str], list[str]]:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rim_lens.errors import NotEnoughData, StatisticsError
-from rim_lens.measures.rates import VERDICTS
+from rim_lens.measures.refusal.rates import VERDICTS
 from rim_lens.measures.stats import Families, bootstrap_interval, family_index
 
 if TYPE_CHECKING:

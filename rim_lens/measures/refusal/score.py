@@ -14,8 +14,8 @@ from rim_lens.batching import MAX_ROWS
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.hooks.base import Component, attached
 from rim_lens.lens import Model, require_eval, tokenizer_of
-from rim_lens.measures.first_word import Skip, check_answer_is_next, first_words_of
-from rim_lens.measures.openers import opener_ids
+from rim_lens.measures.refusal.first_word import Skip, check_answer_is_next, first_words_of
+from rim_lens.measures.refusal.openers import opener_ids
 
 if TYPE_CHECKING:
     import pandas as pd

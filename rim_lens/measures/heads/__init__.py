@@ -1,0 +1,1 @@
+"""Heads: where they look, what their removal does, and which of them carry refusal."""
