@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from rim_lens.batching import MAX_ROWS, micro_batches
 from rim_lens.chat import ChatFormat, SpanBatch
-from rim_lens.errors import CorruptWeights, GateNotPassed, NoDirection, NotEnoughData
+from rim_lens.errors import CorruptWeights, GateNotPassed, NoDirection
 from rim_lens.hooks import AblateDirection, AddDirection, Component, bound
 from rim_lens.hooks.base import attached
 from rim_lens.lens import (
@@ -38,10 +38,12 @@ from rim_lens.lens import (
     weights_digest,
 )
 from rim_lens.measures.controls import percentile_among
+from rim_lens.measures.frames import frame_from_json, frame_to_json
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.measures.stats import bootstrap_interval, family_index, sign_flip_test
-from rim_lens.prompts import Prompt, as_prompts, assign_splits, check_splits, spread
+from rim_lens.measures.two_sides import two_sides
+from rim_lens.prompts import Prompt
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,7 +120,7 @@ class RefusalDirection:
             "offset": self.offset,
             "position": self.position,
             "settings": self.settings,
-            **{name: _to_json(getattr(self, name)) for name in ("table", "effects", "controls")},
+            **{name: frame_to_json(getattr(self, name)) for name in ("table", "effects", "controls")},
         }
         text = json.dumps(written, indent=1, allow_nan=False, ensure_ascii=False)
         (folder / "direction.json").write_text(text, encoding="utf-8")
@@ -141,7 +143,7 @@ class RefusalDirection:
                     f"{folder}: format version {read['format_version']} was found, and this rim_lens reads {FORMAT_VERSION}."
                     " Find the direction again."
                 )
-            tables = {name: _from_json(read[name]) for name in ("table", "effects", "controls")}
+            tables = {name: frame_from_json(read[name]) for name in ("table", "effects", "controls")}
             vector = load_file(folder / "direction.safetensors")["vector"]
             return cls(
                 vector, read["layer"], read["offset"], read["position"], settings=read["settings"], **tables
@@ -307,32 +309,11 @@ def _sides(
     limit: int | None,
     seed: int,
 ) -> tuple[_Side, _Side]:
-    bad = _named(harmful, "harmful")
-    good = _named(harmless, "harmless")
-    if any(prompt.split is None for prompt in (*bad, *good)):
-        both = assign_splits([*bad, *good], seed=seed)
-        bad, good = both[: len(bad)], both[len(bad) :]
-    sides = []
-    for split in ("select", "evaluate"):
-        chosen = [spread([p for p in prompts if p.split == split], limit) for prompts in (bad, good)]
-        n_families = [len(set(families_of(prompts))) for prompts in chosen]
-        if min(n_families) < 2:
-            raise NotEnoughData(
-                f"the {split} side has {len(chosen[0])} harmful requests of {n_families[0]} families and {len(chosen[1])} harmless"
-                f" ones of {n_families[1]}; two families of each kind are needed on each side. Give more requests, or records"
-                " without splits, which are then cut into halves."
-            )
-        sides.append(_Side(*(chat.render(prompts, think="off") for prompts in chosen)))
-    check_splits([prompt for side in sides for batch in side for prompt in batch.prompts])
-    return sides[0], sides[1]
-
-
-def _named(requests: Sequence[Prompt | str], kind: str) -> list[Prompt]:
-    """Records as they are; strings with ids that tell the kinds apart, the n-th of each kind in one family."""
-    return [
-        prompt if isinstance(given, Prompt) else replace(prompt, id=f"{kind}-{prompt.id}", kind=kind)
-        for given, prompt in zip(requests, as_prompts(requests), strict=True)
-    ]
+    select, evaluate = (
+        _Side(*(chat.render(prompts, think="off") for prompts in side))
+        for side in two_sides(harmful, harmless, limit, seed)
+    )
+    return select, evaluate
 
 
 def _check_gate(harmful: np.ndarray, harmless: np.ndarray) -> None:
@@ -602,17 +583,3 @@ def _frame(rows: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
     import pandas as pd
 
     return pd.DataFrame(rows, columns=list(columns))
-
-
-def _to_json(table: pd.DataFrame) -> dict[str, Any]:
-    rows = [
-        [None if isinstance(cell, float) and np.isnan(cell) else cell for cell in row]
-        for row in table.astype(object).values.tolist()
-    ]
-    return {"columns": {name: str(dtype) for name, dtype in table.dtypes.items()}, "rows": rows}
-
-
-def _from_json(read: dict[str, Any]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.DataFrame(read["rows"], columns=list(read["columns"])).astype(read["columns"])

@@ -1,0 +1,78 @@
+"""Which harmful and harmless requests select, and which evaluate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from rim_lens.errors import NotEnoughData
+from rim_lens.measures.refusal.rates import families_of
+from rim_lens.prompts import Prompt, as_prompts, assign_splits, check_splits, spread
+
+
+class Side(NamedTuple):
+    """Requests of one side: what selects is never what evaluates."""
+
+    harmful: list[Prompt]
+    harmless: list[Prompt]
+
+
+def two_sides(
+    harmful: Sequence[Prompt | str],
+    harmless: Sequence[Prompt | str],
+    limit: int | None = None,
+    seed: int = 0,
+) -> tuple[Side, Side]:
+    """Return the select and the evaluate side.
+
+    The records' own splits say which is which; where some have none, halves are cut by family, twins together. Of
+    plain strings, the n-th of each kind are taken to be of one family.
+
+    Args:
+        harmful: Records or strings.
+        harmless: Records or strings, twins of the harmful ones at best.
+        limit: At most so many of each kind and side, taken evenly; None for all.
+        seed: Of the halves.
+
+    Raises:
+        NotEnoughData: A side lacks requests of a kind, or has a single family.
+        ValueError: A family, or a request and its twin, stand on both sides.
+
+    >>> select, evaluate = two_sides(["a", "b", "c", "d"], ["e", "f", "g", "h"])
+    >>> len(select.harmful), len(evaluate.harmless)
+    (2, 2)
+    """
+    bad, good = _named(harmful, "harmful"), _named(harmless, "harmless")
+    if any(prompt.split is None for prompt in (*bad, *good)):
+        both = assign_splits([*bad, *good], seed=seed)
+        bad, good = both[: len(bad)], both[len(bad) :]
+    sides = []
+    for split in ("select", "evaluate"):
+        chosen = Side(*(spread([p for p in prompts if p.split == split], limit) for prompts in (bad, good)))
+        n_families = [len(set(families_of(prompts))) for prompts in chosen]
+        if min(n_families) < 2:
+            raise NotEnoughData(
+                f"the {split} side has {len(chosen.harmful)} harmful requests of {n_families[0]} families and"
+                f" {len(chosen.harmless)} harmless ones of {n_families[1]}; two families of each kind are needed on each side."
+                " Give more requests, or records without splits, which are then cut into halves."
+            )
+        sides.append(chosen)
+    check_splits([prompt for side in sides for prompts in side for prompt in prompts])
+    return sides[0], sides[1]
+
+
+def twin_places(side: Side) -> list[int] | None:
+    """For each harmful request, the place of its twin among the harmless ones; None where some has no twin there."""
+    place_of = {prompt.id: place for place, prompt in enumerate(side.harmless)}
+    if any(prompt.twin not in place_of for prompt in side.harmful):
+        return None
+    return [place_of[str(prompt.twin)] for prompt in side.harmful]
+
+
+def _named(requests: Sequence[Prompt | str], kind: str) -> list[Prompt]:
+    """Records as they are; strings with ids that tell the kinds apart, the n-th of each kind in one family."""
+    return [
+        prompt if isinstance(given, Prompt) else replace(prompt, id=f"{kind}-{prompt.id}", kind=kind)
+        for given, prompt in zip(requests, as_prompts(requests), strict=True)
+    ]
