@@ -7,7 +7,15 @@ from rim_lens.measures.controls import (
     random_heads_per_layer,
     random_neurons_per_layer,
 )
+from rim_lens.measures.heads.effects import head_effects
 from rim_lens.measures.heads.finding import find_heads, head_table, scorer
+from rim_lens.measures.heads.readings import (
+    Reading,
+    accuracy_reading,
+    prefix_reading,
+    refusal_reading,
+    refused_reading,
+)
 from rim_lens.measures.patching import head_patching, patching_table, span_patching
 from rim_lens.measures.reasoning import Accuracy, reasoning_accuracy
 from rim_lens.measures.refusal.agreeing import Agreement, agreement
@@ -40,9 +48,11 @@ __all__ = [
     "PairedTest",
     "PrefixJudge",
     "Rate",
+    "Reading",
     "ReciprocalShift",
     "RefusalDirection",
     "Reply",
+    "accuracy_reading",
     "agreement",
     "benjamini_hochberg",
     "bootstrap_interval",
@@ -50,12 +60,14 @@ __all__ = [
     "control_p",
     "find_heads",
     "first_tokens",
+    "head_effects",
     "head_patching",
     "head_table",
     "judge_all",
     "opener_ids",
     "patching_table",
     "percentile_among",
+    "prefix_reading",
     "proportion_interval",
     "random_heads_per_layer",
     "random_neurons_per_layer",
@@ -65,7 +77,9 @@ __all__ = [
     "refusal_prefix_score",
     "refusal_rate",
     "refusal_rates",
+    "refusal_reading",
     "refusal_score",
+    "refused_reading",
     "resampled_requests",
     "scorer",
     "sentence_effects",

@@ -14,7 +14,7 @@ from rim_lens.errors import NotEnoughData, UnknownHead
 from rim_lens.hooks import AblateHeads
 from rim_lens.lens import Head, Model
 from rim_lens.measures.controls import percentile_among
-from rim_lens.measures.refusal.score import refusal_score
+from rim_lens.measures.heads.readings import refusal_reading
 from rim_lens.measures.stats import bootstrap_interval, family_index, sign_flip_test
 
 if TYPE_CHECKING:
@@ -34,12 +34,8 @@ def scorer(model: Model, batch: SpanBatch, max_rows: int = MAX_ROWS) -> ScoreWit
 
     Removing nothing gives the baseline. Heads are zeroed at every position (paper, section 3).
     """
-
-    def score(heads: Sequence[Head]) -> Float[np.ndarray, " prompt"]:
-        editors = [AblateHeads(heads)] if heads else []
-        return refusal_score(model, batch, *editors, max_rows=max_rows).values
-
-    return score
+    reading = refusal_reading(model, batch, max_rows=max_rows)
+    return lambda heads: reading([AblateHeads(heads)] if heads else [])
 
 
 def find_heads(

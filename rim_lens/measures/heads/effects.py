@@ -1,0 +1,168 @@
+"""What happens when heads are edited, one by one, in sets and in pairs; every number is an intervention, none an estimate.
+
+effect = edited − baseline, in the unit of the `Reading` (nats of refusal log-odds: negative means that it refuses less).
+An effect tells that the model, as it stands, uses the head. It does not tell that this is about refusal (measure the
+twins as well, see `specificity`), that the head works alone, or what would take its place after training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+from tqdm.auto import tqdm
+
+from rim_lens.errors import ReferenceMismatch, UnknownHead
+from rim_lens.hooks import AblateHeads, Component
+from rim_lens.hooks.positions import Positions, told
+from rim_lens.lens import Head, model_facts
+from rim_lens.measures.heads.readings import Reading
+from rim_lens.measures.refusal.rates import families_of
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+# heads, positions → an editor of them: `AblateHeads`, `ScaleHeads` with a factor, or one of your own
+Editor = Callable[..., Component]
+# Stores the numbers of one run under a key and measures none twice: a dict, or ``study_folder.lines(name).get``
+Remember = Callable[[str, Callable[[], list[float]]], Sequence[float]] | MutableMapping[str, Sequence[float]]
+
+
+def head_name(head: Head) -> str:
+    """A head in words.
+
+    >>> head_name((1, 5))
+    'L1H5'
+    """
+    return f"L{int(head[0])}H{int(head[1])}"
+
+
+def set_name(heads: Iterable[Head]) -> str:
+    """A set of heads in words, whatever their order.
+
+    >>> set_name([(2, 0), (1, 5)])
+    'L1H5+L2H0'
+    """
+    return "+".join(map(head_name, sorted(set(heads))))
+
+
+def head_effects(
+    reading: Reading,
+    sets: Iterable[Head | Iterable[Head]],
+    *,
+    remember: Remember | None = None,
+    editor: Editor = AblateHeads,
+    positions: Positions = "all",
+    progress: bool = False,
+) -> xr.DataArray:
+    """Effect of editing heads, one set at a time: edited − baseline, prompt by prompt.
+
+    One reading for each set and one for the baseline.
+
+    Args:
+        reading: What effects are read by.
+        sets: Heads, lists of heads, or both. A set named twice is measured once.
+        remember: Where the numbers of each run are kept as soon as they are measured, and taken from if they are there:
+            a dict, or a function ``(key, measure) → numbers`` such as a study's. Keys name measure, prompts and editor,
+            not the model: use one store per model.
+        editor: Called as ``editor(heads, positions=positions)``. `AblateHeads` zeroes, as the paper does; others:
+            ``functools.partial(AblateHeads, method="mean", reference=batch)``, the same with "resample",
+            ``functools.partial(ScaleHeads, factor=0.5)``.
+        positions: Rows that are edited, see `AblateHeads`. With "all" also what is written meanwhile.
+        progress: Show a progress bar.
+
+    Returns:
+        DataArray (prompt, set): coordinate ``set`` with names such as "L1H5" or "L1H5+L2H0", and beside it ``n_heads``
+        (set), ``family`` and ``baseline`` (prompt).
+
+    Raises:
+        UnknownHead: A set is empty, or the model lacks one of its heads.
+        ReferenceMismatch: What is remembered belongs to another number of prompts.
+        RimLensError: As the editor and the measure.
+
+    >>> import rim_lens as rl
+    >>> model = rl.load_model("planted")
+    >>> chat = rl.ChatFormat.from_model(model)
+    >>> off = chat.render(rl.load_prompts("harmful", language="toy", split="select")[:4], think="off")
+    >>> effects = rl.head_effects(rl.refusal_reading(model, off), [(1, 1), (1, 2), [(1, 1), (1, 2)]])
+    >>> (effects.mean("prompt") < -10).to_series().to_dict()
+    {'L1H1': True, 'L1H2': False, 'L1H1+L1H2': True}
+    """
+    import xarray as xr
+
+    named = _named(reading, sets)
+    editors = {name: editor(heads, positions=positions) for name, heads in named.items()}
+    for component in editors.values():
+        component.check_prompts(reading.batch)
+    baseline = _measured(reading, [], remember)
+    effects = np.empty((len(reading.batch), len(named)))
+    shown = tqdm(editors.values(), desc=f"heads {reading.batch.name}", disable=not progress)
+    for place, component in enumerate(shown):
+        effects[:, place] = _measured(reading, [component], remember) - baseline
+    return xr.DataArray(
+        effects,
+        dims=("prompt", "set"),
+        coords={
+            "prompt": [prompt.id for prompt in reading.batch.prompts],
+            "family": ("prompt", families_of(reading.batch.prompts)),
+            "baseline": ("prompt", baseline),
+            "set": list(named),
+            "n_heads": ("set", [len(heads) for heads in named.values()]),
+        },
+        name="effect",
+        attrs={
+            "units": reading.units,
+            "sign": "edited − baseline",
+            "reading": reading.name,
+            "editor": _editor_name(editor),
+            "positions": told(positions),
+        },
+    )
+
+
+def _named(reading: Reading, sets: Iterable[Head | Iterable[Head]]) -> dict[str, list[Head]]:
+    facts = model_facts(reading.model)
+    named: dict[str, list[Head]] = {}
+    for item in sets:
+        members: list[Any] = list(item) if isinstance(item, Iterable) else [item]
+        # (1, 5) is a head, ((1, 5), (2, 0)) a set of two
+        heads = [tuple(members)] if members and not isinstance(members[0], Iterable) else members
+        checked = sorted(facts.check_heads(heads))  # type: ignore[arg-type]
+        if not checked:
+            raise UnknownHead("a set without heads was given; the baseline is measured anyway, leave it out.")
+        named[set_name(checked)] = checked
+    return named
+
+
+def _measured(
+    reading: Reading, components: Sequence[Component], remember: Remember | None
+) -> Float[np.ndarray, " prompt"]:
+    if remember is None:
+        return reading(components)
+    key = f"{reading.name}: {', '.join(map(repr, components)) or 'baseline'}"
+
+    def measure() -> list[float]:
+        return reading(components).tolist()
+
+    if isinstance(remember, MutableMapping):
+        if key not in remember:
+            remember[key] = measure()
+        values = remember[key]
+    else:
+        values = remember(key, measure)
+    if len(values) != len(reading.batch):
+        raise ReferenceMismatch(
+            f"{len(values)} numbers are remembered for {key!r}, and there are {len(reading.batch)} prompts. Use another store"
+            " for other prompts."
+        )
+    return np.asarray(values, dtype=np.float64)
+
+
+def _editor_name(editor: Editor) -> str:
+    inner = getattr(editor, "func", editor)
+    name = getattr(inner, "__name__", type(inner).__name__)
+    settings = getattr(editor, "keywords", {})
+    shown = [f"{key}={value!r}" for key, value in settings.items() if isinstance(value, (str, int, float))]
+    return f"{name}({', '.join(shown)})" if shown else str(name)
