@@ -17,11 +17,12 @@ from rim_lens.errors import EmptySpan, ReferenceMismatch
 from rim_lens.hooks.alignment import Align, check_rule
 from rim_lens.hooks.base import Edit, describe
 from rim_lens.hooks.editing import AligningEditor, Change, Rows
-from rim_lens.hooks.pairing import Pairing, require_batch, require_padding
+from rim_lens.hooks.own_pass import OwnPass
+from rim_lens.hooks.pairing import Pairing, require_batch
 from rim_lens.hooks.positions import Positions, chosen_rows
 from rim_lens.hooks.recording import record
 from rim_lens.hooks.reference import Per, reference_means, reference_slots, slots
-from rim_lens.lens import Model, ModelFacts, Site, hook_name
+from rim_lens.lens import Model, ModelFacts, Site
 
 Method = Literal["zero", "mean", "resample"]
 
@@ -161,10 +162,9 @@ class Ablation(AligningEditor):
     @override
     def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
         hooks = super().hooks(model, facts)
-        return [(hook_name("pattern", 0), self._is_ours), *hooks] if self._by_row() else hooks
-
-    def _is_ours(self, pattern: Tensor) -> None:
-        require_padding(pattern, self._prompts(), type(self).__name__)
+        return (
+            [*OwnPass(model, type(self).__name__, self._prompts).hooks(), *hooks] if self._by_row() else hooks
+        )
 
     def _prompts(self) -> SpanBatch:
         told = f"per={self.per!r}" if self.method == "mean" else f"method={self.method!r}"

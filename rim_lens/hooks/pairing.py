@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from rim_lens.chat.spans import SpanBatch
-from rim_lens.errors import ReferenceMismatch, SpanError, WrongHookShape
+from rim_lens.errors import ReferenceMismatch, SpanError
 from rim_lens.hooks.alignment import Align, Alignment, align, require_counterparts
 from rim_lens.hooks.editing import Rows
 from rim_lens.hooks.positions import Positions
@@ -118,33 +118,6 @@ def donors(batch: SpanBatch, members: Sequence[int], reference: SpanBatch, seed:
 def _texts(batch: SpanBatch) -> list[tuple[int, ...]]:
     real = batch.attention_mask.bool()
     return [tuple(row[mask].tolist()) for row, mask in zip(batch.tokens, real, strict=True)]
-
-
-def require_padding(pattern: Float[Tensor, "prompt head query key"], batch: SpanBatch, what: str) -> None:
-    """Refuse a prefill of another shape than the prompts, or that attends where they have padding.
-
-    That is all it can tell, as an attention pattern holds no token ids. A pass of other prompts of the same lengths goes through, and so
-    does one whose rows stand in another order where all are of one length.
-
-    Raises:
-        WrongHookShape: The pass is of another shape, or of prompts with other padding.
-    """
-    n_prompts, _, n_queries, n_keys = pattern.shape
-    if n_keys > n_queries:
-        return  # a later step under a key-value cache
-    if tuple(batch.tokens.shape) != (n_prompts, n_keys):
-        raise WrongHookShape(
-            f"{what} was given {len(batch)} prompts of {batch.tokens.shape[1]} positions, but this pass has {n_prompts} of"
-            f" {n_keys}. Bind the batch that is read: hand the editor to rl.capture, rl.generate or rl.refusal_score."
-        )
-    padding = ~batch.attention_mask.bool().to(pattern.device)
-    strayed = ((pattern[:, :, -1].amax(dim=1) > 0) & padding).any(dim=1).nonzero().flatten().tolist()
-    if strayed:
-        raise WrongHookShape(
-            f"{what}: row {strayed[0]} of this pass attends to a position that is padding in the prompts given, so the"
-            " pass is of other prompts or in another order. Bind the batch that is read: hand the editor to rl.capture,"
-            " rl.generate or rl.refusal_score."
-        )
 
 
 def require_batch(batch: SpanBatch | None, what: str) -> SpanBatch:

@@ -31,7 +31,8 @@ from rim_lens.hooks.base import Edit, describe
 from rim_lens.hooks.editing import AligningEditor, Change, Rows
 from rim_lens.hooks.heads import some_heads
 from rim_lens.hooks.neurons import some_neurons
-from rim_lens.hooks.pairing import Found, Pairing, require_padding
+from rim_lens.hooks.own_pass import OwnPass
+from rim_lens.hooks.pairing import Found, Pairing
 from rim_lens.hooks.positions import Positions, chosen_rows, is_word
 from rim_lens.hooks.recording import Recording, record, require_same_shapes
 from rim_lens.lens import Head, Model, ModelFacts, Site, hook_name, model_facts, weights_digest
@@ -99,7 +100,10 @@ class _Patch(AligningEditor):
 
     @override
     def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
-        return [(hook_name("pattern", 0), self._is_ours), *super().hooks(model, facts)]
+        return [*self._own_pass(model), *super().hooks(model, facts)]
+
+    def _own_pass(self, model: Model) -> list[tuple[str, Edit]]:
+        return OwnPass(model, type(self).__name__, self._prompts, like=self._source_batch).hooks()
 
     def _recording(
         self, model: Model, facts: ModelFacts, spots: list[tuple[Site, int]], heads: Iterable[Head] = ()
@@ -116,14 +120,13 @@ class _Patch(AligningEditor):
         found.require(facts, spots, heads)
         return found
 
-    def _is_ours(self, pattern: Tensor) -> None:
+    def _prompts(self) -> SpanBatch | None:
         if self._batch is None and not is_word(self.positions, "all"):
             raise SpanError(
                 f"{type(self).__name__}(positions={describe(self.positions)}) does not know the prompts that are read. Pass"
                 " batch=, or hand the editor to rl.capture, rl.generate or rl.refusal_score, which bind them."
             )
-        prompts = self._source_batch if self._batch is None else self._batch
-        require_padding(pattern, prompts, type(self).__name__)
+        return self._batch
 
     def _patch(
         self, index: Tensor | None, recorded: Float[Tensor, "prompt pos *column"], values: Tensor, rows: Rows
@@ -141,7 +144,7 @@ class _Patch(AligningEditor):
         return put(values, index, found.rows, recorded[found.prompt.cpu(), found.pos.cpu()])
 
     def _by_position(self, rows: Rows) -> Found:
-        # Sound for a pass of the source's own shape and padding alone; `_is_ours` refuses every other.
+        # Sound for a pass of the source's own shape and padding alone; `OwnPass` refuses every other.
         real = self._source_batch.attention_mask.bool().to(rows.pos.device)
         inside = (rows.prompt < real.shape[0]) & (rows.pos < real.shape[1])
         found = inside & real[rows.prompt.clamp(max=real.shape[0] - 1), rows.pos.clamp(max=real.shape[1] - 1)]
@@ -164,8 +167,7 @@ class PatchHeads(_Patch):
             alike: folded weights (compatibility mode with processing) make other numbers of the same shapes.
         batch: The prompts that will be read, for use where nothing binds them: `with PatchHeads(..., batch=off).on(model):
             model(off.tokens, attention_mask=off.attention_mask)`. With neither, only whole runs of the source's own shape
-            are patched, position for position. That the pass really is of these prompts, in this order, is up to the caller: only
-            its shape and padding are checked, not its tokens. rl.capture, rl.generate and the measures run what they bind.
+            are patched, position for position, and which requests those are is up to the caller.
 
     Raises:
         UnknownHead: No head was named; or, on attaching, the model lacks one.
@@ -373,7 +375,7 @@ class PatchAttention(_Patch):
         recording = self._recording(
             model, facts, [("pattern", layer) for layer in heads], facts.check_heads(self.heads)
         )
-        hooks: list[tuple[str, Edit]] = [(hook_name("pattern", 0), self._is_ours)]
+        hooks = self._own_pass(model)
         for layer, chosen in heads.items():
             places = [recording.heads_of(layer).index(head) for head in chosen]
             patterns = recording.activations["pattern", layer][:, places]

@@ -6,6 +6,8 @@ from typing import Literal
 
 Site = Literal["pattern", "z", "post", "mlp_out", "attn_out", "resid_pre", "resid_post"]
 
+EMBEDDING = "hook_embed"  # [batch, pos, d_model], token embeddings before positions are added
+
 _NAMES: dict[str, str] = {
     "pattern": "blocks.{layer}.attn.hook_pattern",  # [batch, head, query, key], after the softmax
     "z": "blocks.{layer}.attn.hook_z",  # [batch, pos, head, d_head], before W_O

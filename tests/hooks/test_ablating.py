@@ -624,6 +624,10 @@ def test_a_pass_of_other_prompts_than_bound_is_refused(case_gqa: Case) -> None:
         with bound([editor], batch), editor.on(case_gqa.model):
             with pytest.raises(WrongHookShape, match="in another order"):
                 last_logits(case_gqa.model, batch.tokens[order], batch.attention_mask[order])
+            other = batch.tokens.clone()
+            other[2, -1] += 1
+            with pytest.raises(WrongHookShape, match="row 2 of this pass holds another token"):
+                last_logits(case_gqa.model, other, batch.attention_mask)
             with pytest.raises(WrongHookShape, match="4 prompts of 14"):
                 last_logits(case_gqa.model, batch.tokens.repeat(2, 1), batch.attention_mask.repeat(2, 1))
 

@@ -420,6 +420,15 @@ def test_a_batch_may_be_given_instead_of_bound(case_gqa: Case) -> None:
         order = [3, 2, 1, 0]
         with editor.on(model), pytest.raises(WrongHookShape, match="padding in the prompts given"):
             all_logits(model, batch.tokens[order], batch.attention_mask[order])
+        # So is one other token at the same place, and nothing but padding may differ.
+        other = batch.tokens.clone()
+        other[1, -2] += 1
+        with editor.on(model), pytest.raises(WrongHookShape, match="row 1 of this pass holds another token"):
+            all_logits(model, other, batch.attention_mask)
+        padded = torch.where(batch.attention_mask.bool(), batch.tokens, 3)
+        with editor.on(model):
+            again = all_logits(model, padded, batch.attention_mask)
+        assert torch.equal(found[:, -1], again[:, -1])
         with editor.on(model), pytest.raises(WrongHookShape):
             all_logits(model, batch.tokens[:2], batch.attention_mask[:2])
         with editor.on(model), pytest.raises(WrongHookShape):
