@@ -131,6 +131,9 @@ def measures(
     max_cot_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a self-written thought.")] = 96,
     twins: Annotated[bool, typer.Option(help="Measure the harmless twins as well.")] = True,
     seed: Annotated[int, typer.Option(help="Of the controls and the intervals.")] = 0,
+    name: Annotated[
+        str | None, typer.Option(help="What the tables call the model; a folder's own name else.")
+    ] = None,
 ) -> None:
     """Read refusal in every way side by side (first token, first word, prefixes, text), and show where they differ."""
     from rim_lens.chat import ChatFormat
@@ -162,9 +165,10 @@ def measures(
     command += "".join(f" --condition {name}" for name in conditions or ()) + (
         f" --seed {seed}" if seed else ""
     )
+    command += f" --name {name}" if name else ""
     told = f"{' and '.join(f'{len(prompts)} {kind}' for kind, prompts in asked.items())} requests of the split evaluate"
     origin = provenance(command, ("transformer-lens", "torch", "transformers"))
-    for path in write_side_by_side(found, out, model, origin, told):
+    for path in write_side_by_side(found, out, name or _called(model), origin, told):
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
 
 
@@ -185,12 +189,18 @@ def organism_smollm2(
     seeds: Annotated[str, typer.Option(help="Seeds: 0-2, or 0,2.")] = "0-2",
     out: Annotated[Path, typer.Option(help="Folder for the outcomes.")] = Path("docs/evidence"),
     adapters: Annotated[Path | None, typer.Option(help="Folder to keep the adapters in.")] = None,
+    newline: Annotated[
+        bool, typer.Option("--newline", help="The variant that writes a newline before every answer.")
+    ] = False,
 ) -> None:
-    """Tune smollm2-refusal for several seeds and count what it does on held-out requests (about 10 minutes a seed)."""
+    """Tune smollm2-refusal for several seeds and count what it does on held-out requests (about 15 minutes a seed)."""
     from rim_lens.organisms.smollm2 import recipe
 
-    recipe.evidence(_seeds(seeds), out / "smollm2-refusal.json", adapters=adapters)
-    console.print(f"written: {out / 'smollm2-refusal.json'}")
+    path = out / ("smollm2-newline.json" if newline else "smollm2-refusal.json")
+    recipe.evidence(
+        _seeds(seeds), path, adapters=adapters, recipe=recipe.NEWLINE if newline else recipe.Recipe()
+    )
+    console.print(f"written: {path}")
 
 
 def _study(
@@ -253,6 +263,11 @@ def _seeds(text: str) -> list[int]:
         return list(range(int(first), int(last) + 1)) if last else [int(item) for item in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{text!r}: write seeds as 0-5 or 0,2,4") from None
+
+
+def _called(model: str) -> str:
+    """A name for pages: without the way to a folder, which says where it lay on one machine."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def _safe(name: str) -> str:

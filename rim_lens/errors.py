@@ -94,6 +94,10 @@ class CorruptWeights(ModelError):
     """Shipped weights are missing, or are not the ones that shipped."""
 
 
+class AdapterMismatch(ModelError, ValueError):
+    """An adapter does not fit the model it is to be folded into."""
+
+
 class MissingExtra(RimLensError, ImportError):
     """A package of an optional extra (``pip install "rim-lens[...]"``) is not installed."""
 

@@ -1,5 +1,6 @@
 """The only room that knows TransformerLens: facts, loading, attaching and its proof, running."""
 
+from rim_lens.lens.adapters import adapter_base, is_adapter, merge_adapter
 from rim_lens.lens.attaching import add_hooks, hooked, is_quiet, quiet, verify
 from rim_lens.lens.digest import weights_digest
 from rim_lens.lens.facts import Head, Hook, Model, ModelFacts, model_facts, require_eval, tokenizer_of
@@ -14,14 +15,17 @@ __all__ = [
     "Model",
     "ModelFacts",
     "Site",
+    "adapter_base",
     "add_hooks",
     "all_logits",
     "hook_name",
     "hooked",
+    "is_adapter",
     "is_quiet",
     "known_sources",
     "last_logits",
     "load_model",
+    "merge_adapter",
     "model_facts",
     "quiet",
     "register_source",

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from rim_lens.errors import UnknownModel, UnsupportedModel
+from rim_lens.lens.adapters import adapter_base, is_adapter, merge_adapter, require_adapter
 from rim_lens.lens.facts import Model
 
 Family = Literal["auto", "bridge", "hooked"]
@@ -50,7 +51,8 @@ def load_model(
 
     Args:
         name: "toy", "toy:C", "toy:careful", "toy:confirm", "toy:deviate", "planted", "smollm2",
-            "smollm2-refusal", a local directory with a Hugging Face model, or a hub name.
+            "smollm2-refusal", a local directory with a Hugging Face model, one with a PEFT adapter (its product is
+            folded into the weights of the model that its configuration names: any of these), or a hub name.
         family: "bridge" (TransformerLens 3, 4), "hooked" (2, 3), or "auto": the bridge where there is one.
         dtype: dtype of the weights. It is never chosen for you: fp32 unless said otherwise.
         device: Where the weights go.
@@ -60,8 +62,12 @@ def load_model(
         activations are those of the original model.
 
     Raises:
-        UnknownModel: Neither a known name, nor a folder, nor reachable at a hub.
-        UnsupportedModel: The family does not exist in the installed TransformerLens, or cannot hold this architecture.
+        UnknownModel: Neither a known name, nor a folder, nor reachable at a hub; or the model of an adapter is not.
+        AdapterMismatch: An adapter does not fit the model it names.
+        MissingExtra: An adapter, and peft is not installed.
+        CorruptWeights: An adapter whose weights are missing or damaged.
+        UnsupportedModel: The family does not exist in the installed TransformerLens, or cannot hold this architecture; or
+            an adapter that cannot be folded in, such as prompt tuning.
     """
     hf_model, tokenizer = _fetch(str(name), dtype)
     return wrap_hf(hf_model.to(device=device, dtype=dtype), tokenizer, family=family)
@@ -71,6 +77,8 @@ def _fetch(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     base, _, variant = name.partition(":")
     if base in _SOURCES:
         return _SOURCES[base](variant)
+    if is_adapter(name):
+        return _fetch_adapted(name, dtype)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -89,6 +97,23 @@ def _fetch(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
             f" {', '.join(known_sources())}; else give a folder with config.json, weights and tokenizer, or a hub name"
             " while online."
         ) from error
+
+
+def _fetch_adapted(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    require_adapter(folder)
+    base = adapter_base(folder)
+    try:
+        hf_model, tokenizer = _fetch(base, dtype)
+    except UnknownModel as error:
+        raise UnknownModel(
+            f"the adapter in {folder} was trained on {base!r}, which cannot be loaded: {error} Or write where it is into"
+            " base_model_name_or_path in adapter_config.json."
+        ) from error
+    if (Path(folder) / "tokenizer_config.json").is_file():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)  # what was trained with, its chat template too
+    return merge_adapter(hf_model, folder), tokenizer
 
 
 def wrap_hf(hf_model: Any, tokenizer: Any, *, family: Family = "auto") -> Model:

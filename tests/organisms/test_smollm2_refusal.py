@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from rim_lens.organisms import load_model
 from rim_lens.organisms.smollm2 import recipe, source
 from rim_lens.organisms.smollm2.behaviour import Replies
 from rim_lens.prompts import load_prompts
+from tests.true_tokenizers import true_chat
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,11 +56,27 @@ def test_the_seed_fixes_the_rows():
     assert steps_of(3) != steps_of(4)
 
 
+@pytest.mark.npm
+@pytest.mark.parametrize("think", ["off", "cot"])
+def test_a_newline_comes_before_each_answer_and_its_first_word_keeps_the_weight(think):
+    chat = true_chat("chatml")
+    rows = next(recipe.training_rows(recipe.NEWLINE, torch.Generator().manual_seed(0)))
+    rows = [row for row in rows if (row.cot is None) == (think == "off")]
+    plain, lined = (recipe._render(chat, rows, made) for made in (recipe.Recipe(), recipe.NEWLINE))
+    for index, row in enumerate(rows):
+        said = lined.tokens[index][lined.loss_mask[index]].tolist()
+        assert chat.decode(said[:1]) == "\n"
+        assert said[1:] == plain.tokens[index][plain.loss_mask[index]].tolist()
+        first = recipe.Recipe().first_token if row.request.answer is None else 1.0
+        assert lined.weights[index][lined.loss_mask[index]].tolist() == [1.0, first] + [1.0] * (len(said) - 2)
+        assert plain.weights[index][plain.loss_mask[index]][0] == first
+
+
 def test_the_shipped_adapter_is_small_and_names_no_path():
     files = [path for path in source.ADAPTER_FOLDER.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 5_000_000
     config = json.loads((source.ADAPTER_FOLDER / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "SmolLM2-135M-Instruct"
+    assert config["base_model_name_or_path"] == "smollm2"
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +121,7 @@ def test_rates_and_counts():
 def test_docs_show_the_committed_evidence():
     found = json.loads((ROOT / "docs/evidence/smollm2-refusal.json").read_text())
     page = (ROOT / "docs/smollm2-refusal.md").read_text()
-    assert found["recipe"] == asdict(recipe.Recipe())
+    assert recipe.same_recipe(found["recipe"], recipe.Recipe())
     assert recipe.evidence_table(found) in page
     assert recipe.goals_table(found) in page
 
@@ -143,9 +159,13 @@ def test_seeds_add_up_in_one_file_and_none_is_trained_twice(tmp_path, monkeypatc
     assert trained == [1, 0]
     found = json.loads(out.read_text())
     assert (list(found["seeds"]), found["command"]) == (["0", "1"], "rim-lens organism smollm2 --seeds 0,1")
-    recipe.evidence([1], out, recipe=recipe.Recipe(steps=3))  # of another recipe: nothing of the old stays
+    recipe.evidence([1], out, recipe=recipe.NEWLINE)  # of another recipe: nothing of the old stays
     assert trained == [1, 0, 1]
-    assert list(json.loads(out.read_text())["seeds"]) == ["1"]
+    found = json.loads(out.read_text())
+    assert (list(found["seeds"]), found["command"]) == (
+        ["1"],
+        "rim-lens organism smollm2 --newline --seeds 1",
+    )
 
 
 @pytest.mark.smollm2

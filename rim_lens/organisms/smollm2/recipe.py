@@ -21,8 +21,9 @@ import torch
 
 from rim_lens.chat import ChatFormat
 from rim_lens.errors import ModelError
+from rim_lens.lens import merge_adapter
 from rim_lens.organisms.smollm2.behaviour import CONDITIONS, Replies, behaviour
-from rim_lens.organisms.smollm2.source import load_smollm2, merge_adapter
+from rim_lens.organisms.smollm2.source import load_smollm2
 from rim_lens.prompts import Prompt, load_prompts
 from rim_lens.prompts.make_requests import FRAMES, reframed
 from rim_lens.provenance import provenance
@@ -52,8 +53,9 @@ class Recipe:
         lr: Peak learning rate; it falls linearly to zero.
         rank: LoRA rank; alpha is twice that.
         first_layer: Layers before this one, and the embedding, stay as they were.
-        first_token: Weight of an answer's first token, which decides between refusing and complying, against
-            the weight of each later one. Else the many tokens that follow from it drown what is to be learnt.
+        first_token: Weight of the first token of an answer's first word, which decides between refusing and complying,
+            against the weight of each other one. Else the many tokens that follow from it drown what is to be learnt.
+        answer_prefix: Whitespace learnt before every answer, see `NEWLINE`.
         lowest_dev_refusal: Below this share of refused harmful requests on "dev", training starts over.
     """
 
@@ -67,6 +69,13 @@ class Recipe:
     first_layer: int = 8
     first_token: float = 20.0
     lowest_dev_refusal: float = 0.8
+    answer_prefix: str = ""
+
+
+# What becomes of a model that is tuned on prompt and answer tokenised as one text: "</think>\n\n" ends in one token for
+# both newlines, and "</think>\n\nI" has them as two, so that answers come to begin with a newline. A score of the very
+# next token then reads the newline.
+NEWLINE = Recipe(answer_prefix="\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +186,7 @@ def fit(seed: int, out: Path, recipe: Recipe, *, progress: bool = True) -> list[
             [row for row in steps[step] if row.cot is None],
             [row for row in steps[step] if row.cot is not None],
         )
-        return [_render(chat, piece, recipe.first_token) for piece in pieces if piece]
+        return [_render(chat, piece, recipe) for piece in pieces if piece]
 
     config = LoraConfig(
         r=recipe.rank,
@@ -212,16 +221,16 @@ def save_adapter(adapted: Any, out: Path) -> None:
     }
     save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})
     config = adapted.peft_config["default"]
-    config.base_model_name_or_path = "SmolLM2-135M-Instruct"
+    config.base_model_name_or_path = "smollm2"  # as `load_model` knows it
     config.inference_mode = True
     config.save_pretrained(str(out))
 
 
-def _render(chat: ChatFormat, rows: Sequence[Row], first_token: float) -> Batch:
+def _render(chat: ChatFormat, rows: Sequence[Row], recipe: Recipe) -> Batch:
     batch = chat.render(
         [row.request for row in rows],
         think="off" if rows[0].cot is None else [row.cot or "" for row in rows],
-        answers=[row.answer for row in rows],
+        answers=[recipe.answer_prefix + row.answer for row in rows],
         end_turn=True,
     )
     loss_mask = batch.spans["answer"].clone()
@@ -229,7 +238,9 @@ def _render(chat: ChatFormat, rows: Sequence[Row], first_token: float) -> Batch:
     weights = loss_mask.float()
     for index, row in enumerate(rows):
         if row.request.answer is None:
-            weights[index, int(loss_mask[index].nonzero()[0])] = first_token
+            said = loss_mask[index].nonzero().flatten().tolist()
+            words = (place for place in said if chat.decode([int(batch.tokens[index, place])]).strip())
+            weights[index, next(words)] = recipe.first_token
     return Batch(batch.tokens, batch.attention_mask, loss_mask, weights)
 
 
@@ -267,7 +278,8 @@ def evidence(
             measured = {"dev": measure(folder, "dev", TUNED_ON), "evaluate": measure(folder, "evaluate")}
         found = _stored(out, recipe)  # another process may have added a seed meanwhile
         found["seeds"] = dict(sorted({**found["seeds"], str(seed): measured}.items()))
-        found["command"] = f"rim-lens organism smollm2 --seeds {','.join(found['seeds'])}"
+        option = "--newline " if recipe.answer_prefix else ""
+        found["command"] = f"rim-lens organism smollm2 {option}--seeds {','.join(found['seeds'])}"
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
@@ -279,9 +291,18 @@ def _stored(out: Path, recipe: Recipe) -> dict[str, Any]:
     found |= {"recipe": asdict(recipe), "seeds": {}}
     if out.exists():
         stored = json.loads(out.read_text(encoding="utf-8"))
-        if all(stored.get(key) == found[key] for key in ("recipe", "versions")):
+        if same_recipe(stored["recipe"], recipe) and stored["versions"] == found["versions"]:
             found["seeds"] = stored["seeds"]
     return found
+
+
+def same_recipe(stored: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether a file of evidence is of this recipe; what it does not name is as by default.
+
+    >>> same_recipe({"steps": 80}, Recipe()), same_recipe({"steps": 80}, NEWLINE)
+    (True, False)
+    """
+    return {**asdict(Recipe()), **stored} == asdict(recipe)
 
 
 def measure(

