@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rim_lens.capturing import open_capture
 from rim_lens.errors import StudyFolderError
+from rim_lens.folder import FORMAT_VERSION, ResultFolder
 from rim_lens.showing import shown_by
-from rim_lens.study.folder import FORMAT_VERSION, StudyFolder
 from rim_lens.study.stages import CONDITIONS
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class StudyResult:
     @cached_property
     def heads(self) -> dict[str, Any]:
         """The heads found, the table of tested heads as records, and the effect of the set beside its controls."""
-        return StudyFolder(self.path).read("heads/tested.json")
+        return ResultFolder(self.path).read("heads/tested.json")
 
     @cached_property
     def head_table(self) -> pd.DataFrame:
@@ -85,7 +85,7 @@ class StudyResult:
         import numpy as np
         import pandas as pd
 
-        lines = StudyFolder(self.path).lines("heads/select.jsonl").values
+        lines = ResultFolder(self.path).lines("heads/select.jsonl").values
         base = np.mean(lines["[]"])
         singles = [(json.loads(key), value) for key, value in lines.items()]
         return pd.DataFrame(
@@ -99,12 +99,12 @@ class StudyResult:
     @cached_property
     def shift(self) -> dict[str, Any]:
         """RAS per tuned model: on all neurons, the safety set, random sets; with counts."""
-        return StudyFolder(self.path).read("neurons/shift.json")
+        return ResultFolder(self.path).read("neurons/shift.json")
 
     @cached_property
     def timings(self) -> dict[str, float]:
         """Seconds per stage, all runs together."""
-        return StudyFolder(self.path).read("timings.json")
+        return ResultFolder(self.path).read("timings.json")
 
     def refusal_by_condition(self) -> pd.DataFrame:
         """Share of refuse, comply and other per kind of request, condition and model."""
@@ -120,7 +120,7 @@ class StudyResult:
     def _records(self, what: str) -> pd.DataFrame:
         import pandas as pd
 
-        folder = StudyFolder(self.path)
+        folder = ResultFolder(self.path)
         frames = []
         for path in sorted((self.path / what).glob("*.json")):
             frame = pd.DataFrame(folder.read(f"{what}/{path.name}"))
@@ -142,7 +142,7 @@ def load_study(folder: str | Path) -> StudyResult:
     Raises:
         StudyFolderError: The folder holds none, or a file in it is corrupt.
     """
-    stored = StudyFolder(folder)
+    stored = ResultFolder(folder)
     study = stored.read("study.json")
     if study.get("format_version") != FORMAT_VERSION:
         raise StudyFolderError(

@@ -12,6 +12,7 @@ import numpy as np
 
 from rim_lens.capturing import capture
 from rim_lens.chat import ChatFormat, SpanBatch, render_conditions
+from rim_lens.folder import Lines, ResultFolder
 from rim_lens.generation import generate
 from rim_lens.hooks import AblateHeads, NeuronActivations, SpanAttention
 from rim_lens.lens import Head, Model, model_facts
@@ -27,7 +28,6 @@ from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.measures.shift import reciprocal_activation_shift
 from rim_lens.measures.stats import bootstrap_interval
 from rim_lens.prompts import Prompt
-from rim_lens.study.folder import Lines, StudyFolder
 from rim_lens.study.requests import Requests
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Bench:
     chat: ChatFormat
     select: Requests
     evaluate: Requests
-    folder: StudyFolder
+    folder: ResultFolder
     settings: Settings
 
     def render(self, requests: Sequence[Prompt], condition: str) -> SpanBatch:

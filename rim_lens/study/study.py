@@ -15,11 +15,11 @@ from typing import Any
 
 from rim_lens.chat import ChatFormat
 from rim_lens.errors import ModelError
+from rim_lens.folder import ResultFolder
 from rim_lens.lens import Model, model_facts, verify, weights_digest
 from rim_lens.organisms import load_model
 from rim_lens.prompts import Prompt
 from rim_lens.study import stages
-from rim_lens.study.folder import StudyFolder
 from rim_lens.study.planning import Plan, make_plan
 from rim_lens.study.requests import requests_by_split
 from rim_lens.study.results import StudyResult, load_study
@@ -125,7 +125,7 @@ class Study:
         language = "toy" if chat.name == "toy" else "en"
         sides = requests_by_split(language, self.harmful, self.harmless, self.reasoning, self.n_requests)
         return Bench(
-            self._model, chat, sides["select"], sides["evaluate"], StudyFolder(folder), self.settings
+            self._model, chat, sides["select"], sides["evaluate"], ResultFolder(folder), self.settings
         )
 
     def _design(self, bench: Bench) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _same_shape(base: Model, tuned: Model, name: str) -> None:
 class _Clock:
     """Announces each stage and records how long it took in all its runs together."""
 
-    def __init__(self, folder: StudyFolder, say: Callable[[str], None]) -> None:
+    def __init__(self, folder: ResultFolder, say: Callable[[str], None]) -> None:
         self._folder, self._say = folder, say
         self._stage, self._start = "", 0.0
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from rim_lens.folder import ResultFolder
 from rim_lens.measures.stats import bootstrap_interval, proportion_interval, sign_flip_test
-from rim_lens.study.folder import StudyFolder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -153,7 +153,7 @@ def head_effects(result: StudyResult) -> pd.DataFrame:
     if table.empty:
         return table
     families = _evaluate_families(result)
-    scores = StudyFolder(result.path).lines("heads/evaluate_harmless.jsonl").values
+    scores = ResultFolder(result.path).lines("heads/evaluate_harmless.jsonl").values
     base = np.array(scores["[]"])
     intervals = [
         bootstrap_interval(
@@ -237,7 +237,7 @@ def files_of(result: StudyResult) -> list[tuple[str, int]]:
 
 def plan_of(result: StudyResult) -> dict[str, Any] | None:
     """The plan the study was begun with, where it was stored."""
-    folder = StudyFolder(result.path)
+    folder = ResultFolder(result.path)
     plan: dict[str, Any] | None = folder.read("plan.json") if folder.has("plan.json") else None
     return plan
 

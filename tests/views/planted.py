@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from rim_lens.folder import ResultFolder
 from rim_lens.measures.controls import control_p, percentile_among, random_heads_per_layer
 from rim_lens.measures.heads.finding import head_table
 from rim_lens.measures.refusal.rates import refusal_rate
 from rim_lens.measures.stats import bootstrap_interval
 from rim_lens.study import StudyResult, load_study
-from rim_lens.study.folder import StudyFolder
 
 CONDITIONS = ("off", "careful", "filler", "unrelated", "open")
 CLOSED = CONDITIONS[:-1]
@@ -50,7 +50,7 @@ class Planted:
 def write(folder: Path, planted: Planted) -> StudyResult:
     """Write a whole study folder, as the stages leave it."""
     rng = np.random.default_rng(planted.seed)
-    stored = StudyFolder(folder)
+    stored = ResultFolder(folder)
     stored.write("study.json", {"format_version": 1, "design": _design(planted)})
     at_gate = planted.n if planted.gate_refused is None else planted.gate_refused
     gate = _gate(planted, at_gate)
@@ -160,7 +160,7 @@ def _attention(folder: Path, planted: Planted, rng: np.random.Generator) -> None
             ).to_netcdf(path / "capture.nc", engine="h5netcdf")
 
 
-def _outcomes(stored: StudyFolder, planted: Planted) -> None:
+def _outcomes(stored: ResultFolder, planted: Planted) -> None:
     def records(kind: str, condition: str, refused: int, rest: str = "comply") -> list[dict[str, Any]]:
         return [
             {
@@ -191,7 +191,7 @@ def _outcomes(stored: StudyFolder, planted: Planted) -> None:
         stored.write(f"outcomes/harmless_off_{name}.json", records("harmless", "off", place))
 
 
-def _scores(stored: StudyFolder, planted: Planted, rng: np.random.Generator) -> None:
+def _scores(stored: ResultFolder, planted: Planted, rng: np.random.Generator) -> None:
     for kind in ("harmful", "harmless"):
         for condition in CLOSED:
             refused = planted.refused[condition] if kind == "harmful" else 0
@@ -214,7 +214,7 @@ def _scores(stored: StudyFolder, planted: Planted, rng: np.random.Generator) -> 
             )
 
 
-def _heads(stored: StudyFolder, planted: Planted, rng: np.random.Generator) -> None:
+def _heads(stored: ResultFolder, planted: Planted, rng: np.random.Generator) -> None:
     found, (n_layers, n_heads) = [tuple(head) for head in planted.found], planted.shape
     base = {"harmful": rng.normal(5, 0.5, planted.n), "harmless": rng.normal(-5, 0.5, planted.n)}
     mean = {"harmful": planted.effect, "harmless": planted.effect_on_twins}
@@ -275,7 +275,7 @@ def _set_effect(planted: Planted, base: Mapping[str, np.ndarray], scores: Any) -
     }
 
 
-def _shift(stored: StudyFolder, planted: Planted, rng: np.random.Generator) -> None:
+def _shift(stored: ResultFolder, planted: Planted, rng: np.random.Generator) -> None:
     result = {}
     for name, value in planted.tuned.items():
         random = rng.uniform(0, 1, 100).tolist()

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from rim_lens.batching import MAX_ROWS, micro_batches
 from rim_lens.chat import ChatFormat, SpanBatch
-from rim_lens.errors import CorruptWeights, GateNotPassed, NoDirection
+from rim_lens.errors import CorruptWeights, NoDirection
 from rim_lens.hooks import AblateDirection, AddDirection, Component, bound
 from rim_lens.hooks.base import attached
 from rim_lens.lens import (
@@ -39,6 +39,7 @@ from rim_lens.lens import (
 )
 from rim_lens.measures.controls import percentile_among
 from rim_lens.measures.frames import frame_from_json, frame_to_json
+from rim_lens.measures.gate import check_gate
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.measures.stats import bootstrap_interval, family_index, sign_flip_test
@@ -250,7 +251,11 @@ def refusal_direction(
     meter = _Meter(model, openers, max_rows)
     baseline = meter.score(select.harmful)
     if gate:
-        _check_gate(baseline, meter.score(select.harmless))
+        check_gate(
+            baseline,
+            meter.score(select.harmless),
+            "A difference of means exists all the same, but it is not refusal's.",
+        )
     candidates = _candidates(model, facts, select, max_layer, max_rows)
     order = sorted(range(len(candidates)), key=lambda place: -candidates[place].separation)
     tested = order if max_candidates is None else order[:max_candidates]
@@ -314,16 +319,6 @@ def _sides(
         for side in two_sides(harmful, harmless, limit, seed)
     )
     return select, evaluate
-
-
-def _check_gate(harmful: np.ndarray, harmless: np.ndarray) -> None:
-    refused, spared = float((harmful > 0).mean()), float((harmless > 0).mean())
-    if refused < 0.5 or spared > refused / 2:
-        raise GateNotPassed(
-            f"with thinking off, refusing is more likely than not on {refused:.0%} of harmful and {spared:.0%} of harmless"
-            " select requests; at least 50 %, and at most half as many harmless ones, are asked for. A difference of means"
-            " exists all the same, but it is not refusal's. gate=False goes on."
-        )
 
 
 # --- candidates ----------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@ import json
 import pytest
 
 from rim_lens.errors import StudyFolderError
-from rim_lens.study.folder import StudyFolder
+from rim_lens.folder import ResultFolder
 
 
 def test_a_result_is_measured_once(tmp_path):
-    folder = StudyFolder(tmp_path)
+    folder = ResultFolder(tmp_path)
     calls = []
     for _ in range(2):
         assert folder.once("a/b.json", lambda: calls.append(1) or {"x": float("inf")}) == {"x": float("inf")}
@@ -20,14 +20,14 @@ def test_a_result_is_measured_once(tmp_path):
 
 
 def test_an_exception_leaves_nothing_behind(tmp_path):
-    folder = StudyFolder(tmp_path)
+    folder = ResultFolder(tmp_path)
     with pytest.raises(KeyboardInterrupt):
         folder.once("a.json", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     assert not folder.has("a.json")
 
 
 def test_missing_and_corrupt_files_are_named(tmp_path):
-    folder = StudyFolder(tmp_path)
+    folder = ResultFolder(tmp_path)
     with pytest.raises(StudyFolderError, match=r"gate\.json does not exist"):
         folder.read("gate.json")
     (tmp_path / "gate.json").write_text("{", encoding="utf-8")
@@ -36,7 +36,7 @@ def test_missing_and_corrupt_files_are_named(tmp_path):
 
 
 def test_a_folder_belongs_to_one_study(tmp_path):
-    folder = StudyFolder(tmp_path)
+    folder = ResultFolder(tmp_path)
     folder.claim({"model": "a", "seed": (1, 2)})
     folder.claim({"model": "a", "seed": [1, 2]})  # as JSON gives it back
     with pytest.raises(StudyFolderError, match="different: model"):
@@ -47,12 +47,12 @@ def test_a_folder_belongs_to_one_study(tmp_path):
     "tail", ['{"key": "c", "val', '{"key": "c", "value": 3}', "\x00\x00", '{"key": "c"}\n']
 )
 def test_lines_survive_a_write_cut_short(tmp_path, tail):
-    lines = StudyFolder(tmp_path).lines("x.jsonl")
+    lines = ResultFolder(tmp_path).lines("x.jsonl")
     assert lines.get("a", lambda: 1) == 1
     assert lines.get("b", lambda: [2]) == [2]
     with (tmp_path / "x.jsonl").open("a", encoding="utf-8") as file:
         file.write(tail)
-    again = StudyFolder(tmp_path).lines("x.jsonl")
+    again = ResultFolder(tmp_path).lines("x.jsonl")
     assert list(again) == ["a", "b"]
     assert again.get("a", lambda: pytest.fail("measured twice")) == 1
     again.get("d", lambda: 4)

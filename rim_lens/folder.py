@@ -1,4 +1,4 @@
-"""A study's folder: every result is written when it is there, whole or not at all, and never measured twice."""
+"""A folder of results: each is written when it is there, whole or not at all, and never measured twice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rim_lens.errors import StudyFolderError
 FORMAT_VERSION = 1
 
 
-class StudyFolder:
+class ResultFolder:
     """Named results below one folder."""
 
     def __init__(self, path: str | Path) -> None:
