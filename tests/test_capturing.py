@@ -337,6 +337,7 @@ def test_memory_equals_disk(case_gqa: Case, tmp_path: Path) -> None:
         same(on_disk, in_memory)
         xr.testing.assert_equal(on_disk, in_memory)  # the same passes: to the last bit
         assert on_disk["attention_argmax"].dtype == np.int8
+        assert on_disk["attention_argmax_pos"].dtype == on_disk["visible_keys"].dtype == np.int32
     assert [path.name for path in tmp_path.iterdir()] == ["capture.nc"]
     with xr.open_dataset(tmp_path / "capture.nc", engine="h5netcdf") as plainly:
         xr.testing.assert_equal(plainly.drop_vars("stored"), in_memory)  # plain netCDF, no rim_lens needed

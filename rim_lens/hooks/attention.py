@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -25,10 +25,18 @@ class SpanAttention(Reader):
     The mass of a query row on a span is the *sum* of the row's post-softmax attention over the span's keys;
     the masses on the atoms sum to 1. Nothing of size query × key is kept.
 
-    Gives ``attention_mass`` (prompt, layer, head, span), a share between 0 and 1, and, where one row is
-    read, ``attention_argmax`` (prompt, layer, head): the atom that holds the row's largest entry, as an
-    index into `ATOMS` (paper, section 3: the argmax key position). The sink is an atom of its own, so a
-    head that rests on the first token shows as such.
+    Gives ``attention_mass`` (prompt, layer, head, span), a share between 0 and 1. Where one row is read ("prompt_last",
+    or a mask of one row in each prompt) it also gives
+
+    - ``attention_argmax`` (prompt, layer, head): the atom that holds the row's largest entry, as an index into `ATOMS`
+      (paper, section 3: the argmax key position). The sink is an atom of its own, so a head that rests on the first
+      token shows as such. Of equal entries the first counts.
+    - ``attention_argmax_pos`` (prompt, layer, head): the position of that key, counted in tokens from the first token of
+      the `assistant` span, negative before it, whatever the padding (paper, figure A3). The span is the role word: in
+      ChatML 0 is ``assistant`` and −1 the ``<|im_start|>`` before it. Left out where some prompt has no such span.
+    - ``attention_entropy`` (prompt, layer, head): entropy of the row in nats; 0 where one key gets all.
+    - ``visible_keys`` (prompt, layer): keys at or before the row, padding left out; the entropy is at most the log of
+      that. A layer's sliding window is not taken into account.
 
     Mass says where a head looks, not what it carries: a head with all its mass on a span may write nothing
     from it. Ablate before you conclude.
@@ -73,6 +81,7 @@ class SpanAttention(Reader):
         self.query = query
         self.normalise = normalise
         self._names: list[str] = []
+        self._anchored: bool | None = None
 
     @override
     def layout(self, facts: ModelFacts, batch: SpanBatch | None) -> list[Variable]:
@@ -83,6 +92,7 @@ class SpanAttention(Reader):
             )
         masks = self._masks(batch)
         self._names = self._choose(masks)
+        self._anchored = _has_assistant(masks)
         if isinstance(self.query, str) and self.query not in ("all", "prompt_last", "generated"):
             masks.require(self.query)
         attrs = {
@@ -99,15 +109,7 @@ class SpanAttention(Reader):
             )
         ]
         if self._one_row():
-            variables.append(
-                Variable(
-                    "attention_argmax",
-                    ("layer", "head"),
-                    (facts.n_layers, facts.n_heads),
-                    attrs={"flag_meanings": " ".join(ATOMS), "flag_values": list(range(len(ATOMS))), **attrs},
-                    dtype="int8",
-                )
-            )
+            variables += self._of_one_row(facts, masks, attrs)
         return variables
 
     @override
@@ -116,8 +118,34 @@ class SpanAttention(Reader):
             (hook_name("pattern", layer), partial(self._reduce, layer)) for layer in range(facts.n_layers)
         ]
 
+    def _of_one_row(self, facts: ModelFacts, masks: Spans, attrs: dict[str, Any]) -> list[Variable]:
+        def per_head(name: str, dtype: str, **more: Any) -> Variable:
+            return Variable(
+                name, ("layer", "head"), (facts.n_layers, facts.n_heads), attrs={**more, **attrs}, dtype=dtype
+            )
+
+        variables = [
+            per_head(
+                "attention_argmax",
+                "int8",
+                flag_meanings=" ".join(ATOMS),
+                flag_values=list(range(len(ATOMS))),
+                spans_present=" ".join(masks.present()),  # what a comparison may ask for
+            ),
+            per_head("attention_entropy", "float32", units="nats"),
+            Variable(
+                "visible_keys", ("layer",), (facts.n_layers,), attrs={"units": "keys", **attrs}, dtype="int32"
+            ),
+        ]
+        if self._anchored:
+            told = {"units": "tokens", "origin": "first token of the assistant span"}
+            variables.insert(1, per_head("attention_argmax_pos", "int32", **told))
+        return variables
+
     def _one_row(self) -> bool:
-        return isinstance(self.query, str) and self.query == "prompt_last"
+        if isinstance(self.query, str):
+            return self.query == "prompt_last"
+        return bool((self.query.sum(dim=1) == 1).all())
 
     def _choose(self, masks: Spans) -> list[str]:
         if self.spans is None or isinstance(self.spans, Spans):
@@ -163,10 +191,26 @@ class SpanAttention(Reader):
             mass = mass / expected[:, None]
         self.keep("attention_mass", layer, mass)
         if self._one_row():
-            atoms = _membership(masks, ATOMS, n_keys).to(pattern.device)
-            top = rows.argmax(dim=-1)
-            holder = atoms.to(torch.int8).argmax(dim=1)  # [prompt, key] → which atom the key is in
-            self.keep("attention_argmax", layer, holder.gather(1, top).to(torch.int8))
+            self._keep_one_row(layer, rows, visible, masks)
+
+    def _keep_one_row(
+        self,
+        layer: int,
+        rows: Float[Tensor, "prompt head key"],
+        visible: Float[Tensor, "prompt key"],
+        masks: Spans,
+    ) -> None:
+        top = rows.argmax(dim=-1)
+        atoms = _membership(masks, ATOMS, rows.shape[-1]).to(rows.device)
+        holder = atoms.to(torch.int8).argmax(dim=1)  # [prompt, key] → which atom the key is in
+        self.keep("attention_argmax", layer, holder.gather(1, top).to(torch.int8))
+        if self._anchored is None:
+            self._anchored = _has_assistant(masks)
+        if self._anchored:
+            origin = masks["assistant"].int().argmax(dim=1).to(rows.device)
+            self.keep("attention_argmax_pos", layer, (top - origin[:, None]).int())
+        self.keep("attention_entropy", layer, torch.special.entr(rows).sum(dim=-1))
+        self.keep("visible_keys", layer, (visible > 0).sum(dim=-1).int())
 
 
 class AttentionRows(Reader):
@@ -238,6 +282,10 @@ def _membership(spans: Spans, names: Sequence[str], n_keys: int) -> Bool[Tensor,
     return torch.nn.functional.pad(
         masks, (0, n_keys - masks.shape[-1])
     )  # keys past the prompt are in no span
+
+
+def _has_assistant(spans: Spans) -> bool:
+    return bool(spans["assistant"].any(dim=1).all())
 
 
 def _real(spans: Spans) -> Bool[Tensor, "prompt pos"]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from rim_lens.chat.spans import ATOMS, COMPOSITES, SpanBatch
+from rim_lens.capturing import capture
+from rim_lens.chat.spans import ATOMS, COMPOSITES, SpanBatch, Spans
 from rim_lens.errors import EmptySpan, SpanError, UnknownHead, UnknownSpan, WrongHookShape
 from rim_lens.hooks import AttentionRows, SpanAttention, bound
 from rim_lens.lens import Decoder, all_logits, last_logits
@@ -127,12 +131,79 @@ def test_argmax_names_the_atom_of_the_largest_entry(case: Case) -> None:
                 assert ATOMS[found[prompt, layer, head]] == holder
 
 
+def one_row_by_hand(case: Case, query: Tensor) -> dict[str, Tensor]:
+    """Argmax position, entropy and visible keys of one row per prompt, one number at a time."""
+    batch, patterns = case.batch, case.truth.patterns
+    shape = len(batch), case.facts.n_layers, case.facts.n_heads
+    found = {"attention_argmax_pos": torch.zeros(shape), "attention_entropy": torch.zeros(shape)}
+    found["visible_keys"] = torch.zeros(shape[:2])
+    for prompt, row in enumerate(query.tolist()):
+        atoms = batch.atoms_of(prompt)
+        start = batch.tokens.shape[1] - len(atoms)
+        for layer, pattern in enumerate(patterns):
+            found["visible_keys"][prompt, layer] = row + 1 - start
+            for head in range(shape[2]):
+                entries = pattern[prompt, head, row, start : row + 1].double().tolist()
+                place = entries.index(max(entries))
+                found["attention_argmax_pos"][prompt, layer, head] = place - atoms.index("assistant")
+                found["attention_entropy"][prompt, layer, head] = -sum(p * math.log(p) for p in entries if p)
+    return found
+
+
+@pytest.mark.parametrize("as_mask", [False, True])
+def test_where_and_how_widely_one_row_looks(case: Case, as_mask: bool) -> None:
+    batch = case.batch
+    row = batch.prompt_last - (3 if as_mask else 0)
+    mask = torch.zeros_like(batch.tokens, dtype=torch.bool)
+    mask[torch.arange(len(batch)), row] = True
+    found = read(case, SpanAttention(["request"], query=mask if as_mask else "prompt_last"))
+    expected = one_row_by_hand(case, row)
+    assert torch.equal(found["attention_argmax_pos"], expected["attention_argmax_pos"].int())
+    assert torch.equal(found["visible_keys"], expected["visible_keys"].int())
+    close(found["attention_entropy"], expected["attention_entropy"], 1e-4)
+    most = found["visible_keys"].log()[..., None]
+    assert ((found["attention_entropy"] >= 0) & (found["attention_entropy"] <= most + 1e-5)).all()
+    for prompt in range(len(batch)):  # position and atom are those of one and the same key
+        atoms = batch.atoms_of(prompt)
+        places = found["attention_argmax_pos"][prompt] + atoms.index("assistant")
+        holders = [ATOMS.index(atoms[place]) for place in places.flatten().tolist()]
+        assert holders == found["attention_argmax"][prompt].flatten().tolist()
+
+
+def test_without_an_assistant_span_positions_have_no_origin(case_gqa: Case) -> None:
+    bare = random_batch(seed=5, names=("request", "cot"))
+    reader = SpanAttention(["request"])
+    names = [variable.name for variable in reader.layout(case_gqa.facts, bare)]
+    assert set(read(case_gqa, reader, bare)) == set(names)
+    assert "attention_argmax_pos" not in names
+    assert "attention_entropy" in names
+    # One prompt without it is enough, also for those read together with none such.
+    parts = case_gqa.batch.spans.atoms()
+    first = torch.arange(len(case_gqa.batch))[:, None] == 0
+    lost = first & parts["assistant"]
+    atoms = {
+        **parts,
+        "assistant": parts["assistant"] & ~lost,
+        "template": parts["template"] | lost,
+    }
+    batch = replace(case_gqa.batch, spans=Spans(atoms))
+    assert "attention_argmax_pos" not in capture(case_gqa.model, batch, reader, max_rows=1)
+    assert "attention_argmax_pos" in capture(case_gqa.model, case_gqa.batch, reader, max_rows=1)
+
+
+def test_the_reading_names_the_spans_there_are(case_gqa: Case) -> None:
+    variables = SpanAttention(["request"]).layout(case_gqa.facts, case_gqa.batch)
+    argmax = next(variable for variable in variables if variable.name == "attention_argmax")
+    assert argmax.attrs["spans_present"].split() == case_gqa.batch.spans.present()
+    assert "gap" not in argmax.attrs["spans_present"].split()
+
+
 @pytest.mark.parametrize("normalise", [None, "uniform"])
 def test_a_span_as_query_is_the_mean_over_its_rows(case_gqa: Case, normalise: str | None) -> None:
     batch = case_gqa.batch
     reader = SpanAttention(["sink", "request"], query="cot", normalise=normalise)  # type: ignore[arg-type]
     found = read(case_gqa, reader)
-    assert "attention_argmax" not in found
+    assert set(found) == {"attention_mass"}  # the rest is of one row
     masses = found["attention_mass"]
     for prompt in range(len(batch)):
         queries = batch.spans["cot"][prompt].nonzero().flatten().tolist()
@@ -175,7 +246,9 @@ def test_batched_equals_one_by_one(case: Case) -> None:
     for prompt in range(len(case.batch)):
         alone = read(case, reader, case.batch.select([prompt]))
         close(alone["attention_mass"][0], together["attention_mass"][prompt])
-        assert torch.equal(alone["attention_argmax"][0], together["attention_argmax"][prompt])
+        for name in ("attention_argmax", "attention_argmax_pos", "visible_keys"):
+            assert torch.equal(alone[name][0], together[name][prompt])
+        close(alone["attention_entropy"][0], together["attention_entropy"][prompt])
 
 
 def test_the_prompt_row_under_a_cache(case_gqa: Case) -> None:
