@@ -129,7 +129,7 @@ def _named(reading: Reading, sets: Iterable[Head | Iterable[Head]]) -> dict[str,
         members: list[Any] = list(item) if isinstance(item, Iterable) else [item]
         # (1, 5) is a head, ((1, 5), (2, 0)) a set of two
         heads = [tuple(members)] if members and not isinstance(members[0], Iterable) else members
-        checked = sorted(facts.check_heads(heads))  # type: ignore[arg-type]
+        checked = sorted(facts.check_heads(heads))
         if not checked:
             raise UnknownHead("a set without heads was given; the baseline is measured anyway, leave it out.")
         named[set_name(checked)] = checked
