@@ -9,6 +9,7 @@ from rim_lens.measures.controls import (
 )
 from rim_lens.measures.heads.effects import head_effects
 from rim_lens.measures.heads.finding import find_heads, head_table, scorer
+from rim_lens.measures.heads.pairs import pair_interactions, redundant_pairs
 from rim_lens.measures.heads.readings import (
     Reading,
     accuracy_reading,
@@ -17,6 +18,8 @@ from rim_lens.measures.heads.readings import (
     refused_reading,
 )
 from rim_lens.measures.patching import head_patching, patching_table, span_patching
+from rim_lens.measures.probes.probing import probe
+from rim_lens.measures.probes.result import ProbeResult
 from rim_lens.measures.reasoning import Accuracy, reasoning_accuracy
 from rim_lens.measures.refusal.agreeing import Agreement, agreement
 from rim_lens.measures.refusal.direction import RefusalDirection, refusal_direction
@@ -47,6 +50,7 @@ __all__ = [
     "Judgement",
     "PairedTest",
     "PrefixJudge",
+    "ProbeResult",
     "Rate",
     "Reading",
     "ReciprocalShift",
@@ -65,14 +69,17 @@ __all__ = [
     "head_table",
     "judge_all",
     "opener_ids",
+    "pair_interactions",
     "patching_table",
     "percentile_among",
     "prefix_reading",
+    "probe",
     "proportion_interval",
     "random_heads_per_layer",
     "random_neurons_per_layer",
     "reasoning_accuracy",
     "reciprocal_activation_shift",
+    "redundant_pairs",
     "refusal_direction",
     "refusal_prefix_score",
     "refusal_rate",

@@ -1,0 +1,1 @@
+"""Probes of the residual stream, and what ablating their directions does."""
