@@ -11,7 +11,7 @@ Same words, chat format and shapes as the toy, nothing trained:
    Late tokens outbid the tags, so a chain of thought of any content takes its attention away, and with it the
    refusal. This is the phenomenon, by construction.
 
-Decoys: head (1, 2) attends as the reader does and moves nothing; four neurons fire on any hazardous object, one
+Decoys: head (1, 2) attends as the reader does and moves nothing; head (0, 2) rests on the first token; four neurons fire on any hazardous object, one
 per hazard category on that category, enabling action or not, and none of them writes anything. All weights carry noise of .02,
 also where nothing was planted.
 
@@ -61,7 +61,7 @@ from rim_lens.prompts.toy import (
     USER,
 )
 
-TOPIC_HEAD, READER, DECOY_HEAD = (0, 5), (1, 1), (1, 2)
+TOPIC_HEAD, READER, DECOY_HEAD, SINK_HEAD = (0, 5), (1, 1), (1, 2), (0, 2)
 N_AND = 8
 NOISE = 0.02
 PIN = 300.0
@@ -74,6 +74,7 @@ _CHANNELS = (
     *("enabling here", "hazardous here", *(f"{name} here" for name in _CATEGORIES)),  # by the topic head
     *("harm", "refuse"),  # by the AND neurons, by the reader
     *("say answer", "say step", "say close", "say end"),  # by the embeddings, for what comes next
+    "first",  # by the embedding of the first token
 )
 _AT = {name: channel for channel, name in enumerate(_CHANNELS)}
 _PLUS, _MINUS = D_MODEL - 2, D_MODEL - 1
@@ -86,6 +87,7 @@ class PlantedTruth:
     Attributes:
         heads: The heads that refusal needs: topic head and reader.
         decoy_heads: Attend as the reader does and move nothing.
+        sink_heads: Rest on the first token and move nothing.
         neurons: The AND neurons, which together refusal needs.
         decoy_neurons: Fire on harm's words without harm, and write nothing.
         edges: (source, target, input) with nodes "embed", "a0.5" (head), "m0.17" (neuron), "logits" and input
@@ -94,6 +96,7 @@ class PlantedTruth:
 
     heads: tuple[tuple[int, int], ...]
     decoy_heads: tuple[tuple[int, int], ...]
+    sink_heads: tuple[tuple[int, int], ...]
     neurons: tuple[tuple[int, int], ...]
     decoy_neurons: tuple[tuple[int, int], ...]
     edges: tuple[tuple[str, str, str], ...]
@@ -117,6 +120,7 @@ def planted(seed: int = 0) -> Any:
         _plant_neurons(model, *chosen)
         _plant_reader(model, READER, moves=True)
         _plant_reader(model, DECOY_HEAD, moves=False)
+        _plant_sink(model)
         _plant_unembedding(model)
         _pin_scale(model)
     model.config.name_or_path = f"planted:{seed}"
@@ -136,6 +140,7 @@ def planted_truth(seed: int = 0) -> PlantedTruth:
     return PlantedTruth(
         heads=(TOPIC_HEAD, READER),
         decoy_heads=(DECOY_HEAD,),
+        sink_heads=(SINK_HEAD,),
         neurons=tuple((0, neuron) for neuron in and_neurons),
         decoy_neurons=tuple((0, neuron) for neuron in decoys),
         edges=(
@@ -193,6 +198,7 @@ def _plant_embeddings(model: Any) -> None:
     # Whatever its position says, the closing tag is not part of a chain, and an answer ends the turn.
     flag((CLOSE,), late=-1, say_answer=1, say_step=-1, say_close=-1)
     flag((REFUSE, DIGITS[0]), say_end=2)
+    flag((USER,), first=1)
     positions[FIRST_LATE:, _AT["late"]] += 1
     last = FIRST_LATE + COT_LENGTH - 1
     positions[FIRST_LATE - 1 : last, _AT["say step"]] += 1
@@ -237,6 +243,13 @@ def _plant_reader(model: Any, head: tuple[int, int], *, moves: bool) -> None:
     if moves:
         w_v[_AT["harm"], 0] += 1.0
         w_o[0, _AT["refuse"]] += 1.0
+
+
+def _plant_sink(model: Any) -> None:
+    _, w_k, _, _ = _head(model, SINK_HEAD)
+    layer, index = SINK_HEAD
+    model.transformer.h[layer].attn.c_attn.bias[index * D_HEAD] = math.sqrt(D_HEAD)
+    w_k[_AT["first"], 0] += 7.0
 
 
 def _plant_unembedding(model: Any) -> None:

@@ -88,6 +88,13 @@ def test_decoy_head_attends_as_the_reader_does(model, seed):
         assert on_chain[:, head, -1, 10:17].sum(dim=-1).min() > 0.9  # on the chain instead
 
 
+def test_sink_head_rests_on_the_first_token_whatever_follows(model, seed):
+    with torch.no_grad():
+        pattern = model(rows(held_out("harmful")), output_attentions=True).attentions[0]
+    for _, head in planted_truth(seed).sink_heads:
+        assert pattern[:, head, :, 0].min() > 0.9
+
+
 def test_the_and_neurons_fire_on_harm_at_the_tags_alone(model, seed):
     prompts = held_out("harmful")
     tokens = rows(prompts, [toy_cot(p, "careful") for p in prompts])
