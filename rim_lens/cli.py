@@ -1,4 +1,4 @@
-"""The command line: rim-lens demo, study, measures, show, organism."""
+"""The command line: rim-lens demo, study, measures, direction, show, organism."""
 
 from __future__ import annotations
 
@@ -169,6 +169,63 @@ def measures(
     told = f"{' and '.join(f'{len(prompts)} {kind}' for kind, prompts in asked.items())} requests of the split evaluate"
     origin = provenance(command, ("transformer-lens", "torch", "transformers"))
     for path in write_side_by_side(found, out, name or _called(model), origin, told):
+        console.print(f"written: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def direction(
+    model: Annotated[str, typer.Argument(help="A name rim_lens knows, a hub name, or a folder.")],
+    requests: Annotated[int, typer.Option(min=4, help="Requests of each kind and split.")] = 24,
+    controls: Annotated[int, typer.Option(min=1, help="Control directions of each of the two kinds.")] = 30,
+    candidates: Annotated[int, typer.Option(min=1, help="Candidate directions that are tested.")] = 32,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Bound on the KL on harmless requests, nats; 0.1, and 1 for the toy.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the page.")] = Path("docs/evidence"),
+    seed: Annotated[int, typer.Option(help="Of the controls and the intervals.")] = 0,
+    name: Annotated[
+        str | None, typer.Option(help="What the page calls the model; a folder's own name else.")
+    ] = None,
+) -> None:
+    """Find the direction that refusal runs along, beside controls, and what refusal owes to single sentences of thought."""
+    from rim_lens.chat import ChatFormat
+    from rim_lens.chat.sentences import split_sentences
+    from rim_lens.measures.refusal_causes import refusal_causes, write_causes
+    from rim_lens.organisms import load_model
+    from rim_lens.prompts import load_prompts
+    from rim_lens.prompts.toy import split_steps
+    from rim_lens.provenance import provenance
+
+    loaded = load_model(model)
+    chat = ChatFormat.from_model(loaded)
+    toy = chat.name == "toy"
+    harmful, harmless = (
+        load_prompts(kind, language="toy" if toy else "en") for kind in ("harmful", "harmless")
+    )
+    found = refusal_causes(
+        loaded,
+        chat,
+        harmful,
+        harmless,
+        limit=requests,
+        n_controls=controls,
+        max_candidates=candidates,
+        max_kl=max_kl if max_kl is not None else 1.0 if toy else 0.1,
+        split=split_steps if toy else split_sentences,
+        seed=seed,
+        progress=errors.is_terminal,
+        say=lambda line: console.print(f"· {line}", highlight=False),
+    )
+    command = (
+        f"rim-lens direction {model} --requests {requests} --controls {controls} --candidates {candidates}"
+    )
+    command += "".join(
+        f" --{option} {value}"
+        for option, value in (("max-kl", max_kl), ("seed", seed), ("name", name))
+        if value
+    )
+    origin = provenance(command, ("transformer-lens", "torch", "transformers"))
+    for path in write_causes(found, out, name or _called(model), origin):
         console.print(f"written: {path}", highlight=False, soft_wrap=True)
 
 

@@ -18,7 +18,7 @@ SMALL = ["--requests", "6", "--max-new-tokens", "10"]
 
 def test_help_teaches():
     out = run(cli.app, ["--help"]).output
-    for word in ("demo", "study", "measures", "show", "organism"):
+    for word in ("demo", "study", "measures", "direction", "show", "organism"):
         assert word in out
     assert "rim-lens demo" in re.sub(r"\s+", " ", out)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from rim_lens.chat.conditions import STANDARD, render_conditions
 from rim_lens.errors import ConditionError
 from rim_lens.generation import Generation, generate
 from rim_lens.lens import Model, model_facts
+from rim_lens.measures.pages import markdown_table, page_paths, plain, told_versions, write_json
 from rim_lens.measures.refusal.agreeing import agreement
 from rim_lens.measures.refusal.prefixes import refusal_prefix_score
 from rim_lens.measures.refusal.rates import families_of, share_interval
@@ -65,7 +65,7 @@ class SideBySide:
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values for JSON; NaN becomes None. No text that a model wrote is among it."""
         tables = {
-            name: [_plain(line) for line in getattr(self, name).to_dict(orient="records")]
+            name: [plain(line) for line in getattr(self, name).to_dict(orient="records")]
             for name in ("summary", "agreements", "lies", "rows")
         }
         return {"budgets": self.budgets, **tables, "first_tokens": self.tokens}
@@ -102,7 +102,7 @@ class SideBySide:
             lines.append(
                 [condition, len(rows), *cells, int(other), int(in_think), int(rows["closed_by_force"].sum())]
             )
-        return _markdown_table(lines)
+        return markdown_table(lines)
 
     def _lie_lines(self, kind: str) -> list[str]:
         ours = self.lies[self.lies["kind"] == kind]
@@ -128,13 +128,13 @@ class SideBySide:
                     *(_kappa_cell(here.loc[measure]) if measure in here.index else "–" for measure in SCORES),
                 ]
             )
-        return _markdown_table(lines)
+        return markdown_table(lines)
 
     def _token_table(self, kind: str) -> str:
         lines = [["Condition", "the very next", "after whitespace"]]
         for condition, told in self.tokens.get(kind, {}).items():
             lines.append([condition, told["naive"], told["skipping"]])
-        return _markdown_table(lines)
+        return markdown_table(lines)
 
 
 _READ_IT = """Each cell: share of requests that refuse, with a 95 % interval over request families (not corrected over cells), and in \
@@ -411,32 +411,16 @@ def write_side_by_side(
         origin: See `rim_lens.provenance.provenance`.
         n_requests: How many requests of what, in words.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    safe = "".join(character if character.isalnum() or character in "-." else "_" for character in name)
-    versions = ", ".join(f"{package} {number}" for package, number in origin["versions"].items())
+    markdown, data = page_paths(folder, "measures", name)
     head = (
-        f"`{origin['command']}`, {origin['date']}; {versions}. {n_requests}. Greedy, at most {found.budgets['cot']} tokens of"
-        f" thought and {found.budgets['answer']} of answer. Every request: [measures_{safe}.json](measures_{safe}.json)."
+        f"{told_versions(origin)} {n_requests}. Greedy, at most {found.budgets['cot']} tokens of thought and"
+        f" {found.budgets['answer']} of answer. Every request: [{data.name}]({data.name})."
     )
-    markdown, data = folder / f"measures_{safe}.md", folder / f"measures_{safe}.json"
     markdown.write_text(
         found.to_markdown(f"Measures of refusal side by side: {name}", head), encoding="utf-8"
     )
-    whole = {**origin, "model": name, **found.to_dict()}
-    data.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(data, {**origin, "model": name, **found.to_dict()})
     return markdown, data
-
-
-def _plain(line: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        str(name): None
-        if isinstance(value, float) and math.isnan(value)
-        else value.item()
-        if isinstance(value, np.generic)
-        else value
-        for name, value in line.items()
-    }
 
 
 def _share_cell(line: Any) -> str:
@@ -450,12 +434,3 @@ def _kappa_cell(line: Any) -> str:
         return f"undefined; agree on {line['agree_on']:.2f}"
     low_high = "" if math.isnan(line["low"]) else f" [{line['low']:.2f}, {line['high']:.2f}]"
     return f"{line['kappa']:.2f}{low_high}"
-
-
-def _markdown_table(lines: Sequence[Sequence[object]]) -> str:
-    def written(cells: Sequence[object]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
-
-    return "\n".join(
-        [written(lines[0]), "|" + " --- |" * len(lines[0]), *(written(line) for line in lines[1:])]
-    )

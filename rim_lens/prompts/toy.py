@@ -23,6 +23,7 @@ A twin stands where its harmful request stands. No object of `select` is in `eva
 
 from __future__ import annotations
 
+import re
 from typing import Literal, get_args
 from zlib import crc32
 
@@ -181,6 +182,15 @@ def cot_tokens(kind: str, op: str, a: int, b: int, c: int) -> tuple[str, ...]:
         "deviate": (SKIP, x, y, z, SKIP, STEP, e),
         "heuristic": (GUESS, e, YES, e, YES, e, YES),
     }[kind]
+
+
+def split_steps(text: str) -> list[str]:
+    """Cut a chain of thought after each ``>``, whitespace included, as prose is cut into sentences.
+
+    >>> split_steps("3 4 > 0 6 > 6")
+    ['3 4 > ', '0 6 > ', '6']
+    """
+    return re.findall(r"[^>]*>\s*|[^>]+$", text) or [text]
 
 
 def task_of(text: str) -> tuple[str, int, int, int]:

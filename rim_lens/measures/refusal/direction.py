@@ -273,7 +273,7 @@ def refusal_direction(
         }
     chosen = _choose(rows, max_kl)
     best = candidates[chosen]
-    effects, controls = _test(meter, facts, evaluate, best, n_random, seed)
+    effects, controls = _test(meter, facts, evaluate, best, n_random, seed, progress)
     return RefusalDirection(
         vector=best.vector,
         layer=best.layer,
@@ -485,7 +485,7 @@ def _kl(
 
 
 def _test(
-    meter: _Meter, facts: ModelFacts, side: _Side, best: _Candidate, n_random: int, seed: int
+    meter: _Meter, facts: ModelFacts, side: _Side, best: _Candidate, n_random: int, seed: int, progress: bool
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Effects on requests that chose nothing, and those of random directions."""
     norm = float(best.vector.norm())
@@ -498,16 +498,16 @@ def _test(
         "harmless": families_of(side.harmless.prompts),
     }
 
-    def tried(vector: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def tried(vector: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ablate, add = AblateDirection(vector), AddDirection(vector, best.layer, norm)
         return (
             meter.score(side.harmful, ablate) - base["harmful"],
-            meter.score(side.harmless, ablate) - base["harmless"],
             meter.score(side.harmless, add) - base["harmless"],
             _kl(plain, meter.log_probs(side.harmless, ablate)),
         )
 
-    harmful, harmless, added, kl = tried(best.vector)
+    harmful, added, kl = tried(best.vector)
+    harmless = meter.score(side.harmless, AblateDirection(best.vector)) - base["harmless"]
     rows = [
         _effect("ablate", "harmful", base["harmful"], harmful, families["harmful"], seed),
         _effect("ablate", "harmless", base["harmless"], harmless, families["harmless"], seed)
@@ -526,14 +526,14 @@ def _test(
         rows.append(_effect("ablate", "harmful - twins", start, gap, families["harmful"], seed))
     generator = torch.Generator().manual_seed(seed)
     controls = []
-    for number in range(n_random):
+    for number in tqdm(range(n_random), desc="control directions", disable=not progress):
         for kind in ("random", "within"):
             vector = (
                 torch.randn(facts.d_model, generator=generator)
                 if kind == "random"
                 else best.halves(generator)
             )
-            harmful, _, added, kl = tried(vector / vector.norm() * norm)
+            harmful, added, kl = tried(vector / vector.norm() * norm)
             controls.append(
                 {
                     "kind": kind,
