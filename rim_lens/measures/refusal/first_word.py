@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rim_lens.batching import micro_batches
@@ -31,12 +31,14 @@ class FirstWord:
         rows: Row numbers of the batch.
         logits: Of that word, [row, d_vocab].
         skipped: Whitespace tokens passed over.
+        written: Those tokens, [row, skipped].
         decoder: Makes a decoder that has read these rows up to here.
     """
 
     rows: list[int]
     logits: Float[Tensor, "row d_vocab"]
     skipped: int
+    written: Int[Tensor, "row skipped"]
     decoder: Callable[[], Decoder]
 
 
@@ -119,6 +121,7 @@ def _of_group(
     what: str,
 ) -> Iterator[FirstWord]:
     decoder = Decoder(model)
+    written = torch.tensor(forced, dtype=torch.long).expand(len(rows), -1)
     with bound(components, batch, rows) as part:
         if not len(blank) and not forced:
             logits = require_finite(last_logits(model, part.tokens, part.attention_mask), what).cpu()
@@ -127,7 +130,7 @@ def _of_group(
         for token in forced:
             logits = require_finite(decoder.step(torch.full((len(rows),), token)), what).cpu()
     if not len(blank) and not forced:
-        yield FirstWord(rows, logits, 0, lambda: _prefilled(model, batch, components, rows))
+        yield FirstWord(rows, logits, 0, written, lambda: _prefilled(model, batch, components, rows))
         return
     width, skipped = part.tokens.shape[1], len(forced)
     while True:
@@ -137,7 +140,11 @@ def _of_group(
         if len(ready):
             its_rows = [rows[place] for place in ready.tolist()]
             yield FirstWord(
-                its_rows, logits[ready], skipped, _going_on(decoder, batch, its_rows, ready, width)
+                its_rows,
+                logits[ready],
+                skipped,
+                written[ready],
+                _going_on(decoder, batch, its_rows, ready, width),
             )
         if not len(waiting):
             return
@@ -146,6 +153,7 @@ def _of_group(
         with bound(components, batch, rows) as part:
             width = part.tokens.shape[1]
             logits = require_finite(decoder.step(next_tokens[waiting]), what).cpu()
+        written = torch.cat([written[waiting], next_tokens[waiting][:, None]], dim=1)
         skipped += 1
 
 

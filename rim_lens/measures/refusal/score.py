@@ -82,7 +82,7 @@ def refusal_score(
     require_eval(model)
     tokenizer = tokenizer_of(model)
     ids = torch.tensor(opener_ids(tokenizer, openers))
-    log_odds = np.empty(len(batch), dtype=np.float64)
+    scores = np.empty(len(batch), dtype=np.float64)
     first = np.empty(len(batch), dtype=np.int64)
     share = np.empty(len(batch), dtype=np.float64)
     skipped = np.empty(len(batch), dtype=np.int64)
@@ -98,13 +98,13 @@ def refusal_score(
             what="refusal_score",
         ):
             chances = word.logits.double().softmax(dim=-1)
-            log_odds[word.rows] = _log_odds(word.logits, ids)
+            scores[word.rows] = log_odds(word.logits, ids)
             share[word.rows], first[word.rows] = (found.numpy() for found in chances.max(dim=-1))
             skipped[word.rows] = word.skipped
             summed = chances.sum(dim=0)
             mass = summed if mass is None else mass + summed
     return xr.DataArray(
-        log_odds,
+        scores,
         dims="prompt",
         coords={
             "prompt": [prompt.id for prompt in batch.prompts],
@@ -211,10 +211,11 @@ def _line(
     )
 
 
-def _log_odds(
+def log_odds(
     logits: Float[Tensor, "prompt d_vocab"], ids: Int[Tensor, " opener"]
 ) -> Float[Tensor, " prompt"]:
+    """Log-odds of these tokens against all others, in float64; gradients pass."""
     wide = logits.double()
-    others = torch.ones(wide.shape[1], dtype=torch.bool)
+    others = torch.ones(wide.shape[1], dtype=torch.bool, device=wide.device)
     others[ids] = False
     return wide[:, ids].logsumexp(dim=1) - wide[:, others].logsumexp(dim=1)

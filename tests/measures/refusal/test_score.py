@@ -18,7 +18,7 @@ from rim_lens.errors import CaptureError, ConditionError, EmptySpan, NotEnoughDa
 from rim_lens.hooks import AblateHeads
 from rim_lens.measures.refusal.openers import OPENERS, opener_ids, whitespace_ids
 from rim_lens.measures.refusal.rates import refusal_rate, share_interval
-from rim_lens.measures.refusal.score import _log_odds, refusal_score
+from rim_lens.measures.refusal.score import log_odds, refusal_score
 from rim_lens.organisms.toy.host import TOKEN, toy_tokenizer
 from tests.families import FAMILIES
 from tests.speaking import REQUESTS, Spoken, Writer, fresh, ids_of, logits_alone, toy_speaking, writer
@@ -163,16 +163,16 @@ def test_a_constant_added_to_all_logits_changes_nothing(
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(3, 40, generator=generator, dtype=torch.float64)
     ids = torch.randperm(40, generator=generator)[:n_ids]
-    found = _log_odds(logits, ids)
-    torch.testing.assert_close(_log_odds(logits + shift, ids), found, atol=1e-8, rtol=1e-8)
+    found = log_odds(logits, ids)
+    torch.testing.assert_close(log_odds(logits + shift, ids), found, atol=1e-8, rtol=1e-8)
     singles = logits.float()
     by_numpy = [
         np.logaddexp.reduce(row[ids.numpy()]) - np.logaddexp.reduce(np.delete(row, ids.numpy()))
         for row in singles.double().numpy()
     ]
-    np.testing.assert_allclose(_log_odds(singles, ids), by_numpy, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(log_odds(singles, ids), by_numpy, rtol=1e-12, atol=1e-12)
     rest = torch.tensor([token for token in range(40) if token not in ids.tolist()])
-    torch.testing.assert_close(_log_odds(logits, rest), -found)  # refusing and not refusing mirror each other
+    torch.testing.assert_close(log_odds(logits, rest), -found)  # refusing and not refusing mirror each other
 
 
 # --- what is refused -------------------------------------------------------------------------------------
