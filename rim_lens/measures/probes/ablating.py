@@ -45,7 +45,8 @@ class Meter:
         """The columns of the table that say what ablating a direction does."""
         harmful, twins = self.effect(direction, "harmful"), self.effect(direction, "harmless")
         families = {kind: families_of(self.groups.scored[kind].prompts) for kind in ("harmful", "harmless")}
-        told = interval_columns("effect", harmful, families["harmful"], seed)
+        told = {"baseline": float(self.baseline["harmful"].mean())}
+        told |= interval_columns("effect", harmful, families["harmful"], seed)
         told |= interval_columns("effect_twins", twins, families["harmless"], seed)
         if self.pairs:
             own, other = (list(side) for side in zip(*self.pairs, strict=True))

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from rim_lens.batching import MAX_ROWS
@@ -24,22 +23,12 @@ from rim_lens.measures.probes.groups import Contrast, Groups, check_contrast, gr
 from rim_lens.measures.probes.places import SIX, check_places
 from rim_lens.measures.probes.reading import Stream, stream_at
 from rim_lens.measures.probes.result import ProbeResult
-from rim_lens.measures.probes.separating import cross_validate, separation
+from rim_lens.measures.probes.rows import frame, separations, state, without
 from rim_lens.measures.two_sides import two_sides
 from rim_lens.prompts import Prompt
 
 if TYPE_CHECKING:
-    import pandas as pd
     import xarray as xr
-
-COLUMNS = (
-    *("condition", "layer", "place", "n_positive", "n_negative", "auc", "auc_low", "auc_high", "accuracy"),
-    *("share_positive", "share_negative", "auc_cv", "auc_cv_low", "auc_cv_high", "accuracy_cv"),
-    *("effect", "effect_low", "effect_high", "effect_twins", "effect_twins_low", "effect_twins_high"),
-    *("specificity", "specificity_low", "specificity_high", "percentile", "n_controls", "state"),
-)
-_TEXT = ("condition", "place", "state")
-_COUNTS = ("layer", "n_positive", "n_negative", "n_controls")
 
 # (layer, place) to ablate; how many, best first; or all
 Ablate = int | Literal["all"] | Sequence[tuple[int, str]]
@@ -88,9 +77,10 @@ def probe(
     class: then there is no probe, and `reasons` and `state` say so.
 
     What it does not show: that the direction *means* harm or refusal, or that the model reads it at that place: ablation
-    is at every position and write. "moves refusal" needs an interval away from 0 on harmful requests, at least
-    `min_effect` nats, and an interval of the difference to the twins away from 0 (to the mean of the harmless ones where
-    not all have a twin). No correction is made for the number of directions tested.
+    is at every position and write. "lowers refusal" needs an effect on harmful requests whose interval is away from 0, of at
+    least `min_effect` nats, larger than those of 95 % of the controls (of all of them, where there are fewer than 20), and of
+    the same sign as the difference to the twins, whose interval is away from 0 too (where none has a twin: an effect outside
+    the interval of the harmless ones). No correction is made for the number of directions tested.
 
     Args:
         model: Any HookedTransformer or TransformerBridge, in eval mode.
@@ -117,8 +107,8 @@ def probe(
     Returns:
         A `ProbeResult`, whose table has one row per condition, layer and place: n_positive and n_negative (evaluate samples),
         auc with its interval over families, accuracy (mean of both classes' shares on their side), share_positive and
-        share_negative (above the threshold: the paper's probe score), the same by cross-validation on select (_cv); effect,
-        effect_twins (on all harmless requests of the side) and specificity (harmful − its own twin), mean change of the
+        share_negative (above the threshold: the paper's probe score), the same by cross-validation on select (_cv); baseline
+        (mean refusal score of the harmful requests), effect, effect_twins (on all harmless requests of the side) and specificity (harmful − its own twin), mean change of the
         refusal score in nats with intervals; percentile of the effect's size among n_controls; and state.
 
     Raises:
@@ -134,7 +124,7 @@ def probe(
     >>> found = rl.probe(model, chat, *requests, places=["think_close"], ablate="all", n_controls=0, limit=12)
     >>> row = found.table.set_index("layer").loc[1]
     >>> float(row["auc"]), bool(row["effect_high"] < -5), row["state"]
-    (1.0, True, 'separates, moves refusal')
+    (1.0, True, 'separates, lowers refusal')
     """
     groups = check_contrast(contrast)
     check_places(places)
@@ -165,7 +155,7 @@ def probe(
         why = select[name].lacking(groups)
         if why:
             reasons[name] = why
-            rows += _without(name, facts.n_layers, places, evaluate[name], groups, why)
+            rows += without(name, facts.n_layers, places, evaluate[name], groups, why)
             continue
         train = [
             stream_at(model, select[name].batches[group], places, site=site, max_rows=max_rows)
@@ -177,7 +167,7 @@ def probe(
         kept = common_places(train[0], train[1], places)
         absent[name] = [place for place in places if place not in kept]
         probes[name] = fit_probes(train[0], train[1], kept, site=site, condition=name)
-        table = _separations(probes[name], train, held_out, select[name], evaluate[name], groups, folds, seed)
+        table = separations(probes[name], train, held_out, select[name], evaluate[name], groups, folds, seed)
         chosen = _chosen(table, ablate)
         if chosen and not evaluate[name].unscored:
             meter = Meter(model, evaluate[name], openers, max_rows)
@@ -186,10 +176,10 @@ def probe(
                 samples = [taken(side, [one.place])[:, one.layer, 0] for side in train]
                 cell.update(meter.ablated(one.direction, samples, n_controls, seed))
         for row in table:
-            row["state"] = _state(row, min_effect, evaluate[name], groups)
+            row["state"] = state(row, min_effect, evaluate[name], groups)
         rows += table
     return ProbeResult(
-        table=_frame(rows),
+        table=frame(rows),
         probes=probes,
         reasons=reasons,
         absent={name: gone for name, gone in absent.items() if gone},
@@ -267,81 +257,6 @@ def _stream_of(
     return stream_at(model, batch, places, site=site, max_rows=max_rows) if len(batch) else None
 
 
-def _separations(
-    probes: Probes,
-    train: Sequence[xr.DataArray],
-    held_out: Sequence[xr.DataArray | None],
-    select: Groups,
-    evaluate: Groups,
-    groups: tuple[str, str],
-    folds: int,
-    seed: int,
-) -> list[dict[str, Any]]:
-    places = list(probes.places)
-    families = select.families(groups[0]), select.families(groups[1])
-    positive, negative = (taken(side, places) for side in train)
-    inside = cross_validate(positive, negative, families, folds, seed=seed)
-    n_layers, d_model = probes.direction.shape[0], probes.direction.shape[2]
-    tested = [
-        np.empty((0, n_layers, len(places), d_model))
-        if streams is None
-        else streams.reindex(place=places).values
-        for streams in held_out
-    ]
-    outside = separation(
-        probes,
-        tested[0],
-        tested[1],
-        (evaluate.families(groups[0]), evaluate.families(groups[1])),
-        seed=seed,
-    )
-    shares = [probes.score_share(streams) for streams in tested]
-    counts = [np.isfinite(streams[:, 0, :, 0]).sum(axis=0) for streams in tested]
-    return [
-        _blank(probes.condition, layer, place)
-        | {
-            "n_positive": int(counts[0][column]),
-            "n_negative": int(counts[1][column]),
-            "auc": float(outside.auc[layer, column]),
-            "auc_low": float(outside.low[layer, column]),
-            "auc_high": float(outside.high[layer, column]),
-            "accuracy": float(outside.accuracy[layer, column]),
-            "share_positive": float(shares[0][layer, column]),
-            "share_negative": float(shares[1][layer, column]),
-            "auc_cv": float(inside.auc[layer, column]),
-            "auc_cv_low": float(inside.low[layer, column]),
-            "auc_cv_high": float(inside.high[layer, column]),
-            "accuracy_cv": float(inside.accuracy[layer, column]),
-            "_gap": float(inside.gap[layer, column]),
-            "_empty": not probes.direction[layer, column].any(),
-        }
-        for layer in range(n_layers)
-        for column, place in enumerate(places)
-    ]
-
-
-def _blank(condition: str, layer: int, place: str) -> dict[str, Any]:
-    return {
-        **dict.fromkeys(COLUMNS, float("nan")),
-        **{"condition": condition, "layer": layer, "place": place},
-        **{"n_positive": 0, "n_negative": 0, "n_controls": 0, "state": "not tested"},
-    }
-
-
-def _without(
-    condition: str, n_layers: int, places: Sequence[str], evaluate: Groups, groups: tuple[str, str], why: str
-) -> list[dict[str, Any]]:
-    counts = {
-        "n_positive": len(evaluate.batches[groups[0]]),
-        "n_negative": len(evaluate.batches[groups[1]]),
-    }
-    return [
-        _blank(condition, layer, place) | counts | {"state": why}
-        for layer in range(n_layers)
-        for place in places
-    ]
-
-
 # --- ablation ------------------------------------------------------------------------------------------
 
 
@@ -358,36 +273,3 @@ def _chosen(table: list[dict[str, Any]], ablate: Ablate) -> list[dict[str, Any]]
 def _rank(row: dict[str, Any]) -> tuple[float, float]:
     best = (row["auc_cv"], row["_gap"])
     return tuple(-value if math.isfinite(value) else math.inf for value in best)  # type: ignore[return-value]
-
-
-def _state(row: dict[str, Any], min_effect: float, evaluate: Groups, groups: tuple[str, str]) -> str:
-    if math.isnan(row["auc"]):
-        of = sum(evaluate.outcomes.values())
-        lacking = groups[0] if row["n_positive"] == 0 else groups[1]
-        return f"not evaluated: 0 of {of} {lacking}" if of else "not evaluated: no token there"
-    if row["_empty"]:
-        return "both classes read the same"
-    separates = "separates" if row["auc_low"] > 0.5 else "does not separate"
-    if math.isnan(row["effect"]):
-        why = f" ({evaluate.unscored})" if evaluate.unscored else ""
-        return f"{separates}, not tested{why}"
-    moves = abs(row["effect"]) >= min_effect and _away(row, "effect")
-    if not moves:
-        return f"{separates}, refusal unmoved"
-    specific = _away(row, "specificity") or (
-        math.isnan(row["specificity"])
-        and not row["effect_twins_low"] <= row["effect"] <= row["effect_twins_high"]
-    )
-    return f"{separates}, moves {'refusal' if specific else 'both kinds'}"
-
-
-def _away(row: dict[str, Any], name: str) -> bool:
-    return bool(row[f"{name}_low"] > 0 or row[f"{name}_high"] < 0)
-
-
-def _frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    import pandas as pd
-
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    kinds = {name: str if name in _TEXT else int if name in _COUNTS else float for name in COLUMNS}
-    return table.astype({name: kind for name, kind in kinds.items() if kind is not str})

@@ -172,7 +172,11 @@ def _separation(
             low[layer, column], high[layer, column] = float(interval.low), float(interval.high)
             continue
         won, of = (one_hot[0].T @ matrix @ one_hot[1] for matrix in (wins, pairs.astype(np.float64)))
-        totals = [np.einsum("bi,ij,bj->b", drawn, matrix, drawn, optimize=True) for matrix in (won, of)]
+        # A family drawn twice is not paired with its own copy: twins would count twice as often as among the data.
+        totals = [
+            ((drawn @ matrix) * drawn).sum(axis=1) - (drawn * (drawn - 1)) @ np.diag(matrix)
+            for matrix in (won, of)
+        ]
         usable = totals[1] > 0
         low[layer, column], high[layer, column] = np.quantile(totals[0][usable] / totals[1][usable], ends)
     return Separation(found, low, high, accuracy, gap)
