@@ -18,6 +18,9 @@ from rim_lens.measures.heads.readings import (
     refused_reading,
 )
 from rim_lens.measures.patching import head_patching, patching_table, span_patching
+from rim_lens.measures.probes.after_ablation import ProbesAfterAblation, probe_after_ablation
+from rim_lens.measures.probes.cliff import Cliff, refusal_cliff
+from rim_lens.measures.probes.fitting import fit_probes
 from rim_lens.measures.probes.probing import probe
 from rim_lens.measures.probes.result import ProbeResult
 from rim_lens.measures.reasoning import Accuracy, reasoning_accuracy
@@ -44,6 +47,7 @@ from rim_lens.measures.stats import (
 __all__ = [
     "Accuracy",
     "Agreement",
+    "Cliff",
     "EndpointJudge",
     "Interval",
     "Judge",
@@ -51,6 +55,7 @@ __all__ = [
     "PairedTest",
     "PrefixJudge",
     "ProbeResult",
+    "ProbesAfterAblation",
     "Rate",
     "Reading",
     "ReciprocalShift",
@@ -64,6 +69,7 @@ __all__ = [
     "control_p",
     "find_heads",
     "first_tokens",
+    "fit_probes",
     "head_effects",
     "head_patching",
     "head_table",
@@ -74,12 +80,14 @@ __all__ = [
     "percentile_among",
     "prefix_reading",
     "probe",
+    "probe_after_ablation",
     "proportion_interval",
     "random_heads_per_layer",
     "random_neurons_per_layer",
     "reasoning_accuracy",
     "reciprocal_activation_shift",
     "redundant_pairs",
+    "refusal_cliff",
     "refusal_direction",
     "refusal_prefix_score",
     "refusal_rate",
