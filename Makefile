@@ -34,9 +34,12 @@ contract: .venv-tl2/ready-dev
 evidence: .venv/ready-dev evidence-oracles evidence-statistics
 	.venv/bin/rim-lens organism toy --seeds 0-5 --out docs/evidence
 	.venv/bin/rim-lens organism smollm2 --seeds 0-2 --out docs/evidence
+	.venv/bin/rim-lens organism smollm2 --newline --seeds 0 --adapters runs/smollm2-newline --out docs/evidence
 	.venv/bin/rim-lens measures smollm2-refusal --requests 24 --max-cot-tokens 96 --out docs/evidence
 	.venv/bin/rim-lens measures smollm2 --requests 12 --no-twins --max-cot-tokens 48 --condition off --condition careful \
 	  --condition filler --condition unrelated --out docs/evidence
+	.venv/bin/rim-lens measures runs/smollm2-newline/seed-0 --requests 24 --name smollm2-newline --out docs/evidence
+	.venv/bin/rim-lens direction smollm2-refusal --requests 24 --controls 30 --candidates 32 --out docs/evidence
 
 # The largest difference of each editor from an independent computation, in every family and version.
 evidence-oracles: .venv/ready-dev .venv-tl3/ready-dev .venv-tl2/ready-dev

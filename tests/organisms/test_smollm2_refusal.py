@@ -126,6 +126,29 @@ def test_docs_show_the_committed_evidence():
     assert recipe.goals_table(found) in page
 
 
+def test_docs_show_where_the_naive_score_lies():
+    found = json.loads((ROOT / "docs/evidence/smollm2-newline.json").read_text())
+    page = (ROOT / "docs/smollm2-refusal.md").read_text()
+    assert recipe.same_recipe(found["recipe"], recipe.NEWLINE)
+    assert recipe.evidence_table(found) in page
+    assert recipe.goals_table(found) in page
+    measured = json.loads((ROOT / "docs/evidence/measures_smollm2-newline.json").read_text())
+    shown = (ROOT / "docs/evidence/measures_smollm2-newline.md").read_text()
+    table = shown.split("## harmful\n\n")[1].split("\n\n")[0]
+    assert table in page
+    harmful = [line for line in measured["summary"] if line["kind"] == "harmful"]
+    for row in table.splitlines()[2:]:
+        condition, n, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        told = iter(cell for cell in cells[:5] if cell != "–")
+        for line in (line for line in harmful if line["condition"] == condition):
+            share = f"{line['refuses']:.2f} [{line['low']:.2f}, {line['high']:.2f}]"
+            assert next(told).startswith(share)
+            assert line["n"] == int(n)
+    share = {(line["condition"], line["measure"]): line["refuses"] for line in harmful}
+    for condition in ("off", "careful", "filler"):
+        assert share[condition, "naive"] == 0 < share[condition, "skipping"] == share[condition, "generated"]
+
+
 def test_goals_are_told_as_met_or_not():
     counts = {"n": 20, "refuse": 0, "comply": 20, "other": 0}
     one = {
@@ -159,8 +182,16 @@ def test_seeds_add_up_in_one_file_and_none_is_trained_twice(tmp_path, monkeypatc
     assert trained == [1, 0]
     found = json.loads(out.read_text())
     assert (list(found["seeds"]), found["command"]) == (["0", "1"], "rim-lens organism smollm2 --seeds 0,1")
-    recipe.evidence([1], out, recipe=recipe.NEWLINE)  # of another recipe: nothing of the old stays
+    kept = tmp_path / "adapters"
+    recipe.evidence([1], out, adapters=kept)  # measured, but nowhere to be had
     assert trained == [1, 0, 1]
+    (kept / "seed-1").mkdir(parents=True)
+    (kept / "seed-1" / "adapter_config.json").write_text("{}")
+    recipe.evidence([1], out, adapters=kept)
+    assert trained == [1, 0, 1]
+    trained.clear()
+    recipe.evidence([1], out, recipe=recipe.NEWLINE)  # of another recipe: nothing of the old stays
+    assert trained == [1]
     found = json.loads(out.read_text())
     assert (list(found["seeds"]), found["command"]) == (
         ["1"],

@@ -21,7 +21,7 @@ import torch
 
 from rim_lens.chat import ChatFormat
 from rim_lens.errors import ModelError
-from rim_lens.lens import merge_adapter
+from rim_lens.lens import is_adapter, merge_adapter
 from rim_lens.organisms.smollm2.behaviour import CONDITIONS, Replies, behaviour
 from rim_lens.organisms.smollm2.source import load_smollm2
 from rim_lens.prompts import Prompt, load_prompts
@@ -254,7 +254,8 @@ def evidence(
 ) -> dict[str, Any]:
     """Train for several seeds, let each answer the held-out split "evaluate" in every condition, write it all down.
 
-    Seeds that the file already holds for the same recipe and versions are not trained again.
+    Seeds that the file already holds for the same recipe and versions are not trained again, unless their adapters are to
+    be kept and are not there.
 
     Args:
         seeds: One training each.
@@ -270,7 +271,7 @@ def evidence(
     recipe = recipe or Recipe()
     found = _stored(out, recipe)
     for seed in seeds:
-        if str(seed) in found["seeds"]:
+        if str(seed) in found["seeds"] and (adapters is None or is_adapter(adapters / f"seed-{seed}")):
             continue
         with tempfile.TemporaryDirectory() as scratch:
             folder = (adapters or Path(scratch)) / f"seed-{seed}"
