@@ -21,6 +21,7 @@ from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import ImpossibleEdit, UnknownLayer, UnsupportedModel, WrongHookShape
 from rim_lens.hooks.base import Component, Edit, attached
 from rim_lens.lens import Head, Model, ModelFacts, Site, hook_name, model_facts, require_eval, tokenizer_of
+from rim_lens.measures.probes.fitting import Probe
 from rim_lens.measures.refusal.direction import RefusalDirection
 from rim_lens.measures.refusal.first_word import Skip, check_answer_is_next, first_words_of
 from rim_lens.measures.refusal.openers import opener_ids
@@ -37,7 +38,7 @@ def direct_effects(
     model: Model,
     batch: SpanBatch,
     heads: Iterable[Head] | None = None,
-    direction: Float[Tensor, " d_model"] | RefusalDirection | None = None,
+    direction: Float[Tensor, " d_model"] | RefusalDirection | Probe | None = None,
     layer: int | None = None,
     *,
     openers: Iterable[str] | None = None,
@@ -61,8 +62,8 @@ def direct_effects(
         model: Any HookedTransformer or TransformerBridge, in eval mode.
         batch: Prompts whose think block is closed.
         heads: (layer, head) pairs; all when None.
-        direction: Also project each head's output at that row on this direction, made a unit vector; a vector, or what
-            `refusal_direction` found.
+        direction: Also project each head's output at that row on this direction, made a unit vector; a vector, what
+            `refusal_direction` found, or a probe (``rl.probe(...).probe(condition, layer, place)``).
         layer: The layer whose input the direction was taken from; heads of that layer and later ones come too late for
             it and get NaN. Needed with a vector.
         openers: See `refusal_score`.
@@ -268,13 +269,19 @@ def _require_close(found: Tensor, expected: Tensor, facts: ModelFacts, otherwise
 
 
 def _unit(
-    facts: ModelFacts, direction: Tensor | RefusalDirection | None, layer: int | None
+    facts: ModelFacts, direction: Tensor | RefusalDirection | Probe | None, layer: int | None
 ) -> tuple[Float[Tensor, " d_model"] | None, int]:
     if direction is None:
         return None, 0
+    final = False
     if isinstance(direction, RefusalDirection):
         layer = direction.layer if layer is None else layer
         direction = direction.vector
+    elif isinstance(direction, Probe):
+        if layer is None and direction.read_by == facts.n_layers:
+            layer, final = 0, True  # no layer reads it: no head comes too late
+        layer = direction.read_by if layer is None else layer
+        direction = torch.from_numpy(direction.direction)
     if layer is None:
         raise UnknownLayer(
             "a direction was given without its layer; pass layer=, the one whose input it was taken from."
@@ -288,4 +295,4 @@ def _unit(
     norm = float(vector.norm())
     if not (norm > 0 and np.isfinite(norm)):
         raise ImpossibleEdit(f"a direction of norm {norm} was given; it needs a finite length above 0.")
-    return vector / norm, facts.check_layer(layer)
+    return vector / norm, facts.n_layers if final else facts.check_layer(layer)

@@ -42,6 +42,11 @@ class Probe:
     site: str = "resid_post"
     condition: str = ""
 
+    @property
+    def read_by(self) -> int:
+        """The first layer that reads the stream this probe reads; the number of layers where none does."""
+        return self.layer if self.site == "resid_pre" else self.layer + 1
+
     def margin(self, score: ArrayLike) -> Float[np.ndarray, "..."]:
         """Scores on a scale that probes share: +1 at the training mean of the positive class, −1 at the negative one."""
         half = float(self.direction @ self.direction) / 2

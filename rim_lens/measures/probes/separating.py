@@ -141,7 +141,8 @@ def _separation(
     first, second = margins
     index, n_families = family_index(_joined(families), len(first) + len(second))
     sides = index[: len(first)], index[len(first) :]
-    one_hot = [np.eye(n_families)[side] for side in sides]
+    held = [np.unique(side) for side in sides]  # families that each class has, in the order of `_by_family`
+    both, at_first, at_second = np.intersect1d(held[0], held[1], return_indices=True)
     same = groups[0][:, None] == groups[1][None]
     ends = [(1 - level) / 2, (1 + level) / 2]
     drawn = np.random.default_rng(seed).multinomial(
@@ -157,10 +158,10 @@ def _separation(
             continue
         wins = np.where(pairs, (bad[:, None] > good[None]) + 0.5 * (bad[:, None] == good[None]), 0.0)
         found[layer, column] = wins.sum() / pairs.sum()
-        held = bad[np.isfinite(bad)], good[np.isfinite(good)]
-        accuracy[layer, column] = ((held[0] > 0).mean() + (held[1] <= 0).mean()) / 2
-        spread = np.sqrt((held[0].var() + held[1].var()) / 2)
-        difference = held[0].mean() - held[1].mean()
+        known = bad[np.isfinite(bad)], good[np.isfinite(good)]
+        accuracy[layer, column] = ((known[0] > 0).mean() + (known[1] <= 0).mean()) / 2
+        spread = np.sqrt((known[0].var() + known[1].var()) / 2)
+        difference = known[0].mean() - known[1].mean()
         gap[layer, column] = difference / max(spread, 1e-9 * abs(difference) + 1e-30)
         taking_part: list[Bool[np.ndarray, " sample"]] = [pairs.any(axis=1), pairs.any(axis=0)]
         n_smaller = min(len(set(side[part])) for side, part in zip(sides, taking_part, strict=True))
@@ -171,12 +172,25 @@ def _separation(
             interval = proportion_interval(round(ordered) * n_smaller, n_smaller, level)
             low[layer, column], high[layer, column] = float(interval.low), float(interval.high)
             continue
-        won, of = (one_hot[0].T @ matrix @ one_hot[1] for matrix in (wins, pairs.astype(np.float64)))
         # A family drawn twice is not paired with its own copy: twins would count twice as often as among the data.
-        totals = [
-            ((drawn @ matrix) * drawn).sum(axis=1) - (drawn * (drawn - 1)) @ np.diag(matrix)
-            for matrix in (won, of)
-        ]
-        usable = totals[1] > 0
-        low[layer, column], high[layer, column] = np.quantile(totals[0][usable] / totals[1][usable], ends)
+        again = drawn[:, both] * (drawn[:, both] - 1)
+        won, of = (
+            ((drawn[:, held[0]] @ matrix) * drawn[:, held[1]]).sum(axis=1)
+            - again @ matrix[at_first, at_second]
+            for matrix in (_by_family(wins, sides), _by_family(pairs.astype(np.float64), sides))
+        )
+        usable = of > 0
+        low[layer, column], high[layer, column] = np.quantile(won[usable] / of[usable], ends)
     return Separation(found, low, high, accuracy, gap)
+
+
+def _by_family(
+    matrix: Float[np.ndarray, "positive negative"], sides: tuple[np.ndarray, np.ndarray]
+) -> Float[np.ndarray, "family other"]:
+    """Sums over the pairs of each two families."""
+    orders = [np.argsort(side, kind="stable") for side in sides]
+    starts = [
+        np.flatnonzero(np.diff(side[order], prepend=-1)) for side, order in zip(sides, orders, strict=True)
+    ]
+    rows = np.add.reduceat(matrix[np.ix_(orders[0], orders[1])], starts[0], axis=0)
+    return np.add.reduceat(rows, starts[1], axis=1)
