@@ -82,7 +82,7 @@ def _fetch(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        return (
+        hf_model, tokenizer = (
             AutoModelForCausalLM.from_pretrained(name, dtype=dtype),
             AutoTokenizer.from_pretrained(name),
         )
@@ -97,6 +97,12 @@ def _fetch(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
             f" {', '.join(known_sources())}; else give a folder with config.json, weights and tokenizer, or a hub name"
             " while online."
         ) from error
+    if getattr(hf_model, "_hf_peft_config_loaded", False):
+        raise UnsupportedModel(
+            f"model {name!r} is an adapter at a hub, which transformers puts beside the weights and not into them. Download it"
+            f" (hf download {name} --local-dir FOLDER) and give load_model the folder: its product is then folded in."
+        )
+    return hf_model, tokenizer
 
 
 def _fetch_adapted(folder: str, dtype: torch.dtype) -> tuple[Any, Any]:

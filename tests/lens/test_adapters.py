@@ -200,6 +200,14 @@ def test_a_product_on_tied_embeddings_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "adapter")
 
 
+def test_an_adapter_at_a_hub_is_refused(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers resolves it to model and adapter side by side, as it does a folder that we do not recognise."""
+    monkeypatch.setattr(loading, "is_adapter", lambda name: False)
+    tokenizer().save_pretrained(adapter)
+    with pytest.raises(UnsupportedModel, match=r"adapter at a hub.*give load_model the folder"):
+        load_model(adapter)
+
+
 def test_prompt_tuning_is_refused(tmp_path: Path) -> None:
     hf = save_base(tmp_path / "base")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
