@@ -9,6 +9,14 @@ from rim_lens.measures.controls import (
 )
 from rim_lens.measures.heads.effects import head_effects
 from rim_lens.measures.heads.finding import find_heads, head_table, scorer
+from rim_lens.measures.heads.looking import (
+    answer_row,
+    argmax_in,
+    argmax_shift,
+    empty_block_span,
+    entropy_share,
+    mass_shift,
+)
 from rim_lens.measures.heads.pairs import pair_interactions, redundant_pairs
 from rim_lens.measures.heads.readings import (
     Reading,
@@ -17,6 +25,9 @@ from rim_lens.measures.heads.readings import (
     refusal_reading,
     refused_reading,
 )
+from rim_lens.measures.heads.receiving import receiver_kurtosis
+from rim_lens.measures.heads.reliability import SplitHalf, split_half
+from rim_lens.measures.heads.summary import head_statistics
 from rim_lens.measures.patching import head_patching, patching_table, span_patching
 from rim_lens.measures.probes.after_ablation import ProbesAfterAblation, probe_after_ablation
 from rim_lens.measures.probes.cliff import Cliff, refusal_cliff
@@ -61,19 +72,27 @@ __all__ = [
     "ReciprocalShift",
     "RefusalDirection",
     "Reply",
+    "SplitHalf",
     "accuracy_reading",
     "agreement",
+    "answer_row",
+    "argmax_in",
+    "argmax_shift",
     "benjamini_hochberg",
     "bootstrap_interval",
     "compare_conditions",
     "control_p",
+    "empty_block_span",
+    "entropy_share",
     "find_heads",
     "first_tokens",
     "fit_probes",
     "head_effects",
     "head_patching",
+    "head_statistics",
     "head_table",
     "judge_all",
+    "mass_shift",
     "opener_ids",
     "pair_interactions",
     "patching_table",
@@ -85,6 +104,7 @@ __all__ = [
     "random_heads_per_layer",
     "random_neurons_per_layer",
     "reasoning_accuracy",
+    "receiver_kurtosis",
     "reciprocal_activation_shift",
     "redundant_pairs",
     "refusal_cliff",
@@ -102,4 +122,5 @@ __all__ = [
     "sign_flip_test",
     "span_patching",
     "specificity",
+    "split_half",
 ]
