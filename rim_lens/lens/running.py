@@ -23,15 +23,18 @@ def all_logits(
 
 
 def last_logits(
-    model: Model, tokens: Int[Tensor, "prompt pos"], attention_mask: Int[Tensor, "prompt pos"]
+    model: Model,
+    tokens: Int[Tensor, "prompt pos"],
+    attention_mask: Int[Tensor, "prompt pos"],
+    gradients: bool = False,
 ) -> Float[Tensor, "prompt d_vocab"]:
-    """One forward pass without gradients, logits of the last row only.
+    """One forward pass, logits of the last row only.
 
     The unembedding of the other rows is skipped: on a 49 000-word vocabulary it is most of the memory.
     Every hook of every block still fires on every row.
     """
     tokens, attention_mask = _to_device(model, tokens, attention_mask)
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         return _last_row(model, tokens, attention_mask, {})
 
 

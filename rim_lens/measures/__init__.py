@@ -7,6 +7,7 @@ from rim_lens.measures.controls import (
     random_heads_per_layer,
     random_neurons_per_layer,
 )
+from rim_lens.measures.heads.direct import direct_effects
 from rim_lens.measures.heads.effects import head_effects
 from rim_lens.measures.heads.finding import find_heads, head_table, scorer
 from rim_lens.measures.heads.looking import (
@@ -18,6 +19,7 @@ from rim_lens.measures.heads.looking import (
     mass_shift,
 )
 from rim_lens.measures.heads.pairs import pair_interactions, redundant_pairs
+from rim_lens.measures.heads.prefilter import gradient_scores, prefiltered
 from rim_lens.measures.heads.readings import (
     Reading,
     accuracy_reading,
@@ -82,11 +84,13 @@ __all__ = [
     "bootstrap_interval",
     "compare_conditions",
     "control_p",
+    "direct_effects",
     "empty_block_span",
     "entropy_share",
     "find_heads",
     "first_tokens",
     "fit_probes",
+    "gradient_scores",
     "head_effects",
     "head_patching",
     "head_statistics",
@@ -97,6 +101,7 @@ __all__ = [
     "pair_interactions",
     "patching_table",
     "percentile_among",
+    "prefiltered",
     "prefix_reading",
     "probe",
     "probe_after_ablation",
