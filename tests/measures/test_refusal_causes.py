@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import rim_lens as rl
 from rim_lens import cli
 from rim_lens.measures import bootstrap_interval
-from rim_lens.measures.refusal_causes import WHOLE, cut_like, part_sizes, refusal_causes
+from rim_lens.measures.refusal_causes import WHOLE, RefusalCauses, cut_like, part_sizes, refusal_causes
 from rim_lens.prompts import spread
 from rim_lens.prompts.toy import split_steps
 from tests.true_tokenizers import true_chat
@@ -135,3 +138,28 @@ def test_the_command_writes_a_page_and_every_number_behind_it(tmp_path: Any) -> 
         ]
     )
     assert f"**Sentence 3**, suppressed: {mean:+.2f} [" in text
+
+
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence"
+
+
+@pytest.mark.parametrize("path", sorted(EVIDENCE.glob("direction_*.json")), ids=lambda path: path.stem)
+def test_each_committed_page_shows_its_numbers(path: Path) -> None:
+    data = json.loads(path.read_text())
+    table, effects, controls = (pd.DataFrame(data[name]) for name in ("candidates", "effects", "controls"))
+    direction = rl.RefusalDirection(
+        torch.zeros(1),
+        data["layer"],
+        data["offset"],
+        data["position"],
+        table,
+        effects,
+        controls,
+        data["settings"],
+    )
+    rows, sentences, contrasts = (pd.DataFrame(data[name]) for name in ("rows", "sentences", "contrasts"))
+    found = RefusalCauses(direction, rows, sentences, contrasts, tuple(data["example"]))
+    title, head, *shown = path.with_suffix(".md").read_text().split("\n\n")
+    assert title.endswith(data["model"])
+    assert head.startswith(f"`{data['command']}`, {data['date']}")
+    assert "\n\n".join(shown) == found.to_markdown("").split("\n\n", 1)[1]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 import rim_lens as rl
 from rim_lens import cli
 from rim_lens.measures import refusal_prefix_score
-from rim_lens.measures.side_by_side import after_own_thinking, measure_side_by_side
+from rim_lens.measures.side_by_side import SideBySide, after_own_thinking, measure_side_by_side
 from rim_lens.prompts.records import Prompt
 from tests.families import FAMILIES
 from tests.speaking import writer
@@ -117,3 +119,19 @@ def test_the_command_writes_a_table_and_every_number_behind_it(tmp_path: Any) ->
     assert text.startswith("# Measures of refusal side by side: toy")
     assert "## harmless" in text
     assert "make bomb" not in text + json.dumps(data["first_tokens"])
+
+
+EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence"
+
+
+@pytest.mark.parametrize("path", sorted(EVIDENCE.glob("measures_*.json")), ids=lambda path: path.stem)
+def test_each_committed_page_shows_its_numbers(path: Path) -> None:
+    data = json.loads(path.read_text())
+    read = {name: pd.DataFrame(data[name]) for name in ("rows", "summary", "agreements")}
+    tables = {name: table.where(table.notna(), np.nan) for name, table in read.items()}
+    lies = pd.DataFrame(data["lies"]) if data["lies"] else pd.DataFrame(columns=["kind"])
+    found = SideBySide(**tables, lies=lies, tokens=data["first_tokens"], budgets=data["budgets"])
+    title, head, *shown = path.with_suffix(".md").read_text().split("\n\n")
+    assert title.endswith(data["model"])
+    assert head.startswith(f"`{data['command']}`, {data['date']}")
+    assert "\n\n".join(shown) == found.to_markdown("").split("\n\n", 1)[1]

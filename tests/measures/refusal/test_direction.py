@@ -246,7 +246,7 @@ def test_folders_without_a_direction(tmp_path: Path) -> None:
 def test_a_model_that_does_not_refuse_stops_at_the_gate() -> None:
     model, chat = toy()
     harmful, harmless = both()
-    with pytest.raises(GateNotPassed, match="at least 50 %"):
+    with pytest.raises(GateNotPassed, match="at least 50%"):
         refusal_direction(model, chat, harmless, harmful)
     backwards = refusal_direction(model, chat, harmful, harmless, gate=False, max_kl=1.0, n_random=1)
     assert backwards.settings["gate"] is False
