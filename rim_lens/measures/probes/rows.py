@@ -141,7 +141,9 @@ def _moves(row: dict[str, Any], min_effect: float) -> str:
     )
     if not specific:
         return "moves harmless requests too"
-    return "lowers refusal" if row["effect"] < 0 else "raises refusal"
+    if row["effect"] > 0:
+        return "raises refusal"
+    return "lowers refusal" if row["baseline"] > 0 else "no refusal to lower"
 
 
 def _away(row: dict[str, Any], name: str) -> bool:
