@@ -1,8 +1,9 @@
 """Which heads to ablate first: gradient × activation ranks all of them in one backward pass, and confirms none.
 
-An estimate is a slope, right for an infinitely small change. Where attention or a norm saturates it is not what happens when
-a head is removed: it misleads most for early layers, whose output all later ones work on, and sees nothing of heads that
-stand in for each other. So its hits are always confirmed by ablation, and what was not confirmed is *not tested*, not small.
+An estimate is a slope, right for an infinitely small change. Where attention or a norm saturates it is not what happens
+when a head is removed: it misleads most for early layers, whose output all later ones work on (on smollm2-refusal, ten
+requests, head (1, 0) has an estimate of +0.7 nats and an effect of −2.7), and sees nothing of heads that stand in for each
+other. So its hits are always confirmed by ablation, and what was not confirmed is *not tested*, not small.
 """
 
 from __future__ import annotations
@@ -166,9 +167,9 @@ def prefiltered(
     Heads are ranked by the mean over prompts of |estimate|, so that a head which raises refusal here and lowers it
     there is not lost. Confirmed are the first `n_confirm`, and all heads of `always_layers`, where estimates mislead.
 
-    What it does not show: that a head which was not tested has no effect. On the one model where all 270 heads were
-    measured besides, the first tenth by this ranking held all ten of the strongest in the cases tried; another
-    model need not be so kind, and redundant heads (`redundant_pairs`) are passed over by construction.
+    What it does not show: that a head which was not tested has no effect. On one model, all of whose 270 heads were
+    measured besides, the first tenth by this ranking held the ten strongest in four cases of four, a rule chosen after
+    looking at them; another model need not be so kind. Redundant heads (`redundant_pairs`) are passed over by construction.
 
     Args:
         reading: What the exact effects are read by.
