@@ -19,15 +19,19 @@ class ResultFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def claim(self, design: dict[str, Any]) -> None:
-        """Make the folder this study's own, or check that it already is.
+    def claim(self, design: dict[str, Any], name: str = "study.json") -> None:
+        """Make the folder this question's own, or check that it already is.
+
+        Args:
+            design: What is asked.
+            name: The file it is kept in.
 
         Raises:
-            StudyFolderError: It holds another study, or study.json is corrupt.
+            StudyFolderError: The folder was claimed for another question, or the file is corrupt.
         """
         mine = {"format_version": FORMAT_VERSION, "design": design}
-        if (self.path / "study.json").exists():
-            found = self.read("study.json")
+        if self.has(name):
+            found = self.read(name)
             if found.get("format_version") != FORMAT_VERSION:
                 raise StudyFolderError(
                     f"{self.path} was written in format {found.get('format_version')}, this version writes"
@@ -43,7 +47,7 @@ class ResultFolder:
                     " there stays untouched."
                 )
         else:
-            self.write("study.json", mine)
+            self.write(name, mine)
 
     def has(self, name: str) -> bool:
         """Whether a result is there."""

@@ -7,9 +7,10 @@ from rim_lens.measures.controls import (
     random_heads_per_layer,
     random_neurons_per_layer,
 )
+from rim_lens.measures.heads.contrasts import Contrast
 from rim_lens.measures.heads.direct import direct_effects
 from rim_lens.measures.heads.effects import head_effects
-from rim_lens.measures.heads.finding import find_heads, head_table, scorer
+from rim_lens.measures.heads.finding import find_heads, scorer
 from rim_lens.measures.heads.looking import (
     answer_row,
     argmax_in,
@@ -28,8 +29,11 @@ from rim_lens.measures.heads.readings import (
     refused_reading,
 )
 from rim_lens.measures.heads.receiving import receiver_kurtosis
+from rim_lens.measures.heads.refusing import Search, refusal_heads
 from rim_lens.measures.heads.reliability import SplitHalf, split_half
+from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.heads.summary import head_statistics
+from rim_lens.measures.heads.table import Rule, head_table
 from rim_lens.measures.patching import head_patching, patching_table, span_patching
 from rim_lens.measures.probes.after_ablation import ProbesAfterAblation, probe_after_ablation
 from rim_lens.measures.probes.cliff import Cliff, refusal_cliff
@@ -61,6 +65,7 @@ __all__ = [
     "Accuracy",
     "Agreement",
     "Cliff",
+    "Contrast",
     "EndpointJudge",
     "Interval",
     "Judge",
@@ -73,7 +78,10 @@ __all__ = [
     "Reading",
     "ReciprocalShift",
     "RefusalDirection",
+    "RefusalHeads",
     "Reply",
+    "Rule",
+    "Search",
     "SplitHalf",
     "accuracy_reading",
     "agreement",
@@ -114,6 +122,7 @@ __all__ = [
     "redundant_pairs",
     "refusal_cliff",
     "refusal_direction",
+    "refusal_heads",
     "refusal_prefix_score",
     "refusal_rate",
     "refusal_rates",

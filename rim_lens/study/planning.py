@@ -103,7 +103,8 @@ def make_plan(bench: Bench, n_tuned: int) -> Plan:
 
     n_heads, top = facts.n_layers * facts.n_heads, settings.max_heads
     trials = 1 + n_heads + (top - 1) * 16 + 2 * top
-    tested = 1 + min(top, facts.n_layers) * facts.n_heads + 1
+    tested = min(n_heads, settings.n_test + top)
+    layers = min(tested, facts.n_layers)
     steps = [
         writing("gate", "does it refuse harmful requests, and only these?", n_select, 2, "gate.json"),
         reading(
@@ -122,11 +123,14 @@ def make_plan(bench: Bench, n_tuned: int) -> Plan:
         ),
         reading("heads", "ablation on the select side", n_select, trials, "heads/select.jsonl", at_most=True),
         reading(
+            "heads", "where heads look, select side", n_select, 1 + 3, "attention/select_*/capture.nc", cot
+        ),
+        reading(
             "heads",
             "test on the evaluate side, random sets per layer",
             n_evaluate,
-            2 * tested + settings.n_random_sets,
-            "heads/*.jsonl, heads/tested.json",
+            2 + layers * facts.n_heads + tested + 2 + settings.n_random_sets,
+            "heads/evaluate.jsonl, heads/heads.json",
             at_most=True,
         ),
         reading("neurons", "activations, select side", n_select, 2, "neurons/*/capture.nc"),

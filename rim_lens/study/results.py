@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rim_lens.capturing import open_capture
 from rim_lens.errors import StudyFolderError
 from rim_lens.folder import FORMAT_VERSION, ResultFolder
+from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.showing import shown_by
 from rim_lens.study.stages import CONDITIONS
 
@@ -66,35 +67,9 @@ class StudyResult:
         return self._records("outcomes")
 
     @cached_property
-    def heads(self) -> dict[str, Any]:
-        """The heads found, the table of tested heads as records, and the effect of the set beside its controls."""
-        return ResultFolder(self.path).read("heads/tested.json")
-
-    @cached_property
-    def head_table(self) -> pd.DataFrame:
-        """Tested heads, one row each; see `rim_lens.measures.heads.finding.head_table`."""
-        import pandas as pd
-
-        return pd.DataFrame(self.heads["table"])
-
-    @cached_property
-    def head_scan(self) -> pd.DataFrame:
-        """Mean effect of every single head on the select side: layer, head, effect in nats. It chose, it tests nothing."""
-        import json
-
-        import numpy as np
-        import pandas as pd
-
-        lines = ResultFolder(self.path).lines("heads/select.jsonl").values
-        base = np.mean(lines["[]"])
-        singles = [(json.loads(key), value) for key, value in lines.items()]
-        return pd.DataFrame(
-            [
-                {"layer": heads[0][0], "head": heads[0][1], "effect": float(np.mean(value) - base)}
-                for heads, value in singles
-                if len(heads) == 1
-            ]
-        ).sort_values(["layer", "head"], ignore_index=True)
+    def heads(self) -> RefusalHeads:
+        """Heads found and tested, one by one and as a set, with what they look at."""
+        return RefusalHeads.load(self.path / "heads")
 
     @cached_property
     def shift(self) -> dict[str, Any]:

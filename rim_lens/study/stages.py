@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,21 +11,18 @@ import numpy as np
 
 from rim_lens.capturing import capture
 from rim_lens.chat import ChatFormat, SpanBatch, render_conditions
-from rim_lens.folder import Lines, ResultFolder
+from rim_lens.folder import ResultFolder
 from rim_lens.generation import generate
 from rim_lens.hooks import AblateHeads, NeuronActivations, SpanAttention
 from rim_lens.lens import Head, Model, model_facts
 from rim_lens.measures.controls import (
-    control_p,
     percentile_among,
-    random_heads_per_layer,
     random_neurons_per_layer,
 )
-from rim_lens.measures.heads.finding import find_heads, head_table, scorer
+from rim_lens.measures.heads.refusing import Search, refusal_heads
 from rim_lens.measures.refusal.rates import refusal_rate
 from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.measures.shift import reciprocal_activation_shift
-from rim_lens.measures.stats import bootstrap_interval
 from rim_lens.prompts import Prompt
 from rim_lens.study.requests import Requests
 
@@ -42,6 +38,7 @@ class Settings:
     """Numbers a study runs with.
 
     Attributes:
+        n_test: Heads tested one by one on the evaluate side, see `rim_lens.measures.heads.refusing.Search`.
         max_heads: Largest set of heads looked for.
         n_random_sets: Random sets per layer beside a found set: all of them where fewer exist.
         neurons_per_layer: Size of the safety set in each layer, as a share of its neurons.
@@ -54,6 +51,7 @@ class Settings:
         progress: Show progress bars.
     """
 
+    n_test: int = 24
     max_heads: int = 6
     n_random_sets: int = 100
     neurons_per_layer: float = 0.02
@@ -197,74 +195,31 @@ def run_outcomes(
             bench.folder.once(f"outcomes/{kind}_{condition}{suffix}.json", measure)
 
 
-def run_heads(bench: Bench) -> dict[str, Any]:
+def run_heads(bench: Bench) -> None:
     """Find heads on the select side; test them, one by one and together, on the evaluate side."""
-    facts, settings = model_facts(bench.model), bench.settings
-    select = bench.folder.lines("heads/select.jsonl")
-    score = _remembered(select, bench.model, bench.render(bench.select.harmful, "off"), settings)
-    found: list[Head] = [
-        (int(layer), int(head))
-        for layer, head in bench.folder.once(
-            "heads/found.json", lambda: find_heads(score, facts.heads(), max_heads=settings.max_heads)
-        )
-    ]
-    on_harmful = _remembered(
-        bench.folder.lines("heads/evaluate_harmful.jsonl"),
+    settings = bench.settings
+    both = (bench.select, bench.evaluate)
+    found = refusal_heads(
         bench.model,
-        bench.render(bench.evaluate.harmful, "off"),
-        settings,
+        bench.chat,
+        [prompt for side in both for prompt in side.harmful],
+        [prompt for side in both for prompt in side.twins],
+        gate=False,  # the study has its own, on what is written
+        conditions=CONDITIONS,
+        search=Search(
+            n_test=settings.n_test,
+            max_heads=settings.max_heads,
+            n_random_sets=settings.n_random_sets,
+            limit=None,
+            seed=settings.seed,
+            max_rows=settings.max_rows,
+            progress=settings.progress,
+        ),
+        folder=bench.folder.path,
     )
-    on_twins = _remembered(
-        bench.folder.lines("heads/evaluate_harmless.jsonl"),
-        bench.model,
-        bench.render(bench.evaluate.twins, "off"),
-        settings,
-    )
-    if found:
-        run_outcomes(bench, without=found, conditions=("off",), suffix="_without_heads")
-
-    def measure() -> dict[str, Any]:
-        layers = sorted({layer for layer, _ in found})
-        looked_at = [head for head in facts.heads() if head[0] in layers]
-        base, twin_base = on_harmful([]), on_twins([])
-        effects = {head: on_harmful([head]) - base for head in looked_at}
-        twin_effects = {head: on_twins([head]) - twin_base for head in looked_at}
-        families = bench.evaluate.families
-        table = head_table(effects, twin_effects, found, families, seed=settings.seed)
-        result: dict[str, Any] = {
-            "found": [list(head) for head in found],
-            "table": table.to_dict(orient="records"),
-        }
-        if found:
-            result["set"] = _set_effect(bench, found, on_harmful, on_twins)
-        return result
-
-    return bench.folder.once("heads/tested.json", measure)
-
-
-def _set_effect(bench: Bench, found: list[Head], on_harmful: Any, on_twins: Any) -> dict[str, Any]:
-    facts, settings = model_facts(bench.model), bench.settings
-    families = bench.evaluate.families
-    base, twin_base = on_harmful([]), on_twins([])
-    harmful, twins = on_harmful(found) - base, on_twins(found) - twin_base
-    controls = random_heads_per_layer(found, facts.n_heads, settings.n_random_sets, settings.seed)
-    control_effects = [float((on_harmful(control) - base).mean()) for control in controls]
-    effect = bootstrap_interval(harmful, families=families, seed=settings.seed)
-    gap = bootstrap_interval(harmful - twins, families=families, seed=settings.seed)
-    return {
-        "effect": _numbers(effect),
-        "effect_twins": float(twins.mean()),
-        "specificity": _numbers(gap),
-        "refusing_before": float((base > 0).mean()),
-        "refusing_after": float((base + harmful > 0).mean()),
-        "controls": [
-            {"heads": [list(h) for h in c], "effect": e}
-            for c, e in zip(controls, control_effects, strict=True)
-        ],
-        "percentile": percentile_among(float(effect.estimate), control_effects).percentile,
-        "control_p": control_p(float(effect.estimate), control_effects),
-        "n_controls": len(controls),
-    }
+    found.save(bench.folder.path / "heads")
+    if found.found:
+        run_outcomes(bench, without=list(found.found), conditions=("off",), suffix="_without_heads")
 
 
 def run_neurons(bench: Bench, name: str, model: Model) -> None:
@@ -360,25 +315,5 @@ def _write_tensors(bench: Bench, contrast: np.ndarray, tuned: Sequence[str], act
     save_file(tensors, bench.folder.path / "neurons" / "means.safetensors")
 
 
-def _remembered(lines: Lines, model: Model, batch: SpanBatch, settings: Settings) -> Any:
-    """A scorer that stores each set's scores in the folder and never measures a set twice."""
-    measure = scorer(model, batch, max_rows=settings.max_rows)
-
-    def score(heads: Sequence[Head]) -> np.ndarray:
-        ordered = sorted((int(layer), int(head)) for layer, head in heads)
-        return np.array(lines.get(json.dumps(ordered), lambda: measure(ordered).tolist()))
-
-    return score
-
-
 def _running(bench: Bench) -> dict[str, Any]:
     return {"max_rows": bench.settings.max_rows, "progress": bench.settings.progress}
-
-
-def _numbers(interval: Any) -> dict[str, float]:
-    return {
-        "estimate": float(interval.estimate),
-        "low": float(interval.low),
-        "high": float(interval.high),
-        "n": interval.n,
-    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -144,27 +143,8 @@ def contrasts(result: StudyResult, measure: Literal["refused", "score"], kind: K
 
 
 def head_effects(result: StudyResult) -> pd.DataFrame:
-    """The table of tested heads, with an interval for the effect on twins beside the one on harmful requests.
-
-    Returns:
-        The columns of `rim_lens.measures.heads.finding.head_table`, twins_low, twins_high (nats), and name ("L0H3").
-    """
-    table = result.head_table.copy()
-    if table.empty:
-        return table
-    families = _evaluate_families(result)
-    scores = ResultFolder(result.path).lines("heads/evaluate_harmless.jsonl").values
-    base = np.array(scores["[]"])
-    intervals = [
-        bootstrap_interval(
-            np.array(scores[json.dumps([[int(layer), int(head)]])]) - base,
-            families=families,
-            seed=seed_of(result),
-        )
-        for layer, head in zip(table["layer"], table["head"], strict=True)
-    ]
-    table["twins_low"] = [float(interval.low) for interval in intervals]
-    table["twins_high"] = [float(interval.high) for interval in intervals]
+    """The table of heads with a column name ("L0H3"); see `rim_lens.measures.heads.table.head_table`."""
+    table = result.heads.to_dataframe()
     table["name"] = [
         head_name(layer, head) for layer, head in zip(table["layer"], table["head"], strict=True)
     ]
@@ -199,17 +179,11 @@ def attention_changes(
     frame["name"] = [
         head_name(layer, head) for layer, head in zip(frame["layer"], frame["head"], strict=True)
     ]
-    scan = result.head_scan.rename(columns={"effect": "effect_select"})
+    scan = result.heads.scan[["layer", "head", "effect"]].rename(columns={"effect": "effect_select"})
     frame = frame.merge(scan, on=["layer", "head"], how="left")
-    tested = (
-        {
-            (row["layer"], row["head"]): row["verdict"]
-            for row in result.head_table.to_dict(orient="records")
-            if row["found"]
-        }
-        if not result.head_table.empty
-        else {}
-    )
+    tested = {
+        (row["layer"], row["head"]): row["verdict"] for row in result.heads.table.to_dict(orient="records")
+    }
     frame["verdict"] = [
         tested.get(pair, "not tested") for pair in zip(frame["layer"], frame["head"], strict=True)
     ]
@@ -244,10 +218,3 @@ def plan_of(result: StudyResult) -> dict[str, Any] | None:
 
 def _families(result: StudyResult) -> dict[str, str]:
     return dict(zip(result.scores["prompt"], result.scores["family"], strict=True))
-
-
-def _evaluate_families(result: StudyResult) -> list[str]:
-    """Families of the evaluate side's harmful requests, in the order in which every stage measured them."""
-    first = result.scores[(result.scores["kind"] == "harmful") & (result.scores["condition"] == "off")]
-    families: list[str] = first["family"].tolist()
-    return families

@@ -188,7 +188,7 @@ def _attention(result: StudyResult) -> Section:
                 hint,
             )
         )
-    if result.heads["found"]:
+    if result.heads.found:
         figures.append(
             Figure(
                 "attention_found",
@@ -219,7 +219,7 @@ def _heads(result: StudyResult) -> Section:
             " one by one.",
         )
     ]
-    if result.heads["found"]:
+    if result.heads.found:
         figures += [
             Figure(
                 "tested_heads",
@@ -484,7 +484,7 @@ def _json(result: StudyResult, said: list[Finding], sections: list[Section]) -> 
                 }
                 for kind in numbers.KINDS
             },
-            "heads": result.heads,
+            "heads": result.heads.to_dict(),
             "shift": result.shift,
         }
     gate = {key: value for key, value in result.gate.items() if key != "outcomes"}

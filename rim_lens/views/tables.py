@@ -181,7 +181,7 @@ def attention_table(result: StudyResult, span: str, a: str, b: str) -> Table:
 
 def head_tables(result: StudyResult) -> list[Table]:
     """Tested heads one by one, and the set beside its controls; nothing where none were found."""
-    if not result.heads["found"]:
+    if not result.heads.found:
         return []
     rows = tuple(
         (
@@ -191,18 +191,19 @@ def head_tables(result: StudyResult) -> list[Table]:
             f"{signed(row['effect_twins'])} {between(row['twins_low'], row['twins_high'])}",
             f"{signed(row['specificity'])} {between(row['specificity_low'], row['specificity_high'])}",
             p_value(row["p"]),
-            f"{per_cent(row['percentile'])} of {row['n_controls']}" if row["found"] else "–",
+            f"{per_cent(row['percentile'])} of {row['n_controls']}" if row["tested"] else "–",
             row["verdict"],
         )
         for row in numbers.head_effects(result).to_dict(orient="records")
+        if row["tested"]
     )
     columns = (
         *("head", "found", "effect on harmful", "effect on twins", "specificity", "p"),
         *("of its layer", "verdict"),
     )
-    effect = result.heads["set"]
+    effect = result.heads.set
     whole, gap = effect["effect"], effect["specificity"]
-    names = ", ".join(numbers.head_name(*head) for head in result.heads["found"])
+    names = ", ".join(numbers.head_name(*head) for head in result.heads.found)
     together = (
         ("heads", names),
         (
@@ -232,8 +233,8 @@ def head_tables(result: StudyResult) -> list[Table]:
             "Heads zeroed one by one, on the evaluate side",
             columns,
             rows,
-            "Nats, edited − baseline. p: corrected over the found heads; other heads of their layers are the yardstick"
-            " and are not tested. Specificity: harmful − twins. Of its layer: the other heads there with a smaller effect in size.",
+            "Nats, edited − baseline. p: corrected over the tested heads. Specificity: harmful − twins. Of its layer: the heads"
+            " there that are not tested (all others where all are) with a smaller effect in size.",
             folded=len(rows) > 24,
         ),
     ]

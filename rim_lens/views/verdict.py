@@ -18,6 +18,7 @@ from rim_lens.views.words import between, duration, listed, p_value, per_cent, p
 if TYPE_CHECKING:
     import pandas as pd
 
+    from rim_lens.measures.heads.result import RefusalHeads
     from rim_lens.study import StudyResult
 
 Status = Literal["shown", "not shown", "cannot tell", "note"]
@@ -235,7 +236,7 @@ def open_finding(shares: pd.DataFrame, max_new_tokens: int) -> Finding:
     )
 
 
-def head_findings(heads: Mapping[str, Any], design: Mapping[str, Any]) -> list[Finding]:
+def head_findings(heads: RefusalHeads, design: Mapping[str, Any]) -> list[Finding]:
     """The heads found by ablation: together beside random sets, and one by one.
 
     Args:
@@ -245,7 +246,7 @@ def head_findings(heads: Mapping[str, Any], design: Mapping[str, Any]) -> list[F
     from rim_lens.measures.heads.finding import find_heads
 
     n_select, settings = design["n_select"], design["settings"]
-    if not heads["found"]:
+    if not heads.found:
         smallest = inspect.signature(find_heads).parameters["min_gain"].default
         return [
             Finding(
@@ -256,10 +257,10 @@ def head_findings(heads: Mapping[str, Any], design: Mapping[str, Any]) -> list[F
                 " Heads that fully stand in for each other would be missed.",
             )
         ]
-    names = [numbers.head_name(layer, head) for layer, head in heads["found"]]
+    names = [numbers.head_name(layer, head) for layer, head in heads.found]
     return [
-        _set_finding(names, heads["set"], n_select, settings["n_random_sets"]),
-        _single_heads(heads["table"]),
+        _set_finding(names, heads.set, n_select, settings["n_random_sets"]),
+        _single_heads(heads.table.to_dict("records")),
     ]
 
 
@@ -315,7 +316,7 @@ def _single_heads(table: list[Mapping[str, Any]]) -> Finding:
     return Finding(
         "Each found head alone",
         "shown" if specific else "not shown",
-        "Zeroed one by one, in nats of refusal log-odds, p corrected over the found heads: "
+        "Zeroed one by one, in nats of refusal log-odds, p corrected over the tested heads: "
         + "; ".join(lines)
         + ". Heads that stand in for each other can have little effect alone and much together.",
     )
@@ -324,6 +325,8 @@ def _single_heads(table: list[Mapping[str, Any]]) -> Finding:
 _WORDS = {
     "refusal": "specific to harmful requests",
     "general": "an effect, but on twins as well, so not specific",
+    "positional": "no effect shown; it moves its attention on every kind of request",
+    "sink": "no effect shown; it rests on the first token",
     "none": "no effect shown",
     "not tested": "not tested",
 }

@@ -12,6 +12,7 @@ import torch
 import rim_lens as rl
 from rim_lens.errors import ModelError, NotEnoughData, StudyFolderError
 from rim_lens.lens import hook_name
+from rim_lens.measures.heads import readings
 from rim_lens.organisms.toy import load_toy, toy_model, toy_tokenizer, truth
 from rim_lens.study import stages
 from rim_lens.study.requests import requests_by_split
@@ -93,8 +94,8 @@ def test_nothing_is_found_in_random_weights(tmp_path):
     assert not result.gate["passed"]
     assert result.design["settings"]["gate"] is False
     assert result.measured
-    assert result.heads["found"] == []
-    assert len(result.head_table) == 0
+    assert result.heads.found == ()
+    assert result.heads.top() == []
     assert set(result.outcomes["outcome"]) <= {"comply", "other"}
 
 
@@ -115,8 +116,8 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_result(tmp_path, monkeypatc
     study, folder, whole = small_study
     counts = {"units": 0}
 
-    def counting(name, limit):
-        real = getattr(stages, name)
+    def counting(module, name, limit):
+        real = getattr(module, name)
 
         def call(*args, **kwargs):
             counts["units"] += 1
@@ -128,32 +129,19 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_result(tmp_path, monkeypatc
 
     with monkeypatch.context() as patch:
         for name in ("generate", "capture", "refusal_score", "reciprocal_activation_shift"):
-            patch.setattr(stages, name, counting(name, after))
-        real_scorer = stages.scorer
-
-        def scorer(*args, **kwargs):
-            score = real_scorer(*args, **kwargs)
-
-            def call(heads):
-                counts["units"] += 1
-                if counts["units"] > after:
-                    raise Stop
-                return score(heads)
-
-            return call
-
-        patch.setattr(stages, "scorer", scorer)
+            patch.setattr(stages, name, counting(stages, name, after))
+        patch.setattr(readings, "refusal_score", counting(readings, "refusal_score", after))
         with pytest.raises(Stop):
             study.run(tmp_path)
     resumed = study.run(tmp_path)
     assert contents(tmp_path) == contents(folder)
-    assert resumed.heads == whole.heads
+    assert resumed.heads.to_dict() == whole.heads.to_dict()
 
 
 def test_what_is_there_is_not_measured_again(small_study, monkeypatch):
     study, folder, _ = small_study
-    for name in ("generate", "refusal_score", "find_heads"):
-        monkeypatch.setattr(stages, name, lambda *_, **__: pytest.fail("measured twice"))
+    for module, name in ((stages, "generate"), (stages, "refusal_score"), (readings, "refusal_score")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("measured twice"))
     assert study.run(folder).measured
 
 
@@ -220,9 +208,9 @@ def test_the_toy_report_says_what_is_true(toy_study):
     assert rates["base", "harmless", "off"] <= 0.1
     assert rates["without_heads", "harmful", "off"] <= 0.2
     assert rates["deviate", "harmful", "off"] <= rates["base", "harmful", "off"] - 0.3
-    found = {tuple(head) for head in toy_study.heads["found"]}
+    found = set(toy_study.heads.found)
     assert found == best_pair_by_weights()
-    chosen = toy_study.heads["set"]
+    chosen = toy_study.heads.set
     assert chosen["effect"]["high"] < 0
     assert chosen["percentile"] >= 90
     assert chosen["n_controls"] == FAST.n_random_sets
@@ -234,11 +222,11 @@ def test_the_toy_report_says_what_is_true(toy_study):
 
 def test_a_study_read_back_is_the_same(toy_study):
     again = rl.load_study(toy_study.path)
-    assert again.heads == toy_study.heads
+    assert again.heads.to_dict() == toy_study.heads.to_dict()
     assert again.scores.equals(toy_study.scores)
     with again.attention("harmful", "careful") as data:
         assert set(data["span"].values) >= {"cot", "request", "think", "sink"}
         atoms = [name for name in data["span"].values if name != "think"]
         assert (abs(data["attention_mass"].sel(span=atoms).sum("span") - 1) < 1e-5).all()
-    scan = toy_study.head_scan
+    scan = toy_study.heads.scan
     assert len(scan) == 16

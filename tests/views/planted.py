@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
 from rim_lens.folder import ResultFolder
 from rim_lens.measures.controls import control_p, percentile_among, random_heads_per_layer
-from rim_lens.measures.heads.finding import head_table
+from rim_lens.measures.heads.result import RefusalHeads
+from rim_lens.measures.heads.table import head_table
 from rim_lens.measures.refusal.rates import refusal_rate
 from rim_lens.measures.stats import bootstrap_interval
 from rim_lens.study import StudyResult, load_study
@@ -228,24 +230,37 @@ def _heads(stored: ResultFolder, planted: Planted, rng: np.random.Generator) -> 
         stored.lines(name).get(json.dumps([list(head) for head in heads]), values.tolist)
 
     every = [(layer, head) for layer in range(n_layers) for head in range(n_heads)]
-    line("heads/select.jsonl", [], base["harmful"])
-    for head in every:
-        line("heads/select.jsonl", [head], scores("harmful", [head]))
-    looked_at = [head for head in every if head[0] in {layer for layer, _ in found}]
-    effects: dict[str, dict[tuple[int, int], np.ndarray]] = {"harmful": {}, "harmless": {}}
-    for kind, by_head in effects.items():
-        line(f"heads/evaluate_{kind}.jsonl", [], base[kind])
-        for head in looked_at:
-            values = scores(kind, [head])
-            line(f"heads/evaluate_{kind}.jsonl", [head], values)
-            by_head[head] = values - base[kind]
-    stored.write("heads/found.json", [list(head) for head in found])
-    tested: dict[str, Any] = {"found": [list(head) for head in found], "table": []}
-    if found:
-        table = head_table(effects["harmful"], effects["harmless"], found, families(planted))
-        tested["table"] = table.to_dict(orient="records")
-        tested["set"] = _set_effect(planted, base, scores)
-    stored.write("heads/tested.json", tested)
+    tested = found or every[:3]
+    looked_at = [head for head in every if head[0] in {layer for layer, _ in tested}]
+    effects = {
+        kind: {head: scores(kind, [head]) - base[kind] for head in looked_at}
+        for kind in ("harmful", "harmless")
+    }
+    scan = [
+        {
+            "layer": head[0],
+            "head": head[1],
+            "effect": float((scores("harmful", [head]) - base["harmful"]).mean()),
+        }
+        for head in every
+    ]
+    table = head_table(
+        effects["harmful"],
+        effects["harmless"],
+        tested,
+        families(planted),
+        found=found,
+    )
+    RefusalHeads(
+        table=table,
+        found=tuple(found),
+        set=_set_effect(planted, base, scores) if found else {},
+        scan=pd.DataFrame(scan),
+        effects=xr.Dataset(),
+        attention=xr.Dataset(),
+        gate={"asked": False},
+        settings={},
+    ).save(stored.path / "heads")
 
 
 def _set_effect(planted: Planted, base: Mapping[str, np.ndarray], scores: Any) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from itertools import product
 
@@ -47,16 +46,6 @@ def test_a_contrast_is_the_paired_mean_and_p_counts_every_sign(planted: Make) ->
         assert row["low"] <= row["shift"] <= row["high"]
 
 
-def test_effects_on_twins_come_from_the_stored_scores(planted: Make) -> None:
-    result = planted(effect_on_twins=-3.0)
-    lines = (result.path / "heads" / "evaluate_harmless.jsonl").read_text().splitlines()
-    stored = {record["key"]: np.array(record["value"]) for record in map(json.loads, lines)}
-    for row in numbers.head_effects(result).to_dict(orient="records"):
-        effect = float((stored[f"[[{row['layer']}, {row['head']}]]"] - stored["[]"]).mean())
-        assert row["effect_twins"] == pytest.approx(effect)
-        assert row["twins_low"] <= effect <= row["twins_high"]
-
-
 def test_attention_changes_are_ranked_and_carry_what_ablation_said(planted: Make) -> None:
     result = planted()
     table = numbers.attention_changes(result, "think", "careful", "off", top=32)
@@ -67,12 +56,14 @@ def test_attention_changes_are_ranked_and_carry_what_ablation_said(planted: Make
     )
     first = table.iloc[0]
     assert abs(first["change"]) == pytest.approx(float(np.abs(careful - off).max()), abs=1e-6)
-    scan = result.head_scan.set_index(["layer", "head"])["effect"]
+    scan = result.heads.scan.set_index(["layer", "head"])["effect"]
     for row in table.to_dict(orient="records"):
         pair = (row["layer"], row["head"])
         assert row["effect_select"] == pytest.approx(scan[pair])
         assert row["verdict"] == ("refusal" if pair in ((1, 2), (2, 5)) else "not tested")
 
 
-def test_nothing_found_leaves_an_empty_table(planted: Make) -> None:
-    assert numbers.head_effects(planted(found=())).empty
+def test_nothing_found_leaves_the_tested_heads_without_a_name_for_any(planted: Make) -> None:
+    table = numbers.head_effects(planted(found=()))
+    assert not table["found"].any()
+    assert set(table.loc[table["tested"], "verdict"]) == {"none"}

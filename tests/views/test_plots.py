@@ -70,8 +70,8 @@ def test_masses_of_a_head_stack_to_one(planted: Make) -> None:
 def test_the_set_stands_beside_all_its_controls(planted: Make) -> None:
     result = planted()
     figure = plots.head_set(result)
-    assert len(figure.data[0].x) == result.heads["set"]["n_controls"]
-    assert figure.data[-1].x == (result.heads["set"]["effect"]["estimate"],)
+    assert len(figure.data[0].x) == result.heads.set["n_controls"]
+    assert figure.data[-1].x == (result.heads.set["effect"]["estimate"],)
 
 
 def test_spans_conditions_and_outcomes_have_colours_of_their_own() -> None:
@@ -84,7 +84,7 @@ def test_spans_conditions_and_outcomes_have_colours_of_their_own() -> None:
     assert set(CONDITIONS) == set(MEASURED)
 
 
-@pytest.mark.parametrize("draw", [plots.head_set, plots.head_effects, plots.attention_by_head])
+@pytest.mark.parametrize("draw", [plots.head_set, plots.attention_by_head])
 def test_pictures_of_found_heads_need_found_heads(draw: Any, planted: Make) -> None:
     with pytest.raises(ValueError, match="no head was found"):
         draw(planted(found=()))

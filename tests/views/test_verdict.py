@@ -75,7 +75,7 @@ def test_few_families_cannot_tell(planted: Make) -> None:
 def test_specific_heads_are_named_with_their_yardstick(planted: Make) -> None:
     result = planted()
     said = by_topic(result)[HEADS]
-    effect = result.heads["set"]
+    effect = result.heads.set
     assert said.status == "shown"
     assert "L1H2 and L2H5" in said.text
     assert f"−{abs(effect['effect']['estimate']):.2f} nats" in said.text

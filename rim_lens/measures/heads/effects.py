@@ -116,7 +116,7 @@ def head_effects(
             "units": reading.units,
             "sign": "edited − baseline",
             "reading": reading.name,
-            "editor": _editor_name(editor),
+            "editor": editor_name(editor),
             "positions": told(positions),
         },
     )
@@ -160,7 +160,8 @@ def _measured(
     return np.asarray(values, dtype=np.float64)
 
 
-def _editor_name(editor: Editor) -> str:
+def editor_name(editor: Editor) -> str:
+    """An editor in words, with its settings."""
     inner = getattr(editor, "func", editor)
     name = getattr(inner, "__name__", type(inner).__name__)
     settings = getattr(editor, "keywords", {})

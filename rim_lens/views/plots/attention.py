@@ -90,7 +90,7 @@ def attention_map(
             row=1,
             col=column,
         )
-    found = [(int(layer), int(head)) for layer, head in result.heads["found"]]
+    found = [(int(layer), int(head)) for layer, head in result.heads.found]
     for column in (1, 2, 3):
         if found:
             canvas.add_trace(found_dots(found, showlegend=column == 1), row=1, col=column)
@@ -140,7 +140,7 @@ def attention_by_head(
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    chosen = [(int(layer), int(head)) for layer, head in (result.heads["found"] if heads is None else heads)]
+    chosen = [(int(layer), int(head)) for layer, head in (result.heads.found if heads is None else heads)]
     if not chosen:
         raise ValueError("no head was found in this study; give heads=[(layer, head), ...].")
     columns = min(2, len(chosen))

@@ -27,7 +27,7 @@ def head_scan(result: StudyResult, theme: Theme = "light") -> go.Figure:
     """
     import plotly.graph_objects as go
 
-    grid = result.head_scan.pivot(index="layer", columns="head", values="effect")
+    grid = result.heads.scan.pivot(index="layer", columns="head", values="effect")
     n_layers, n_heads = grid.shape
     widest = float(np.nanmax(np.abs(grid.to_numpy()))) or 1.0
     canvas = figure(theme, map_height(n_layers) + 140)
@@ -40,7 +40,7 @@ def head_scan(result: StudyResult, theme: Theme = "light") -> go.Figure:
             hovertemplate="layer %{y}, head %{x}: %{z:.4f} nats<extra></extra>",
         )
     )
-    found = [(int(layer), int(head)) for layer, head in result.heads["found"]]
+    found = [(int(layer), int(head)) for layer, head in result.heads.found]
     if found:
         canvas.add_trace(found_dots(found))
     canvas.update_layout(
@@ -86,10 +86,10 @@ def head_effects(result: StudyResult, theme: Theme = "light") -> go.Figure:
         raise ValueError("no head was found in this study, so that none was tested.")
     canvas = figure(theme, 440)
     for found, name, colour in (
-        (False, "other heads of these layers", CONTROL),
+        (False, "other tested heads", CONTROL),
         (True, "found by ablation", FOUND),
     ):
-        part = table[table["found"] == found]
+        part = table[table["tested"] & (table["found"] == found)]
         if part.empty:
             continue
         bars = [
@@ -121,7 +121,9 @@ def head_effects(result: StudyResult, theme: Theme = "light") -> go.Figure:
                 marker={"size": 10 if found else 7, "color": colour, "opacity": 1 if found else 0.7},
             )
         )
-    reach = table[["effect_low", "effect_high", "effect_twins", "twins_low", "twins_high"]].to_numpy()
+    reach = table.loc[
+        table["tested"], ["effect_low", "effect_high", "effect_twins", "twins_low", "twins_high"]
+    ].to_numpy()
     low, high = min(float(reach.min()), 0.0), max(float(reach.max()), 0.0)
     edge = 0.06 * (high - low or 1.0)
     canvas.add_shape(
@@ -151,15 +153,15 @@ def head_set(result: StudyResult, theme: Theme = "light") -> go.Figure:
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    if not result.heads["found"]:
+    if not result.heads.found:
         raise ValueError("no head was found in this study, so that there is no set.")
-    effect = result.heads["set"]
+    effect = result.heads.set
     controls = [control["effect"] for control in effect["controls"]]
     names = [
         ", ".join(numbers.head_name(*head) for head in control["heads"]) for control in effect["controls"]
     ]
     estimate, n_controls = effect["effect"]["estimate"], effect["n_controls"]
-    heads = ", ".join(numbers.head_name(*head) for head in result.heads["found"])
+    heads = ", ".join(numbers.head_name(*head) for head in result.heads.found)
     many = n_controls >= MANY
     canvas = make_subplots(
         rows=2 if many else 1,
