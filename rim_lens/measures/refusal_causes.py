@@ -62,12 +62,13 @@ class RefusalCauses:
         """Everything but the direction's vector, as plain values for JSON; NaN becomes None."""
         found = self.direction
         tables = {"candidates": found.table, "effects": found.effects, "controls": found.controls}
+        facts = found.settings["model"]  # whose name may be a folder of this machine
         tables |= {"sentences": self.sentences, "contrasts": self.contrasts, "rows": self.rows}
         return {
             "layer": found.layer,
             "offset": found.offset,
             "position": found.position,
-            "settings": found.settings,
+            "settings": found.settings | {"model": facts | {"name": Path(facts["name"]).name}},
             "example": list(self.example),
             **{name: [plain(line) for line in table.to_dict("records")] for name, table in tables.items()},
         }
@@ -79,9 +80,8 @@ class RefusalCauses:
             title: First heading.
             head: What stands under it: command, date, model.
         """
-        return (
-            "\n\n".join(part for part in (f"# {title}", head, *self._direction(), *self._sentences())) + "\n"
-        )
+        parts = (f"# {title}", head, *self._direction(), *self._sentences())
+        return "\n\n".join(part for part in parts if part) + "\n"
 
     def _direction(self) -> list[str]:
         found, settings = self.direction, self.direction.settings
@@ -183,7 +183,12 @@ class RefusalCauses:
         effects = self.direction.effects
         own = {(line["edit"], line["requests"]): line["effect"] for line in effects.to_dict("records")}
         bound = self.direction.settings["max_kl"]
-        said = []
+        kl = float(effects["kl"].dropna().iloc[0])
+        held = "also within" if kl <= bound else "**above**"
+        said = [
+            f"- On the held-out harmless requests the KL of the ablation is {kl:.3f} nats, {held} the bound of {bound} within which"
+            " it was chosen on others."
+        ]
         for kind, part in self.direction.controls.groupby("kind", sort=False):
             lower = part[part["ablate_effect"] <= own["ablate", "harmful"]]
             within = int((lower["ablate_kl"] <= bound).sum())
@@ -191,7 +196,8 @@ class RefusalCauses:
             kept = f" ({within} of them within the bound of KL)" if len(lower) else ""
             said.append(
                 f'- Of {len(part)} "{kind}" controls, **{len(lower)}** lower refusal at least as much when ablated{kept},'
-                f" and **{more}** raise it at least as much when added."
+                f" and **{more}** raise it at least as much when added. So many controls cannot tell a rank finer than 1 in"
+                f" {len(part) + 1}."
             )
         return ["\n".join(said)]
 
@@ -242,13 +248,13 @@ class RefusalCauses:
         for line in ours.to_dict("records"):
             part = "The whole chain" if line["part"] == WHOLE else f"Sentence {line['part']}"
             beyond = [
-                f"{_interval(gaps.loc[name, line['part']], 'difference')} than the same part of {control}"
+                f"{_interval(gaps.loc[name, line['part']], 'difference')} against the same part of {control}"
                 for control in CONTROLS
                 if (name := f"harmful: careful − {control}", line["part"]) in gaps.index
             ]
             said.append(
                 f"- **{part}**, suppressed: {_interval(line, 'effect')} nats on harmful requests (refuses {line['refuses']:.2f} →"
-                f" {line['then']:.2f}); more by {', by '.join(beyond)}."
+                f" {line['then']:.2f}); {', '.join(beyond)}."
             )
         return ["\n".join(said)]
 

@@ -149,6 +149,14 @@ def test_docs_show_where_the_naive_score_lies():
         assert share[condition, "naive"] == 0 < share[condition, "skipping"] == share[condition, "generated"]
 
 
+def test_docs_say_what_refusal_hangs_on_as_the_page_does():
+    page = (ROOT / "docs/smollm2-refusal.md").read_text()
+    blocks = (ROOT / "docs/evidence/direction_smollm2-refusal.md").read_text().split("\n\n")
+    shown = [block for block in blocks if block.startswith(("| Edit |", "- "))]
+    assert len(shown) == 3
+    assert all(block in page for block in shown)
+
+
 def test_goals_are_told_as_met_or_not():
     counts = {"n": 20, "refuse": 0, "comply": 20, "other": 0}
     one = {
