@@ -169,6 +169,43 @@ def test_blocking_under_a_cache_equals_blocking_without(case: Case, query: str, 
     close(torch.stack(found, dim=1), truth[:, width - 1 :], how="cache")
 
 
+def under_cache(case: Case, editor: Any, new: Tensor) -> Tensor:
+    """Logits of the last prompt row and of each further token, step by step."""
+    with bound([editor], case.batch), editor.on(case.model):
+        decoder = Decoder(case.model)
+        found = [decoder.prefill(case.batch.tokens, case.batch.attention_mask)]
+        found += [decoder.step(new[:, step]) for step in range(new.shape[1])]
+    return torch.stack(found, dim=1)
+
+
+@pytest.mark.oracle("BlockAttention, mute", "z times the mass that was not blocked")
+@pytest.mark.family_contract
+def test_mute_under_a_cache(case: Case) -> None:
+    batch, (layer, head) = case.batch, (1, 3)
+    new = torch.randint(2, 71, (len(batch), 3), generator=torch.Generator().manual_seed(6))
+    tokens, mask = longer(batch, new)
+    keys = rows_of(batch, "request", extra=3)
+    rows = rows_of(batch, "generated", extra=3)
+    pattern = case.oracle.run(tokens, mask).patterns[layer][:, head]
+    left = torch.ones(rows.shape)
+    for prompt, row in rows.nonzero().tolist():
+        left[prompt, row] -= pattern[prompt, row, keys[prompt]].sum()
+
+    def change(its_layer: int, z: Tensor) -> Tensor:
+        if its_layer == layer:
+            z[:, :, head] *= left[..., None]
+        return z
+
+    shifts = blocked(case, [(layer, head)], rows, keys)
+    truth = with_scores(case.oracle, tokens, mask, shifts, change_z=change).logits
+    found = under_cache(case, BlockAttention("generated", "request", [(layer, head)], mute=True), new)
+    close(found, truth[:, batch.tokens.shape[1] - 1 :], how="cache")
+    assert (
+        float((found - case.oracle.run(tokens, mask).logits[:, batch.tokens.shape[1] - 1 :]).abs().max())
+        > 1e-4
+    )
+
+
 @pytest.mark.parametrize("key", ["generated", "prompt_last", "mask"])
 def test_a_cache_needs_no_batch_for_these_keys(case_gqa: Case, key: str) -> None:
     batch = case_gqa.batch
@@ -368,6 +405,27 @@ def test_mass_from_a_named_span(case: Case) -> None:
     same(case, found, truth.logits)
     differs_a_little = (found - case.truth.logits)[batch.attention_mask.bool()].abs().max()
     assert float(differs_a_little) > 1e-4
+
+
+@pytest.mark.oracle("MoveAttention, from a named span", "the plain model's scores shifted on both spans")
+@pytest.mark.family_contract
+def test_mass_from_a_named_span_under_a_cache(case: Case) -> None:
+    batch, (layer, head) = case.batch, (1, 1)
+    new = torch.randint(2, 71, (len(batch), 2), generator=torch.Generator().manual_seed(8))
+    tokens, mask = longer(batch, new)
+    rows = rows_of(batch, "generated", extra=2)
+    keys, source = (rows_of(batch, span, extra=2) for span in ("cot", "request"))
+    patterns = case.oracle.run(tokens, mask).patterns[layer][:, head].double()
+    shifts = torch.zeros(len(batch), case.facts.n_heads, *[rows.shape[1]] * 2)
+    for prompt, row in rows.nonzero().tolist():
+        mass, given_up = (patterns[prompt, row][span[prompt]].sum() for span in (keys, source))
+        shifts[prompt, head, row, keys[prompt].nonzero().flatten()] = math.log(0.5)
+        shifts[prompt, head, row, source[prompt].nonzero().flatten()] = float(
+            torch.log((given_up + mass / 2) / given_up)
+        )
+    truth = with_scores(case.oracle, tokens, mask, {layer: shifts}).logits
+    editor = MoveAttention([(layer, head)], "cot", factor=0.5, from_="request", query="generated")
+    close(under_cache(case, editor, new), truth[:, batch.tokens.shape[1] - 1 :], how="cache")
 
 
 @pytest.mark.family_contract

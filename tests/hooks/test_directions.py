@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import ImpossibleEdit, UnknownLayer
 from rim_lens.hooks import (
     AblateDirection,
@@ -146,31 +147,43 @@ def test_ablating_before_chosen_layers(case: Case, per_layer: bool) -> None:
     differs(case, found)
 
 
-@pytest.mark.oracle("AblateDirection, every write", "all writing weights and biases orthogonalised")
-@pytest.mark.parametrize("positions", ["all", "generated"])
-def test_ablating_under_a_cache(case: Case, positions: str) -> None:
-    batch = case.batch
-    new = torch.randint(2, 71, (len(batch), 3), generator=torch.Generator().manual_seed(5))
-    tokens = torch.cat([batch.tokens, new], dim=1)
-    mask = torch.cat([batch.attention_mask, torch.ones_like(new)], dim=1)
-    width, unit = batch.tokens.shape[1], DIRECTION / DIRECTION.norm()
-    if positions == "all":
-        editor: Any = AblateDirection(DIRECTION)
-        truth = orthogonalised(case.oracle, DIRECTION).run(tokens, mask).logits
-    else:
-        editor = AblateDirection(DIRECTION, layers=[1], positions=positions)
-
-        def change(stream: Tensor) -> Tensor:
-            rows = stream[:, width:]
-            stream[:, width:] = rows - (rows @ unit)[..., None] * unit
-            return stream
-
-        truth = run_with_input(case.oracle, 1, change, tokens, mask)
-    with bound([editor], batch), editor.on(case.model):
+def under_cache(case: Case, editor: Any, new: Tensor) -> Tensor:
+    """Logits of the last prompt row and of each further token, step by step."""
+    with bound([editor], case.batch), editor.on(case.model):
         decoder = Decoder(case.model)
-        found = [decoder.prefill(batch.tokens, batch.attention_mask)]
-        found += [decoder.step(new[:, step]) for step in range(3)]
-    close(torch.stack(found, dim=1), truth[:, width - 1 :], 2e-5, how="cache")
+        found = [decoder.prefill(case.batch.tokens, case.batch.attention_mask)]
+        found += [decoder.step(new[:, step]) for step in range(new.shape[1])]
+    return torch.stack(found, dim=1)
+
+
+def longer(batch: SpanBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Three more tokens; all tokens, and their mask."""
+    new = torch.randint(2, 71, (len(batch), 3), generator=torch.Generator().manual_seed(5))
+    mask = torch.cat([batch.attention_mask, torch.ones_like(new)], dim=1)
+    return new, torch.cat([batch.tokens, new], dim=1), mask
+
+
+@pytest.mark.oracle("AblateDirection, every write", "all writing weights and biases orthogonalised")
+def test_ablating_every_write_under_a_cache(case: Case) -> None:
+    new, tokens, mask = longer(case.batch)
+    truth = orthogonalised(case.oracle, DIRECTION).run(tokens, mask).logits
+    found = under_cache(case, AblateDirection(DIRECTION), new)
+    close(found, truth[:, case.batch.tokens.shape[1] - 1 :], 2e-5, how="cache")
+
+
+@pytest.mark.oracle("AblateDirection, chosen layers", "the plain model's residual stream projected there")
+def test_ablating_before_chosen_layers_under_a_cache(case: Case) -> None:
+    new, tokens, mask = longer(case.batch)
+    width, unit = case.batch.tokens.shape[1], DIRECTION / DIRECTION.norm()
+
+    def change(stream: Tensor) -> Tensor:
+        rows = stream[:, width:]
+        stream[:, width:] = rows - (rows @ unit)[..., None] * unit
+        return stream
+
+    truth = run_with_input(case.oracle, 1, change, tokens, mask)
+    found = under_cache(case, AblateDirection(DIRECTION, layers=[1], positions="generated"), new)
+    close(found, truth[:, width - 1 :], 2e-5, how="cache")
 
 
 def test_directions_and_heads_stack(case_gqa: Case) -> None:
