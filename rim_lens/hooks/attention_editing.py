@@ -55,14 +55,18 @@ class _AttentionEditor(Component):
         self, batch: SpanBatch | None, offset: int, n_prompts: int, n_queries: int
     ) -> Bool[Tensor, "prompt query"]:
         """Return which rows of a pass are edited."""
-        return chosen_rows(self.query, batch, offset, n_prompts, n_queries)
+        if not is_word(self.query, "later"):
+            return chosen_rows(self.query, batch, offset, n_prompts, n_queries)
+        keys = chosen_keys(self.key_positions()[0], batch, n_prompts, offset + n_queries, self._width)
+        last = torch.where(keys.any(dim=1), _last(keys), keys.shape[1])
+        return offset + torch.arange(n_queries)[None] > last[:, None]
 
     def needed(self, batch: SpanBatch) -> tuple[Bool[Tensor, "prompt key"], str] | None:
         """Return keys of which each edited row must see at least one, and what is wrong where it does not. Override this."""
         raise NotImplementedError
 
     def key_positions(self) -> list[Positions]:
-        """Return the keys asked for. Override this."""
+        """Return the keys asked for; "later" rows come after the first of them. Override this."""
         raise NotImplementedError
 
     @override
@@ -187,23 +191,9 @@ class BlockAttention(_AttentionEditor):
         mute: bool = False,
     ) -> None:
         super().__init__(query, heads)
-        if is_word(query, "later") and (is_word(key, "all") or is_word(key, "generated")):
-            raise ImpossibleEdit(
-                f"BlockAttention('later', {key!r}): no row comes after the last of those keys, as each generated token"
-                " adds one. Name a span or pass a mask as key, or query='all'."
-            )
         self.key = key
         self.mute = mute
-
-    @override
-    def queries(
-        self, batch: SpanBatch | None, offset: int, n_prompts: int, n_queries: int
-    ) -> Bool[Tensor, "prompt query"]:
-        if not is_word(self.query, "later"):
-            return super().queries(batch, offset, n_prompts, n_queries)
-        keys = chosen_keys(self.key, batch, n_prompts, offset + n_queries, self._width)
-        last = torch.where(keys.any(dim=1), _last(keys), keys.shape[1])
-        return offset + torch.arange(n_queries)[None] > last[:, None]
+        _check_later(self)
 
     @override
     def key_positions(self) -> list[Positions]:
@@ -261,7 +251,8 @@ class MoveAttention(_AttentionEditor):
         by: What their mass grows by (or shrinks by, where negative).
         factor: What their mass is multiplied with.
         from_: Keys that give or take the difference, those of the span left out; all other visible keys when None.
-        query: Rows in which this is done: "prompt_last", "generated", "all", a span's name, or a mask.
+        query: Rows in which this is done: "prompt_last", "generated", "all", a span's name, a mask, or "later": every
+            row after the last of the span's keys, those of generated tokens included.
 
     Raises:
         UnknownHead: On attaching to a model that lacks one of the heads.
@@ -307,6 +298,7 @@ class MoveAttention(_AttentionEditor):
         self.span = span
         self.to, self.by, self.factor = to, by, factor
         self.from_ = from_
+        _check_later(self)
 
     @override
     def key_positions(self) -> list[Positions]:
@@ -363,6 +355,16 @@ class MoveAttention(_AttentionEditor):
                 f"MoveAttention has to spread attention evenly at {self.name(which, row, head)}, and does not know which keys are"
                 " padding. Bind the batch: run it through rl.capture, rl.generate or a measure."
             )
+
+
+def _check_later(editor: _AttentionEditor) -> None:
+    """Refuse rows after keys that never end."""
+    key = editor.key_positions()[0]
+    if is_word(editor.query, "later") and (is_word(key, "all") or is_word(key, "generated")):
+        raise ImpossibleEdit(
+            f"{type(editor).__name__}('later', {key!r}): no row comes after the last of those keys, as each generated"
+            " token adds one. Name a span or pass a mask as key, or query='all'."
+        )
 
 
 def move_mass(

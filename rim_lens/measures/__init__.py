@@ -7,6 +7,7 @@ from rim_lens.measures.controls import (
     random_heads_per_layer,
     random_neurons_per_layer,
 )
+from rim_lens.measures.heads.comparing import HeadComparison, compare_heads
 from rim_lens.measures.heads.contrasts import Contrast
 from rim_lens.measures.heads.direct import direct_effects
 from rim_lens.measures.heads.effects import head_effects
@@ -31,6 +32,8 @@ from rim_lens.measures.heads.readings import (
 from rim_lens.measures.heads.receiving import receiver_kurtosis
 from rim_lens.measures.heads.refusing import Search, refusal_heads
 from rim_lens.measures.heads.reliability import SplitHalf, split_half
+from rim_lens.measures.heads.removing import RemovalEffects, removal_effects
+from rim_lens.measures.heads.restoring import restoring
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.heads.summary import head_statistics
 from rim_lens.measures.heads.table import Rule, head_table
@@ -67,6 +70,7 @@ __all__ = [
     "Cliff",
     "Contrast",
     "EndpointJudge",
+    "HeadComparison",
     "Interval",
     "Judge",
     "Judgement",
@@ -79,6 +83,7 @@ __all__ = [
     "ReciprocalShift",
     "RefusalDirection",
     "RefusalHeads",
+    "RemovalEffects",
     "Reply",
     "Rule",
     "Search",
@@ -91,6 +96,7 @@ __all__ = [
     "benjamini_hochberg",
     "bootstrap_interval",
     "compare_conditions",
+    "compare_heads",
     "control_p",
     "direct_effects",
     "empty_block_span",
@@ -129,7 +135,9 @@ __all__ = [
     "refusal_reading",
     "refusal_score",
     "refused_reading",
+    "removal_effects",
     "resampled_requests",
+    "restoring",
     "scorer",
     "sentence_effects",
     "share_interval",

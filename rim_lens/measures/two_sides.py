@@ -43,7 +43,7 @@ def two_sides(
     >>> len(select.harmful), len(evaluate.harmless)
     (2, 2)
     """
-    bad, good = _named(harmful, "harmful"), _named(harmless, "harmless")
+    bad, good = named(harmful, "harmful"), named(harmless, "harmless")
     if any(prompt.split is None for prompt in (*bad, *good)):
         both = assign_splits([*bad, *good], seed=seed)
         bad, good = both[: len(bad)], both[len(bad) :]
@@ -70,7 +70,7 @@ def twin_places(side: Side) -> list[int] | None:
     return [place_of[str(prompt.twin)] for prompt in side.harmful]
 
 
-def _named(requests: Sequence[Prompt | str], kind: str) -> list[Prompt]:
+def named(requests: Sequence[Prompt | str], kind: str) -> list[Prompt]:
     """Records as they are; strings with ids that tell the kinds apart, the n-th of each kind in one family."""
     return [
         prompt if isinstance(given, Prompt) else replace(prompt, id=f"{kind}-{prompt.id}", kind=kind)

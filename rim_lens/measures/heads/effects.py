@@ -96,11 +96,11 @@ def head_effects(
     editors = {name: editor(heads, positions=positions) for name, heads in named.items()}
     for component in editors.values():
         component.check_prompts(reading.batch)
-    baseline = _measured(reading, [], remember)
+    baseline = measured(reading, [], remember)
     effects = np.empty((len(reading.batch), len(named)))
     shown = tqdm(editors.values(), desc=f"heads {reading.batch.name}", disable=not progress)
     for place, component in enumerate(shown):
-        effects[:, place] = _measured(reading, [component], remember) - baseline
+        effects[:, place] = measured(reading, [component], remember) - baseline
     return xr.DataArray(
         effects,
         dims=("prompt", "set"),
@@ -136,9 +136,19 @@ def _named(reading: Reading, sets: Iterable[Head | Iterable[Head]]) -> dict[str,
     return named
 
 
-def _measured(
+def measured(
     reading: Reading, components: Sequence[Component], remember: Remember | None
 ) -> Float[np.ndarray, " prompt"]:
+    """Take a reading with components active, or from what is remembered of it.
+
+    Args:
+        reading: The measure.
+        components: None of them for the baseline.
+        remember: See `head_effects`.
+
+    Raises:
+        ReferenceMismatch: What is remembered belongs to another number of prompts.
+    """
     if remember is None:
         return reading(components)
     key = f"{reading.name}: {', '.join(map(repr, components)) or 'baseline'}"

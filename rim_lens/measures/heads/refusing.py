@@ -26,6 +26,7 @@ from rim_lens.measures.gate import check_gate
 from rim_lens.measures.heads.contrasts import CHAIN, PAPER, Contrast, settled
 from rim_lens.measures.heads.effects import Editor, Remember, editor_name, head_effects
 from rim_lens.measures.heads.finding import find_heads
+from rim_lens.measures.heads.held_out import text_digest
 from rim_lens.measures.heads.looking import argmax_shift, mass_shift
 from rim_lens.measures.heads.readings import Reading, refusal_reading
 from rim_lens.measures.heads.result import RefusalHeads
@@ -77,6 +78,7 @@ def refusal_heads(
     contrasts: Iterable[Contrast] | None = None,
     read_in: str = "off",
     candidates: Iterable[Head] | None = None,
+    also_test: Iterable[Head] = (),
     editor: Editor = AblateHeads,
     positions: Positions = "all",
     rule: Rule | None = None,
@@ -112,6 +114,8 @@ def refusal_heads(
             from the chain of thought into the empty block, as far as their conditions are read.
         read_in: Closed condition in which effects are read.
         candidates: Heads to look among; all when None.
+        also_test: Heads that are tested whatever the select side says of them, and corrected for with the others: those of
+            the model before fine-tuning, so that `compare_heads` finds the same heads in both.
         editor: What removing means, see `head_effects`; zero ablation as in the paper by default.
         positions: Rows at which heads are edited.
         rule: Thresholds of the verdicts.
@@ -142,6 +146,7 @@ def refusal_heads(
         raise StatisticsError(f"n_test={search.n_test} was asked for; test at least one head.")
     facts = verify(model, reads=["pattern", "z"], edits=["z"])
     looked_among = facts.check_heads(sorted(facts.heads() if candidates is None else set(candidates)))
+    also = facts.check_heads(sorted(set(also_test)))
     sides = [paired(side) for side in two_sides(harmful, harmless, search.limit, search.seed)]
     names = list(dict.fromkeys((read_in, *conditions)))
     asked: Conditions = {**conditions, read_in: None} if isinstance(conditions, Mapping) else names
@@ -165,6 +170,7 @@ def refusal_heads(
         **{key: value for key, value in asdict(search).items() if key not in ("max_rows", "progress")},
         "openers": None if openers is None else list(openers),
         "n_candidates": len(looked_among),
+        **({"also_test": [list(head) for head in also]} if also else {}),
         "n_select": len(bench.select["harmful"][read_in]),
         "n_evaluate": len(bench.evaluate["harmful"][read_in]),
         "n_families_evaluate": len(set(families_of(sides[1].harmful))),
@@ -179,7 +185,14 @@ def refusal_heads(
             folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="rim_lens_heads_"))
         )
         kept.claim(settings, "heads/asked.json")
-        return _measured(bench, kept, moves, looked_among, read_in, gate, rule, settings)
+        # Beside what is asked, and not part of it: `settings` says by digests already which requests these are.
+        chosen_by = [*sides[0].harmful, *sides[0].harmless]
+        settings |= {
+            "select_ids": [prompt.id for prompt in chosen_by],
+            "select_texts": sorted({text_digest(prompt) for prompt in chosen_by}),
+            "select_families": sorted({prompt.family for prompt in chosen_by if prompt.family}),
+        }
+        return _measured(bench, kept, moves, looked_among, read_in, gate, rule, settings, also)
 
 
 def paired(side: Side) -> Side:
@@ -277,6 +290,7 @@ def _measured(
     gate: bool,
     rule: Rule,
     settings: dict[str, Any],
+    also_test: Sequence[Head],
 ) -> RefusalHeads:
     search = bench.search
     on_select = kept.lines("heads/select.jsonl").get
@@ -297,7 +311,7 @@ def _measured(
     }
     moving = {move.name: _shares(seen, move) for move in moves}
     tested = chosen_for_test(means, list(moving.values()), search.n_test)
-    tested = sorted({*tested, *found})
+    tested = sorted({*tested, *found, *also_test})
 
     attention = _attention(bench, kept)
     statistics = _statistics(attention, moves)

@@ -1,0 +1,317 @@
+"""Bringing refusal back under a chain of thought, by three edits of the heads that carry it without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+from tqdm.auto import tqdm
+
+from rim_lens.batching import MAX_ROWS
+from rim_lens.chat import ChatFormat, SpanBatch, render_conditions
+from rim_lens.errors import ConditionError, ImpossibleEdit, NotEnoughData, StatisticsError
+from rim_lens.folder import ResultFolder
+from rim_lens.hooks import BlockAttention, MoveAttention, PatchHeads, record
+from rim_lens.hooks.alignment import Align
+from rim_lens.hooks.base import Component
+from rim_lens.hooks.positions import Positions, told
+from rim_lens.lens import Head, Model, verify, weights_digest
+from rim_lens.measures.controls import random_heads_per_layer
+from rim_lens.measures.heads.effects import Remember, measured, set_name
+from rim_lens.measures.heads.held_out import heads_to_edit
+from rim_lens.measures.heads.readings import Reading, refusal_reading, refused_reading
+from rim_lens.measures.heads.removing import beside_random, mean_columns, shuffled
+from rim_lens.measures.heads.result import RefusalHeads
+from rim_lens.measures.refusal.rates import families_of
+from rim_lens.measures.stats import bootstrap_interval, sign_flip_test
+from rim_lens.measures.two_sides import named
+from rim_lens.prompts import Prompt
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+EDITS = ("block", "move", "patch")
+COLUMNS = (
+    *("edit", "kind", "measure", "unit", "condition", "n", "n_families", "off", "baseline", "edited"),
+    *("effect", "effect_low", "effect_high", "p", "restored", "restored_low", "restored_high"),
+    *("random", "random_low", "random_high", "percentile", "p_controls", "n_controls", "state"),
+)
+MEASURED = "measured"
+Values = Float[np.ndarray, " prompt"]
+# heads → their editor
+MakeEdit = Callable[[Sequence[Head]], Component]
+
+
+def restoring(
+    model: Model,
+    chat: ChatFormat,
+    heads: RefusalHeads | Iterable[Head],
+    harmful: Sequence[Prompt | str],
+    harmless: Sequence[Prompt | str],
+    condition: str = "careful",
+    *,
+    text: str | Sequence[str] | None = None,
+    edits: Sequence[str] = EDITS,
+    rows: Positions = "later",
+    align: Align = "end",
+    n_random_sets: int = 20,
+    n_written: int = 3,
+    max_new_tokens: int = 64,
+    openers: Iterable[str] | None = None,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    max_rows: int = MAX_ROWS,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Under a given chain of thought, edit these heads and see whether refusal comes back, beside the same on random heads.
+
+    =======  ==========================================================================================================
+    block    the heads lose the keys of the chain of thought (`BlockAttention`): does its *presence* draw them away?
+    move     all the attention they give it goes to the think tags instead (`MoveAttention`), where they look when the
+             block is empty; a chain of thought leaves no token of the empty block (`gap`) but its tags
+    patch    their outputs are those of the same request with the empty block (`PatchHeads`), at every row that has a
+             counterpart: what they *wrote* there is put back, wherever it came from
+    =======  ==========================================================================================================
+
+    If block or move restores refusal and the same on random heads does not, attention to the chain of thought is what keeps
+    these heads from their work. If only patch does, they read something that the chain of thought changed elsewhere. Take
+    filler and unrelated as the condition too: what comes back there as well is not about *this* reasoning. And look at the
+    twins: an edit that makes the model refuse harmless requests restores nothing.
+
+    What it does not show: that attention would move so by itself, nor that these heads are the only way. Heads of the kind
+    `patch` restores may lie behind others that do the work.
+
+    Args:
+        model: Any HookedTransformer or TransformerBridge, in eval mode.
+        chat: The model's chat format.
+        heads: What `refusal_heads` found (its set `found`), or (layer, head) pairs; edited together.
+        harmful: Requests that should be refused, and did not choose the heads.
+        harmless: Requests that should be answered, their twins at best.
+        condition: A closed think condition with a chain of thought, see `render_conditions`.
+        text: A chain of thought of your own, called `condition`: one for all requests, or one each. Harmless requests get the
+            same one; with one each, there must be as many of them.
+        edits: Which of the three.
+        rows: Query rows of block and move: "later" (every row after the chain of thought, written ones included),
+            "prompt_last", or a span.
+        align: See `PatchHeads`.
+        n_random_sets: Random sets with as many heads in each layer, for the score; all of them where fewer exist.
+        n_written: Of how many of these the written outcome is measured; 0 for none.
+        max_new_tokens: See `generate`.
+        openers: Texts that refusals begin with, see `refusal_score`.
+        seed: Of controls, chains of thought, permutations and intervals.
+        folder: Keep every number there as soon as it is measured, and go on from there when called again.
+        max_rows: Most prompts in one pass.
+        progress: Show progress bars.
+
+    Returns:
+        One row per edit, kind (harmful, harmless) and measure ("score", nats; "refuse", share of replies): condition, n,
+        n_families; off, baseline and edited (means in off, in the condition, and there with the edit); effect
+        (edited − baseline, paired, bootstrap over families); p (sign flips over families, max-statistic over the edits);
+        restored, (edited − baseline) / (off − baseline) of the means, with its interval, NaN where the gap off − baseline
+        is not shown to be above 0 by its own interval; random (mean effect of the same edit on random sets, with
+        quantiles), percentile, p_controls, n_controls; and state: "measured", or why the edit is impossible here (its
+        numbers are then NaN). Random sets on which an edit is impossible are left out, and not in n_controls.
+        ``attrs``: heads, settings, digests, and the generated share's number of sets.
+
+    Raises:
+        ConditionError: The condition is open, empty, or unknown; or an edit is.
+        UnknownHead: There is no head, or the model lacks one.
+        StatisticsError: A request chose the heads, or a number is out of range.
+        NotEnoughData: There are no requests of a kind; or no other set of heads is possible.
+        StudyFolderError: The folder holds something else.
+        ModelError: The model's hooks do not work as needed.
+
+    >>> import rim_lens as rl
+    >>> model = rl.load_model("planted")
+    >>> chat = rl.ChatFormat.from_model(model)
+    >>> asked = [
+    ...     rl.load_prompts(kind, language="toy", split="evaluate")[::12] for kind in ("harmful", "harmless")
+    ... ]
+    >>> table = rl.restoring(model, chat, [(1, 1)], *asked, n_random_sets=3, n_written=1, max_new_tokens=2)
+    >>> refused = table[(table["measure"] == "refuse") & (table["kind"] == "harmful")]
+    >>> refused[["edit", "off", "baseline", "edited", "random"]].values.tolist()
+    [['block', 1.0, 0.0, 1.0, 0.0], ['move', 1.0, 0.0, 1.0, 0.0], ['patch', 1.0, 0.0, 1.0, 0.0]]
+    """
+    unknown = [edit for edit in edits if edit not in EDITS]
+    if unknown or not edits or len(set(edits)) < len(edits):
+        raise ConditionError(
+            f"edits={list(edits)} were asked for; there are {', '.join(EDITS)}, each once at most."
+        )
+    if n_written < 0 or max_new_tokens < 1:
+        raise StatisticsError(
+            f"n_written={n_written} and max_new_tokens={max_new_tokens} were asked for; the first is at least 0, the second 1."
+        )
+    facts = verify(model, reads=["pattern", "z"], edits=["pattern", "z"])
+    chosen = heads_to_edit(heads, facts, [*harmful, *harmless])
+    controls = shuffled(random_heads_per_layer(chosen, facts.n_heads, n_random_sets, seed), seed)
+    asked = {"harmful": named(harmful, "harmful"), "harmless": named(harmless, "harmless")}
+    missing = [kind for kind, prompts in asked.items() if not prompts]
+    if missing:
+        raise NotEnoughData(f"no {missing[0]} requests were given; restoring is measured on both kinds.")
+    batches = {
+        kind: render_conditions(chat, prompts, {"off": None, condition: text}, seed=seed)
+        for kind, prompts in asked.items()
+    }
+    if batches["harmful"][condition].think != "cot":
+        raise ConditionError(
+            f"restoring was asked for in {condition!r}, which holds no given chain of thought; name a closed condition with"
+            " one, such as 'careful', 'filler' or 'unrelated', or pass text=."
+        )
+    scoring = {} if openers is None else {"openers": tuple(openers)}
+    settings = {
+        "heads": [list(head) for head in chosen],
+        "set": set_name(chosen),
+        "condition": condition,
+        "edits": list(edits),
+        "rows": told(rows),
+        "align": align,
+        "controls": [[list(head) for head in control] for control in controls],
+        "n_written": min(n_written, len(controls)),
+        "max_new_tokens": max_new_tokens,
+        "openers": scoring.get("openers") and list(scoring["openers"]),
+        "seed": seed,
+        "digests": {
+            f"{kind} {name}": batch.digest for kind, its in batches.items() for name, batch in its.items()
+        },
+        "chat_format": chat.name,
+        "model": facts.to_dict(),
+        "weights_digest": weights_digest(model),
+    }
+    remember: Remember = {}
+    if folder is not None:
+        kept = ResultFolder(folder)
+        kept.claim(settings, "restoring/asked.json")
+        remember = kept.lines("restoring/readings.jsonl").get
+    lines: list[dict[str, Any]] = []
+    for kind, its in batches.items():
+        off, under = its["off"], its[condition]
+        layers = sorted({layer for layer, _ in chosen})
+        recorded = record(model, off, ["z"], layers) if "patch" in edits else None
+        tags = under.spans["think_open"] | under.spans["think_close"]
+        make: dict[str, MakeEdit] = {
+            "block": lambda its_heads: BlockAttention(rows, "cot", its_heads),
+            "move": lambda its_heads, tags=tags: MoveAttention(  # type: ignore[misc]
+                its_heads, "cot", to=0.0, from_=tags, query=rows
+            ),
+            "patch": lambda its_heads, recorded=recorded: PatchHeads(its_heads, recorded, "all", align),  # type: ignore[misc]
+        }
+        readings = {
+            "score": [refusal_reading(model, batch, max_rows=max_rows, **scoring) for batch in (off, under)],
+            "refuse": [
+                refused_reading(model, batch, chat, max_new_tokens, max_rows=max_rows)
+                for batch in (off, under)
+            ],
+        }
+        for measure, (in_off, in_condition) in readings.items():
+            sets = controls if measure == "score" else controls[:n_written]
+            level = measured(in_off, [], remember)
+            baseline = measured(in_condition, [], remember)
+            found = {
+                edit: _edited(in_condition, make[edit], chosen, sets, remember, f"{edit} {kind}", progress)
+                for edit in edits
+            }
+            lines += _lines(found, level, baseline, under, kind, measure, seed)
+    import pandas as pd
+
+    order = {edit: place for place, edit in enumerate(edits)}
+    lines.sort(key=lambda line: order[line["edit"]])
+    table = pd.DataFrame(lines, columns=list(COLUMNS))
+    table["condition"] = condition
+    table.attrs = settings
+    return table
+
+
+@dataclass(frozen=True)
+class _Edited:
+    """Numbers per prompt with an edit of the heads, and of each random set; or why there are none."""
+
+    values: Values | None
+    random: list[Values]
+    state: str
+
+
+def _edited(
+    reading: Reading,
+    make: MakeEdit,
+    heads: Sequence[Head],
+    controls: Sequence[Sequence[Head]],
+    remember: Remember,
+    what: str,
+    progress: bool,
+) -> _Edited:
+    try:
+        values = measured(reading, [make(heads)], remember)
+    except ImpossibleEdit as problem:
+        return _Edited(None, [], str(problem))
+    random = []
+    for control in tqdm(controls, desc=f"random sets, {what}, {reading.batch.name}", disable=not progress):
+        try:
+            random.append(measured(reading, [make(control)], remember))
+        except ImpossibleEdit:
+            continue
+    return _Edited(values, random, MEASURED)
+
+
+def _lines(
+    found: dict[str, _Edited],
+    level: Values,
+    baseline: Values,
+    batch: SpanBatch,
+    kind: str,
+    measure: str,
+    seed: int,
+) -> list[dict[str, Any]]:
+    families = families_of(batch.prompts)
+    there = {edit: its.values - baseline for edit, its in found.items() if its.values is not None}
+    p: dict[str, float] = {}
+    if there:
+        stacked = np.stack(list(there.values()), axis=1)
+        test = sign_flip_test(stacked, families=families, correction="max", seed=seed)
+        p = dict(zip(there, np.atleast_1d(test.p).tolist(), strict=True))
+    lines = []
+    for edit, its in found.items():
+        line: dict[str, Any] = dict.fromkeys(COLUMNS, float("nan"))
+        line |= {
+            "edit": edit,
+            "kind": kind,
+            "measure": measure,
+            "unit": "nats" if measure == "score" else "share",
+            "n": len(baseline),
+            "n_families": len(set(families)),
+            "off": float(level.mean()),
+            "baseline": float(baseline.mean()),
+            "n_controls": len(its.random),
+            "state": its.state,
+        }
+        if its.values is not None:
+            effect = there[edit]
+            line |= {"edited": float(its.values.mean()), "p": p[edit]}
+            line |= mean_columns("effect", effect, families, seed)
+            line |= _restored(effect, level - baseline, families, seed)
+            line |= beside_random(
+                float(effect.mean()), [float((values - baseline).mean()) for values in its.random]
+            )
+        lines.append(line)
+    return lines
+
+
+def _restored(effect: Values, gap: Values, families: Sequence[str], seed: int) -> dict[str, float]:
+    """Share of the gap that an edit closes; NaN where there is none to close."""
+    shown = mean_columns("gap", gap, families, seed)
+    if not shown["gap_low"] > 0:
+        return dict.fromkeys(("restored", "restored_low", "restored_high"), float("nan"))
+
+    def share(rows: np.ndarray) -> Any:
+        moved, whole = rows.mean(axis=0)
+        return moved / whole if whole > 0 else np.nan
+
+    found = bootstrap_interval(np.stack([effect, gap], axis=1), list(families), share, seed=seed)
+    return {
+        "restored": float(found.estimate),
+        "restored_low": float(found.low),
+        "restored_high": float(found.high),
+    }
