@@ -32,7 +32,8 @@ from rim_lens.measures.heads.readings import (
 from rim_lens.measures.heads.receiving import receiver_kurtosis
 from rim_lens.measures.heads.refusing import Search, refusal_heads
 from rim_lens.measures.heads.reliability import SplitHalf, split_half
-from rim_lens.measures.heads.removing import RemovalEffects, removal_effects
+from rim_lens.measures.heads.removal import RemovalEffects
+from rim_lens.measures.heads.removing import removal_effects
 from rim_lens.measures.heads.restoring import restoring
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.heads.summary import head_statistics

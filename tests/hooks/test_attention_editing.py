@@ -519,6 +519,20 @@ def test_no_mass_can_meet_these(asked: dict[str, float], message: str) -> None:
         MoveAttention(HEADS, "cot", **asked)
 
 
+@pytest.mark.family_contract
+def test_moving_all_mass_away_in_later_rows_equals_blocking_there(case_gqa: Case) -> None:
+    """Given to all other keys in proportion, under a cache as well; earlier rows stay as they are."""
+    keys = case_gqa.batch.spans["request"]
+    new = torch.randint(2, 71, (len(case_gqa.batch), 2), generator=torch.Generator().manual_seed(5))
+    blocked_there = under_cache(case_gqa, BlockAttention("later", keys, HEADS), new)
+    moved_there = under_cache(case_gqa, MoveAttention(HEADS, keys, to=0.0, query="later"), new)
+    close(moved_there, blocked_there, how="cache")
+    everywhere = under_cache(case_gqa, MoveAttention(HEADS, keys, to=0.0, query="prompt_last"), new)
+    assert float((moved_there - everywhere).abs().max()) > 1e-3
+    with pytest.raises(ImpossibleEdit, match="no row comes after"):
+        MoveAttention(HEADS, "generated", to=0.0, query="later")
+
+
 def test_what_cannot_be_moved_is_named(case_gqa: Case) -> None:
     for editor, message in (
         (MoveAttention([(1, 2)], "cot", by=0.9999), "layer 1, head 2 at position 13 of prompt '0'"),

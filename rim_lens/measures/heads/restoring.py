@@ -24,7 +24,7 @@ from rim_lens.measures.controls import random_heads_per_layer
 from rim_lens.measures.heads.effects import Remember, measured, set_name
 from rim_lens.measures.heads.held_out import heads_to_edit
 from rim_lens.measures.heads.readings import Reading, refusal_reading, refused_reading
-from rim_lens.measures.heads.removing import beside_random, mean_columns, shuffled
+from rim_lens.measures.heads.removal_table import beside_random, mean_columns, shuffled
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.stats import bootstrap_interval, sign_flip_test

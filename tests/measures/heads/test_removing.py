@@ -22,7 +22,8 @@ from rim_lens.errors import (
 )
 from rim_lens.measures.controls import percentile_among
 from rim_lens.measures.heads.forced import answer_reading, divergence_reading, text_rows
-from rim_lens.measures.heads.removing import RemovalEffects, removal_effects
+from rim_lens.measures.heads.removal import RemovalEffects
+from rim_lens.measures.heads.removing import removal_effects
 from rim_lens.measures.stats import bootstrap_interval, sign_flip_test
 from rim_lens.organisms.planted import DECOY_HEAD, READER, TOPIC_HEAD
 from tests.measures.refusal.test_direction import toy
@@ -217,7 +218,7 @@ def test_a_folder_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     harmful, harmless, _ = asked()
     few: dict[str, Any] = FEW | {"conditions": ["off"], "n_written": 1, "folder": tmp_path}
     first = removal_effects(model, chat, [READER], harmful, harmless, **few)
-    monkeypatch.setattr("rim_lens.measures.heads.removing.generate", None)
+    monkeypatch.setattr("rim_lens.measures.heads.removal_table.generate", None)
     monkeypatch.setattr("rim_lens.measures.heads.readings.refusal_score", None)
     second = removal_effects(model, chat, [READER], harmful, harmless, **few)
     assert first.table.equals(second.table)
@@ -268,7 +269,12 @@ def test_bad_input_is_named_before_the_model_runs(monkeypatch: pytest.MonkeyPatc
     def runs(*_: Any, **__: Any) -> None:
         raise AssertionError("the model ran")
 
-    for name in ("removing.generate", "removing.head_effects", "readings.refusal_score", "forced.all_logits"):
+    for name in (
+        "removal_table.generate",
+        "removing.head_effects",
+        "readings.refusal_score",
+        "forced.all_logits",
+    ):
         monkeypatch.setattr(f"rim_lens.measures.heads.{name}", runs)
 
     def call(heads: Any = (READER,), *kinds: Any, **options: Any) -> None:
