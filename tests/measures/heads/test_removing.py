@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import rim_lens as rl
 from rim_lens.errors import (
@@ -22,7 +21,9 @@ from rim_lens.errors import (
 )
 from rim_lens.measures.controls import percentile_among
 from rim_lens.measures.heads.forced import answer_reading, divergence_reading, text_rows
+from rim_lens.measures.heads.readings import refusal_reading
 from rim_lens.measures.heads.removal import RemovalEffects
+from rim_lens.measures.heads.removal_table import written_reading
 from rim_lens.measures.heads.removing import removal_effects
 from rim_lens.measures.stats import bootstrap_interval, sign_flip_test
 from rim_lens.organisms.planted import DECOY_HEAD, READER, TOPIC_HEAD
@@ -42,7 +43,11 @@ def asked() -> tuple[list[rl.Prompt], ...]:
 def removed(head: tuple[int, int]) -> RemovalEffects:
     conditions = ["off", "careful", "filler", "open"]
     return removal_effects(
-        *toy("planted"), [head], *asked(), conditions=conditions, **FEW | {"max_new_tokens": 10}
+        *toy("planted"),
+        [head],
+        *asked(),
+        conditions=conditions,
+        **FEW | {"n_random_sets": 4, "n_written": 1, "max_new_tokens": 10},
     )
 
 
@@ -218,8 +223,8 @@ def test_a_folder_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     harmful, harmless, _ = asked()
     few: dict[str, Any] = FEW | {"conditions": ["off"], "n_written": 1, "folder": tmp_path}
     first = removal_effects(model, chat, [READER], harmful, harmless, **few)
-    monkeypatch.setattr("rim_lens.measures.heads.removal_table.generate", None)
-    monkeypatch.setattr("rim_lens.measures.heads.readings.refusal_score", None)
+    monkeypatch.setitem(written_reading.__globals__, "generate", None)
+    monkeypatch.setitem(refusal_reading.__globals__, "refusal_score", None)
     second = removal_effects(model, chat, [READER], harmful, harmless, **few)
     assert first.table.equals(second.table)
     with pytest.raises(StudyFolderError, match="another study"):
@@ -269,13 +274,13 @@ def test_bad_input_is_named_before_the_model_runs(monkeypatch: pytest.MonkeyPatc
     def runs(*_: Any, **__: Any) -> None:
         raise AssertionError("the model ran")
 
-    for name in (
-        "removal_table.generate",
-        "removing.head_effects",
-        "readings.refusal_score",
-        "forced.all_logits",
+    for function, name in (
+        (removal_effects, "head_effects"),
+        (written_reading, "generate"),
+        (refusal_reading, "refusal_score"),
+        (divergence_reading, "all_logits"),
     ):
-        monkeypatch.setattr(f"rim_lens.measures.heads.{name}", runs)
+        monkeypatch.setitem(function.__globals__, name, runs)
 
     def call(heads: Any = (READER,), *kinds: Any, **options: Any) -> None:
         removal_effects(model, chat, heads, *(kinds or (harmful, harmless)), **FEW | options)
@@ -300,4 +305,3 @@ def test_bad_input_is_named_before_the_model_runs(monkeypatch: pytest.MonkeyPatc
         call(n_random_sets=0)
     with pytest.raises(NotEnoughData, match="list of texts"):
         call(neutral=[])
-    assert torch.is_grad_enabled()

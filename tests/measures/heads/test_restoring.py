@@ -36,8 +36,9 @@ def row(table: pd.DataFrame, edit: str, kind: str, measure: str) -> dict[str, An
 @pytest.mark.parametrize("condition", ["careful", "filler", "unrelated"])
 def test_the_planted_reader_restores_refusal_and_the_decoy_none(condition: str) -> None:
     """Any chain of thought takes the reader's attention away, so all three edits undo it, and filler is no exception."""
+    few = FEW | {"n_random_sets": 3, "n_written": 1}
     found = {
-        head: restoring(*toy("planted"), [head], *asked(), condition, **FEW) for head in (READER, DECOY_HEAD)
+        head: restoring(*toy("planted"), [head], *asked(), condition, **few) for head in (READER, DECOY_HEAD)
     }
     for head, table in found.items():
         assert tuple(table.columns) == COLUMNS
@@ -126,7 +127,7 @@ def test_what_is_impossible_is_said_and_not_counted(tmp_path: Path) -> None:
         return rl.BlockAttention(rows, key, heads)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("rim_lens.measures.heads.restoring.BlockAttention", broken)
+        patched.setitem(restoring.__globals__, "BlockAttention", broken)
         table = restoring(model, chat, [READER], *asked(), **few | {"folder": None})
         beside = restoring(model, chat, [DECOY_HEAD], *asked(), **few | {"folder": None, "n_random_sets": 7})
     impossible = row(table, "block", "harmful", "score")
