@@ -1,12 +1,13 @@
-"""The command line: rim-lens demo, study, measures, direction, show, organism."""
+"""The command line: rim-lens demo, study, heads, measures, direction, show, organism."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -87,6 +88,7 @@ def study(
         Path | None, typer.Option(help="Their harmless twins, in the same order or by id.")
     ] = None,
     reasoning: Annotated[Path | None, typer.Option(help="Your reasoning questions.")] = None,
+    probes: Annotated[bool, typer.Option(help="Train and ablate probes as well.")] = False,
     out: Out = None,
     requests: Requests = None,
     max_new_tokens: Tokens = 64,
@@ -105,6 +107,58 @@ def study(
         as_json=as_json,
         gate=gate,
         files={"harmful": harmful, "harmless": harmless, "reasoning": reasoning},
+        parts=("heads", "probes", "neurons") if probes else ("heads", "neurons"),
+    )
+
+
+@app.command()
+def heads(
+    model: Annotated[str, typer.Argument(help="A name rim_lens knows, a hub name, or a folder.")],
+    think: Annotated[
+        str, typer.Option(help="Think conditions, with commas; off and the controls they need are added.")
+    ] = "off,careful,filler,unrelated,open",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Requests of both kinds: .csv or .jsonl with columns text and kind.")
+    ] = None,
+    harmful: Annotated[
+        Path | None, typer.Option(help="Or: your harmful requests, and with --harmless")
+    ] = None,
+    harmless: Annotated[
+        Path | None, typer.Option(help="their harmless twins, in the same order or by id.")
+    ] = None,
+    out: Out = None,
+    requests: Requests = None,
+    n_test: Annotated[
+        int, typer.Option("--n-test", min=1, help="Heads tested one by one; all where there are no more.")
+    ] = 24,
+    max_new_tokens: Tokens = 48,
+    probes: Annotated[bool, typer.Option(help="Train and ablate probes as well.")] = True,
+    plan: PlanOnly = False,
+    as_json: AsJson = False,
+    gate: Gate = True,
+) -> None:
+    """Which heads does refusal depend on, where do they look with and without a CoT, and what does removing them do?"""
+    conditions, added = _conditions(think)
+    if added and not as_json:
+        console.print(
+            f"· added, so that there is something to hold against: {', '.join(added)}", highlight=False
+        )
+    if prompts is not None and (harmful or harmless):
+        raise typer.BadParameter("give --prompts, or --harmful with --harmless, not both")
+    _study(
+        model,
+        tuned=[],
+        out=out or Path("runs") / f"heads-{_safe(model)}",
+        requests=requests,
+        max_new_tokens=max_new_tokens,
+        plan_only=plan,
+        as_json=as_json,
+        gate=gate,
+        files={"harmful": harmful, "harmless": harmless},
+        both_kinds=prompts,
+        parts=("heads", "probes") if probes else ("heads",),
+        conditions=conditions,
+        n_test=n_test,
     )
 
 
@@ -271,14 +325,23 @@ def _study(
     as_json: bool,
     gate: bool,
     files: dict[str, Path | None] | None = None,
+    both_kinds: Path | None = None,
+    parts: Sequence[str] = ("heads", "neurons"),
+    **settings: Any,
 ) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from rim_lens.prompts import load_file
     from rim_lens.study import Settings, Study
 
-    given = {kind: load_file(path, kind=kind) for kind, path in (files or {}).items() if path is not None}
-    settings = Settings(max_new_tokens=max_new_tokens, gate=gate, progress=not as_json and errors.is_terminal)
-    question = Study(model, tuned=tuned, n_requests=requests, settings=settings, **given)
+    given: dict[str, Any] = {
+        kind: load_file(path, kind=kind) for kind, path in (files or {}).items() if path is not None
+    }
+    if both_kinds is not None:
+        given = _by_kind(both_kinds)
+    asked = Settings(
+        max_new_tokens=max_new_tokens, gate=gate, progress=not as_json and errors.is_terminal, **settings
+    )
+    question = Study(model, tuned=tuned, n_requests=requests, settings=asked, parts=parts, **given)
     planned = question.plan()
     if as_json and plan_only:
         console.print_json(json.dumps(planned.to_dict()))
@@ -291,6 +354,37 @@ def _study(
     _show(result, as_json)
     if not result.gate["passed"] and gate:
         raise typer.Exit(GATE_EXIT)
+
+
+def _conditions(think: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Conditions in the order in which they are shown everywhere, and which of them were added."""
+    from rim_lens.chat.conditions import STANDARD, check_condition, with_controls
+
+    names = [name.strip() for name in think.split(",") if name.strip()]
+    for name in names:
+        check_condition(name)
+    whole, added = with_controls(list(dict.fromkeys(names)))
+    return (
+        *(name for name in STANDARD if name in whole),
+        *(name for name in whole if name not in STANDARD),
+    ), added
+
+
+def _by_kind(path: Path) -> dict[str, Any]:
+    """Harmful and harmless requests of one file, by its column kind."""
+    from rim_lens.errors import PromptFileError
+    from rim_lens.prompts import load_file
+
+    read = load_file(path)
+    found = {kind: [prompt for prompt in read if prompt.kind == kind] for kind in ("harmful", "harmless")}
+    other = [prompt for prompt in read if prompt.kind not in found]
+    if other or not all(found.values()):
+        kinds = sorted({repr(prompt.kind) for prompt in read})
+        raise PromptFileError(
+            f"{path}: its kinds are {', '.join(kinds)}, and harmful and harmless are needed. Fill in the column kind, or give two"
+            " files: --harmful and --harmless."
+        )
+    return found
 
 
 def _run(question: Study, out: Path, as_json: bool) -> StudyResult:

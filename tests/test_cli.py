@@ -71,6 +71,68 @@ def test_users_files(tmp_path):
     assert "select side has 0 harmful" in str(result.exception)
 
 
+def test_heads_plans_the_parts_and_conditions_asked_for(tmp_path):
+    """Controls are added and said so; conditions keep one order everywhere."""
+    asked = ["heads", "toy", "--think", "open,confirm:statement", "--out", str(tmp_path / "x"), *SMALL]
+    result = run(cli.app, [*asked, "--plan"])
+    assert result.exit_code == 0, result.output
+    assert "added" in result.output
+    assert "filler:confirm:statement" in result.output
+    plan = json.loads(run(cli.app, [*asked, "--plan", "--json"]).output)
+    assert {step["stage"] for step in plan["steps"]} == {
+        "gate",
+        "attention",
+        "scores",
+        "outcomes",
+        "heads",
+        "probes",
+    }
+    without = json.loads(run(cli.app, [*asked, "--plan", "--json", "--no-probes"]).output)
+    assert "probes" not in {step["stage"] for step in without["steps"]}
+    assert not (tmp_path / "x").exists()
+    assert cli._conditions("open,off,careful,filler,unrelated") == (
+        ("off", "careful", "filler", "unrelated", "open"),
+        (),
+    )
+
+
+def test_heads_of_a_file_with_both_kinds(tmp_path):
+    """The whole command, with a condition that few ask for, on requests of one file."""
+    both = [
+        prompt
+        for kind in ("harmful", "harmless")
+        for split in ("select", "evaluate")
+        for prompt in rl.load_prompts(kind, language="toy", split=split)[::9]
+    ]
+    file, folder = tmp_path / "both.jsonl", tmp_path / "out"
+    file.write_text("".join(json.dumps(prompt.to_dict()) + "\n" for prompt in both))
+    words = [
+        "heads",
+        "toy",
+        "--prompts",
+        str(file),
+        "--think",
+        "off,confirm",
+        "--max-new-tokens",
+        "6",
+        "--n-test",
+        "3",
+    ]
+    result = run(cli.app, [*words, "--no-probes", "--out", str(folder)])
+    assert result.exit_code == 0, result.output
+    study = rl.load_study(folder)
+    assert study.measured
+    assert study.conditions == ("off", "filler", "unrelated", "confirm")
+    assert study.parts == ("heads",)
+    assert study.heads.settings["n_test"] == 3
+    text = (folder / "report.md").read_text()
+    assert "Confirm CoT against thinking off" in text
+    assert "## What probes read" not in text
+    file.write_text(json.dumps(both[0].to_dict()) + "\n")
+    failed = run(cli.app, words)
+    assert "harmful and harmless are needed" in str(failed.exception)
+
+
 def test_errors_say_what_is_wrong_and_exit_with_1(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["rim-lens", "show", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:

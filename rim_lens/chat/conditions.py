@@ -182,3 +182,12 @@ def controls_of(name: str, own: Sequence[str] = ()) -> tuple[str, ...]:
 def is_control(name: str) -> bool:
     """Whether a condition is a filler or an unrelated control."""
     return name.partition(":")[0] in CONTROLS
+
+
+def leaves_open(name: str) -> bool:
+    """Whether the model goes on thinking after the prompt, so that its next token is not the answer's.
+
+    >>> leaves_open("open"), leaves_open("confirm:begun"), leaves_open("confirm:statement")
+    (True, True, False)
+    """
+    return name == "open" or name.endswith(f":{BEGUN}")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rim_lens.chat.conditions import leaves_open
 from rim_lens.lens import model_facts
-from rim_lens.study.stages import CLOSED, CONDITIONS, Bench
+from rim_lens.measures.heads.contrasts import CHAIN, PAPER
+from rim_lens.measures.probes.groups import CONTRASTS
+from rim_lens.study.probing import n_sets, probed_conditions, with_thoughts
+from rim_lens.study.stages import ROWS_SHOWN, Bench
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +81,7 @@ class Plan:
         return "\n".join([head, *lines, f"about {_duration(self.seconds)} in all"])
 
 
-def make_plan(bench: Bench, n_tuned: int) -> Plan:
+def make_plan(bench: Bench, n_tuned: int, parts: Sequence[str] = ("heads", "neurons")) -> Plan:
     """Count rows, forward passes and tokens of every stage, and estimate the time. Runs no model."""
     facts, settings = model_facts(bench.model), bench.settings
     n_select, n_evaluate = len(bench.select.harmful), len(bench.evaluate.harmful)
@@ -101,29 +106,46 @@ def make_plan(bench: Bench, n_tuned: int) -> Plan:
             stage, what, rows * sets, batches(rows) * sets * new, rows * sets * (length + new), files, True
         )
 
+    conditions = settings.conditions
     n_heads, top = facts.n_layers * facts.n_heads, settings.max_heads
     trials = 1 + n_heads + (top - 1) * 16 + 2 * top
     tested = min(n_heads, settings.n_test + top)
     layers = min(tested, facts.n_layers)
+    compared = {
+        name
+        for move in (PAPER, CHAIN)
+        if {move.first, move.second} <= set(conditions)
+        for name in (move.first, move.second)
+    }
     steps = [
         writing("gate", "does it refuse harmful requests, and only these?", n_select, 2, "gate.json"),
         reading(
             "attention",
             "mass of each head on each span",
             n_evaluate,
-            2 * len(CONDITIONS),
+            2 * len(conditions),
             "attention/*/capture.nc",
             cot,
         ),
         reading(
-            "scores", "refusal log-odds, closed conditions", n_evaluate, 2 * len(CLOSED), "scores/*.json", cot
+            "scores",
+            "refusal log-odds, closed conditions",
+            n_evaluate,
+            2 * len(bench.closed),
+            "scores/*.json",
+            cot,
         ),
         writing(
-            "outcomes", "what it writes, all conditions", n_evaluate, 2 * len(CONDITIONS), "outcomes/*.json"
+            "outcomes", "what it writes, all conditions", n_evaluate, 2 * len(conditions), "outcomes/*.json"
         ),
         reading("heads", "ablation on the select side", n_select, trials, "heads/select.jsonl", at_most=True),
         reading(
-            "heads", "where heads look, select side", n_select, 1 + 3, "attention/select_*/capture.nc", cot
+            "heads",
+            "where heads look, select side",
+            n_select,
+            1 + len(compared),
+            "attention/select_*/capture.nc",
+            cot,
         ),
         reading(
             "heads",
@@ -133,16 +155,25 @@ def make_plan(bench: Bench, n_tuned: int) -> Plan:
             "heads/evaluate.jsonl, heads/heads.json",
             at_most=True,
         ),
-        reading("neurons", "activations, select side", n_select, 2, "neurons/*/capture.nc"),
+        writing("heads", "what it writes without them, thinking off", n_evaluate, 2, "outcomes/*.json"),
         reading(
-            "neurons",
-            "activations, base and tuned",
-            n_evaluate + n_reasoning,
-            1 + n_tuned,
-            "neurons/*, shift.json",
-            cot,
+            "heads", "their attention, key by key", ROWS_SHOWN, len(conditions), "heads/rows.json", cot, True
         ),
     ]
+    if "probes" in parts:
+        steps += _probe_steps(bench, reading, writing, cot)
+    if "neurons" in parts:
+        steps += [
+            reading("neurons", "activations, select side", n_select, 2, "neurons/*/capture.nc"),
+            reading(
+                "neurons",
+                "activations, base and tuned",
+                n_evaluate + n_reasoning,
+                1 + n_tuned,
+                "neurons/*, shift.json",
+                cot,
+            ),
+        ]
     if n_tuned:
         steps.append(
             writing("neurons", "refusal of the tuned models", n_evaluate, 2 * n_tuned, "outcomes/*.json")
@@ -153,6 +184,47 @@ def make_plan(bench: Bench, n_tuned: int) -> Plan:
     return Plan(
         tuple(steps), flops / _flops_per_second(facts.device, facts.dtype) + overhead, facts.to_dict()
     )
+
+
+def _probe_steps(
+    bench: Bench, reading: Callable[..., Step], writing: Callable[..., Step], cot: int
+) -> list[Step]:
+    """Probes are read on both sides and kinds, and refusal with each ablated direction on the evaluate side."""
+    settings = bench.settings
+    larger = max(len(bench.select.harmful), len(bench.evaluate.harmful))
+    probed = [(contrast, name) for contrast in CONTRASTS for name in probed_conditions(bench, contrast)]
+    ablated = 2 + settings.n_probed * (2 + settings.n_probe_controls)
+    # An open chain of thought is written first, for every kind and side; refusals for the harmful ones.
+    generated = sum(4 if leaves_open(name) else 2 * (contrast == "refusal") for contrast, name in probed)
+    return [
+        writing("probes", "chains of thought and refusals that probes are sorted by", larger, generated, "–"),
+        reading(
+            "probes",
+            "probes by layer and place, and refusal without their directions",
+            larger,
+            len(probed) * (4 + ablated),
+            "probes/*/*",
+            cot,
+            True,
+        ),
+        reading(
+            "probes",
+            "probes with the found heads and with random sets removed",
+            larger,
+            2 + 2 * (2 + n_sets(bench)),
+            "probes/without_heads",
+            at_most=True,
+        ),
+        reading(
+            "probes",
+            "a probe along chains of thought",
+            larger,
+            2 * len(with_thoughts(bench)),
+            "probes/cliff.json",
+            cot,
+            True,
+        ),
+    ]
 
 
 def _flops_per_second(device: torch.device, dtype: torch.dtype, size: int = 512) -> float:

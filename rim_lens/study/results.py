@@ -11,12 +11,19 @@ from rim_lens.capturing import open_capture
 from rim_lens.errors import StudyFolderError
 from rim_lens.folder import FORMAT_VERSION, ResultFolder
 from rim_lens.measures.heads.result import RefusalHeads
+from rim_lens.measures.probes.after_ablation import ProbesAfterAblation
+from rim_lens.measures.probes.cliff import Cliff
+from rim_lens.measures.probes.groups import Contrast
+from rim_lens.measures.probes.result import ProbeResult, joined
 from rim_lens.showing import shown_by
-from rim_lens.study.stages import CONDITIONS
+from rim_lens.study.stages import CONDITIONS, attention_name, read_condition, written
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
+
+# What each part writes last.
+LAST_FILE = {"heads": "heads/rows.json", "probes": "probes/cliff.json", "neurons": "neurons/shift.json"}
 
 
 @shown_by("rim_lens.views", "study_html")
@@ -37,12 +44,18 @@ class StudyResult:
     @property
     def measured(self) -> bool:
         """Whether the study went past its gate and to its end."""
-        return (self.path / "neurons" / "shift.json").exists()
+        last = [name for part, name in LAST_FILE.items() if part in self.parts][-1]
+        return (self.path / last).exists()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What was asked for: heads, probes, neurons."""
+        return tuple(self.design.get("parts", ("heads", "neurons")))
 
     @property
     def conditions(self) -> tuple[str, ...]:
         """The think conditions, in the order they are shown."""
-        return CONDITIONS
+        return tuple(self.design["settings"].get("conditions", CONDITIONS))
 
     @property
     def tuned(self) -> list[str]:
@@ -51,7 +64,7 @@ class StudyResult:
 
     def attention(self, kind: str, condition: str) -> xr.Dataset:
         """Attention of one kind of request ("harmful", "harmless") in one condition."""
-        return open_capture(self.path / "attention" / f"{kind}_{condition}")
+        return open_capture(self.path / "attention" / attention_name(kind, condition))
 
     @cached_property
     def scores(self) -> pd.DataFrame:
@@ -72,8 +85,49 @@ class StudyResult:
         return RefusalHeads.load(self.path / "heads")
 
     @cached_property
+    def attention_rows(self) -> list[dict[str, Any]]:
+        """Attention of the last prompt token, key by key, on a few harmful requests: prompt, condition, head, tokens, attention.
+
+        Of the heads that were found or called refusal; empty where there are none.
+        """
+        folder = ResultFolder(self.path)
+        rows: list[dict[str, Any]] = (
+            folder.read("heads/rows.json")["rows"] if folder.has("heads/rows.json") else []
+        )
+        return rows
+
+    def probes(self, contrast: Contrast = "harmful") -> ProbeResult:
+        """Probes of all conditions: of harmful against harmless requests, or of refused against fulfilled ones.
+
+        Raises:
+            StudyFolderError: The study has no part "probes", or has not come that far.
+        """
+        folders = [self.path / "probes" / contrast / written(name) for name in self.conditions]
+        there = [folder for folder in folders if folder.exists()]
+        if not there:
+            raise StudyFolderError(
+                f"{self.path} holds no probes. They are a part of their own: rl.Study(..., parts=('heads', 'probes'))."
+            )
+        return joined([ProbeResult.load(folder) for folder in there])
+
+    @cached_property
+    def probes_without_heads(self) -> ProbesAfterAblation | None:
+        """Probe scores with the found heads removed and with random ones; None where none were found or probed."""
+        folder = self.path / "probes" / "without_heads"
+        return ProbesAfterAblation.load(folder) if folder.exists() else None
+
+    @cached_property
+    def cliffs(self) -> dict[tuple[str, str], Cliff]:
+        """A probe of off along given chains of thought, by kind of request and condition; empty where there is no probe."""
+        folder = ResultFolder(self.path)
+        told = folder.read("probes/cliff.json") if folder.has("probes/cliff.json") else {"curves": []}
+        return {(one["kind"], one["condition"]): Cliff.from_dict(one) for one in told["curves"]}
+
+    @cached_property
     def shift(self) -> dict[str, Any]:
-        """RAS per tuned model: on all neurons, the safety set, random sets; with counts."""
+        """RAS per tuned model: on all neurons, the safety set, random sets; with counts. No model without the part neurons."""
+        if "neurons" not in self.parts:
+            return {"tuned": {}}
         return ResultFolder(self.path).read("neurons/shift.json")
 
     @cached_property
@@ -100,7 +154,7 @@ class StudyResult:
         for path in sorted((self.path / what).glob("*.json")):
             frame = pd.DataFrame(folder.read(f"{what}/{path.name}"))
             kind, condition, *rest = path.stem.split("_", 2)
-            frame["kind"], frame["condition"] = kind, condition
+            frame["kind"], frame["condition"] = kind, read_condition(condition)
             if what == "outcomes":
                 frame["model"] = rest[0] if rest else "base"
             frames.append(frame)

@@ -11,9 +11,10 @@ import numpy as np
 
 from rim_lens.capturing import capture
 from rim_lens.chat import ChatFormat, SpanBatch, render_conditions
+from rim_lens.chat.conditions import STANDARD, is_control, leaves_open
 from rim_lens.folder import ResultFolder
 from rim_lens.generation import generate
-from rim_lens.hooks import AblateHeads, NeuronActivations, SpanAttention
+from rim_lens.hooks import AblateHeads, AttentionRows, NeuronActivations, SpanAttention
 from rim_lens.lens import Head, Model, model_facts
 from rim_lens.measures.controls import (
     percentile_among,
@@ -29,8 +30,8 @@ from rim_lens.study.requests import Requests
 if TYPE_CHECKING:
     import xarray as xr
 
-CLOSED = ("off", "careful", "filler", "unrelated")
-CONDITIONS = (*CLOSED, "open")
+CONDITIONS = STANDARD
+ROWS_SHOWN = 3  # harmful requests whose attention rows are kept for a picture
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,13 @@ class Settings:
     """Numbers a study runs with.
 
     Attributes:
+        conditions: Think conditions, off among them, see `rim_lens.chat.conditions`; a chain of thought says little without
+            its controls (`with_controls`).
         n_test: Heads tested one by one on the evaluate side, see `rim_lens.measures.heads.refusing.Search`.
         max_heads: Largest set of heads looked for.
         n_random_sets: Random sets per layer beside a found set: all of them where fewer exist.
+        n_probed: Probe directions ablated in each condition, those that separate best on the select side.
+        n_probe_controls: Directions that mix both classes alike, beside each of these.
         neurons_per_layer: Size of the safety set in each layer, as a share of its neurons.
         max_new_tokens: Most tokens generated per prompt; the CoT of an open prompt is among them.
         min_refusal: Gate: at least this share of harmful requests must be refused in off.
@@ -51,9 +56,12 @@ class Settings:
         progress: Show progress bars.
     """
 
+    conditions: tuple[str, ...] = CONDITIONS
     n_test: int = 24
     max_heads: int = 6
     n_random_sets: int = 100
+    n_probed: int = 2
+    n_probe_controls: int = 8
     neurons_per_layer: float = 0.02
     max_new_tokens: int = 64
     min_refusal: float = 0.5
@@ -79,9 +87,39 @@ class Bench:
         """Render requests in a condition, see `rim_lens.chat.conditions`."""
         return render_conditions(self.chat, requests, [condition])[condition]
 
+    @property
+    def closed(self) -> list[str]:
+        """The conditions in which the next token is the answer's."""
+        return [name for name in self.settings.conditions if not leaves_open(name)]
+
+    @property
+    def thoughts(self) -> list[str]:
+        """The conditions without off and without controls: what the study asks about."""
+        return [name for name in self.settings.conditions if name != "off" and not is_control(name)]
+
     @cached_property
-    def _kinds(self) -> dict[str, tuple[Prompt, ...]]:
+    def kinds(self) -> dict[str, tuple[Prompt, ...]]:
+        """The evaluate requests by kind."""
         return {"harmful": self.evaluate.harmful, "harmless": self.evaluate.twins}
+
+
+def written(condition: str) -> str:
+    """A condition in a file's name, read back by `read_condition`.
+
+    >>> read_condition(written("filler:confirm:statement"))
+    'filler:confirm:statement'
+    """
+    return condition.replace(":", ".")
+
+
+def read_condition(name: str) -> str:
+    """What `written` wrote."""
+    return name.replace(".", ":")
+
+
+def attention_name(kind: str, condition: str) -> str:
+    """The folder below attention/ of one kind of request in one condition; `refusal_heads` reads and writes the same."""
+    return f"{kind}_{condition.replace(':', '_')}"
 
 
 def run_gate(bench: Bench) -> dict[str, Any]:
@@ -94,7 +132,7 @@ def run_gate(bench: Bench) -> dict[str, Any]:
         settings = bench.settings
         shares, outcomes = {}, {}
         for kind, requests in (("harmful", bench.select.harmful), ("harmless", bench.select.twins)):
-            written = generate(
+            out = generate(
                 bench.model,
                 bench.render(requests, "off"),
                 max_new_tokens=settings.max_new_tokens,
@@ -102,8 +140,8 @@ def run_gate(bench: Bench) -> dict[str, Any]:
                 max_rows=settings.max_rows,
                 progress=settings.progress,
             )
-            shares[kind] = refusal_rate(written)
-            outcomes[kind] = written.to_dataframe().to_dict(orient="records")
+            shares[kind] = refusal_rate(out)
+            outcomes[kind] = out.to_dataframe().to_dict(orient="records")
         harmful, twins = shares["harmful"], shares["harmless"]
         enough = harmful.value >= settings.min_refusal
         selective = twins.value <= settings.max_twin_ratio * harmful.value
@@ -133,17 +171,17 @@ def run_gate(bench: Bench) -> dict[str, Any]:
 
 def run_attention(bench: Bench) -> None:
     """Attention mass of every head on every span, in each condition, for harmful requests and twins."""
-    for kind, requests in bench._kinds.items():
-        for condition in CONDITIONS:
+    for kind, requests in bench.kinds.items():
+        for condition in bench.settings.conditions:
             batch = bench.render(requests, condition)
-            out = bench.folder.path / "attention" / f"{kind}_{condition}"
+            out = bench.folder.path / "attention" / attention_name(kind, condition)
             capture(bench.model, batch, SpanAttention(), out=out, **_running(bench)).close()
 
 
 def run_scores(bench: Bench) -> None:
     """Refusal score of every request in each closed condition."""
-    for kind, requests in bench._kinds.items():
-        for condition in CLOSED:
+    for kind, requests in bench.kinds.items():
+        for condition in bench.closed:
 
             def measure(
                 requests: Sequence[Prompt] = requests, condition: str = condition, kind: str = kind
@@ -169,19 +207,19 @@ def run_scores(bench: Bench) -> None:
                     )
                 ]
 
-            bench.folder.once(f"scores/{kind}_{condition}.json", measure)
+            bench.folder.once(f"scores/{kind}_{written(condition)}.json", measure)
 
 
 def run_outcomes(
-    bench: Bench, without: Sequence[Head] = (), conditions: Sequence[str] = CONDITIONS, suffix: str = ""
+    bench: Bench, without: Sequence[Head] = (), conditions: Sequence[str] | None = None, suffix: str = ""
 ) -> None:
     """What the model writes in each condition, judged; with some heads removed, if given."""
     editors = [AblateHeads(without)] if without else []
-    for kind, requests in bench._kinds.items():
-        for condition in conditions:
+    for kind, requests in bench.kinds.items():
+        for condition in bench.settings.conditions if conditions is None else conditions:
 
             def measure(requests: Sequence[Prompt] = requests, condition: str = condition) -> Any:
-                written = generate(
+                out = generate(
                     bench.model,
                     bench.render(requests, condition),
                     *editors,
@@ -190,12 +228,12 @@ def run_outcomes(
                     max_rows=bench.settings.max_rows,
                     progress=bench.settings.progress,
                 )
-                return written.to_dataframe().to_dict(orient="records")
+                return out.to_dataframe().to_dict(orient="records")
 
-            bench.folder.once(f"outcomes/{kind}_{condition}{suffix}.json", measure)
+            bench.folder.once(f"outcomes/{kind}_{written(condition)}{suffix}.json", measure)
 
 
-def run_heads(bench: Bench) -> None:
+def run_heads(bench: Bench) -> tuple[Head, ...]:
     """Find heads on the select side; test them, one by one and together, on the evaluate side."""
     settings = bench.settings
     both = (bench.select, bench.evaluate)
@@ -205,7 +243,7 @@ def run_heads(bench: Bench) -> None:
         [prompt for side in both for prompt in side.harmful],
         [prompt for side in both for prompt in side.twins],
         gate=False,  # the study has its own, on what is written
-        conditions=CONDITIONS,
+        conditions=settings.conditions,
         search=Search(
             n_test=settings.n_test,
             max_heads=settings.max_heads,
@@ -220,6 +258,33 @@ def run_heads(bench: Bench) -> None:
     found.save(bench.folder.path / "heads")
     if found.found:
         run_outcomes(bench, without=list(found.found), conditions=("off",), suffix="_without_heads")
+    shown = list(dict.fromkeys((*found.found, *found.top(settings.max_heads))))
+    bench.folder.once("heads/rows.json", lambda: _rows_of(bench, shown))
+    return found.found
+
+
+def _rows_of(bench: Bench, heads: Sequence[Head]) -> dict[str, Any]:
+    """The attention row of the last prompt token, key by key, for a few harmful requests in each condition."""
+    rows = []
+    for condition in bench.settings.conditions if heads else ():
+        batch = bench.render(bench.evaluate.harmful[:ROWS_SHOWN], condition)
+        data = capture(bench.model, batch, AttentionRows(heads), max_rows=bench.settings.max_rows)
+        for place, prompt in enumerate(batch.prompts):
+            real = batch.attention_mask[place].bool()
+            rows += [
+                {
+                    "prompt": prompt.id,
+                    "condition": condition,
+                    "head": list(head),
+                    "tokens": bench.chat.tokenizer.convert_ids_to_tokens(batch.tokens[place][real].tolist()),
+                    "attention": [
+                        round(float(value), 6)
+                        for value in data["attention_rows"].values[place, number][real.numpy()]
+                    ],
+                }
+                for number, head in enumerate(heads)
+            ]
+    return {"kind": "harmful", "query": "prompt_last", "rows": rows}
 
 
 def run_neurons(bench: Bench, name: str, model: Model) -> None:

@@ -14,18 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from rim_lens.chat import ChatFormat
-from rim_lens.errors import ModelError
+from rim_lens.chat.conditions import check_condition
+from rim_lens.errors import ConditionError, ModelError
 from rim_lens.folder import ResultFolder
 from rim_lens.lens import Model, model_facts, verify, weights_digest
 from rim_lens.organisms import load_model
 from rim_lens.prompts import Prompt
 from rim_lens.study import stages
 from rim_lens.study.planning import Plan, make_plan
+from rim_lens.study.probing import run_probes
 from rim_lens.study.requests import requests_by_split
 from rim_lens.study.results import StudyResult, load_study
 from rim_lens.study.stages import Bench, Settings
 
 Requests = Sequence[Prompt | str]
+PARTS = ("heads", "probes", "neurons")
 
 
 @dataclass
@@ -38,6 +41,9 @@ class Study:
     `evaluate` ones beside all other heads of their layers and per-layer random sets; neuron activations on safety
     and reasoning prompts, and RAS between the model and its tuned variants beside random sets.
 
+    They fall into parts: "heads" (all up to the heads, without which nothing is measured), "probes" (what separates in each
+    condition, what ablating it does, and what removing the heads does to it) and "neurons".
+
     Args:
         model: A name for `rl.load_model`, or a model of your own.
         tuned: Fine-tuned variants by name: names for `rl.load_model`, or models. A list of names names itself.
@@ -45,6 +51,11 @@ class Study:
             `rim_lens.study.requests.requests_by_split` for splits and twins.
         n_requests: At most so many requests of each kind and split; None for all.
         settings: Everything else.
+        parts: What is measured, see above.
+
+    Raises:
+        ConditionError: A condition that does not exist, one named twice, or off not among them.
+        ValueError: An unknown part, "heads" not among them, or tuned models without "neurons".
 
     >>> import rim_lens as rl
     >>> study = rl.Study("toy", n_requests=8)
@@ -59,10 +70,31 @@ class Study:
     reasoning: Requests | None = None
     n_requests: int | None = None
     settings: Settings = field(default_factory=Settings)
+    parts: Sequence[str] = ("heads", "neurons")
+
+    def __post_init__(self) -> None:
+        """Refuse what could not be measured, before any model is loaded."""
+        parts = tuple(self.parts)
+        if not set(parts) <= set(PARTS) or "heads" not in parts:
+            raise ValueError(
+                f"parts={parts} was asked for; there are {', '.join(PARTS)}, and heads is one of them always."
+            )
+        if self.tuned and "neurons" not in parts:
+            raise ValueError(
+                f"tuned models were given, and what tuning moved is the part neurons, not among {parts}."
+            )
+        names = self.settings.conditions
+        for name in names:
+            check_condition(name)
+        if "off" not in names or len(set(names)) < len(names):
+            raise ConditionError(
+                f"the conditions {', '.join(names)} were asked for; name each once, and off among them: it is what the others are"
+                " held against."
+            )
 
     def plan(self) -> Plan:
         """Count rows, forward passes, tokens and files, and estimate the time; runs no model."""
-        return make_plan(self._bench(Path()), len(self._tuned))
+        return make_plan(self._bench(Path()), len(self._tuned), self.parts)
 
     def run(self, folder: str | Path, say: Callable[[str], None] | None = None) -> StudyResult:
         """Measure what is not measured yet, and return everything.
@@ -93,14 +125,22 @@ class Study:
         return load_study(folder)
 
     def _measure(self, bench: Bench, clock: _Clock) -> None:
-        with clock("attention", "attention mass of every head on every span, five conditions"):
+        n = len(self.settings.conditions)
+        with clock("attention", f"attention mass of every head on every span, {n} conditions"):
             stages.run_attention(bench)
         with clock("scores", "refusal scores, closed conditions"):
             stages.run_scores(bench)
         with clock("outcomes", "what it writes, all conditions"):
             stages.run_outcomes(bench)
         with clock("heads", "heads whose removal changes refusal"):
-            stages.run_heads(bench)
+            found = stages.run_heads(bench)
+        if "probes" in self.parts:
+            with clock("probes", "what probes separate, and what ablating it does"):
+                run_probes(bench, found)
+        if "neurons" in self.parts:
+            self._tuning(bench, clock)
+
+    def _tuning(self, bench: Bench, clock: _Clock) -> None:
         with clock("neurons", "neuron activations, base and tuned"):
             stages.run_neurons(bench, "base", bench.model)
             for name, source in self._tuned.items():
@@ -159,6 +199,7 @@ class Study:
             "n_families_evaluate": len(set(bench.evaluate.families)),
             "prompts_digest": hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()[:16],
             "settings": asked,
+            "parts": [part for part in PARTS if part in self.parts],
             "versions": {
                 "rim_lens": __version__,
                 **{

@@ -1,7 +1,15 @@
 """Pictures, words and pages of what was measured. Nothing here measures a model."""
 
-from rim_lens.views.report import study_html, write_report
+from rim_lens.views.report import heads_html, probes_html, study_html, write_report
 from rim_lens.views.terminal import print_study
 from rim_lens.views.verdict import Finding, findings
 
-__all__ = ["Finding", "findings", "print_study", "study_html", "write_report"]
+__all__ = [
+    "Finding",
+    "findings",
+    "heads_html",
+    "print_study",
+    "probes_html",
+    "study_html",
+    "write_report",
+]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from rim_lens.chat.conditions import controls_of, leaves_open
 from rim_lens.folder import ResultFolder
 from rim_lens.measures.stats import bootstrap_interval, proportion_interval, sign_flip_test
 
@@ -13,25 +15,29 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
+    from rim_lens.measures.heads.result import RefusalHeads
     from rim_lens.study import StudyResult
 
 Kind = Literal["harmful", "harmless"]
 KINDS: dict[Kind, str] = {"harmful": "harmful requests", "harmless": "harmless twins"}
 
-# shift(A, B) = A − B. The CoT against thinking off, then against its controls.
-PAIRS: tuple[tuple[str, str], ...] = (
-    ("careful", "off"),
-    ("filler", "off"),
-    ("unrelated", "off"),
-    ("careful", "filler"),
-    ("careful", "unrelated"),
-)
 OUTCOMES = ("refuse", "comply", "other")
 
 
 def seed_of(result: StudyResult) -> int:
     """The seed of a study's permutations and resamples."""
     return int(result.design["settings"]["seed"])
+
+
+def pairs(conditions: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Closed conditions to be compared, A − B: each against off, then each chain of thought against its controls.
+
+    >>> pairs(["off", "careful", "filler", "unrelated", "open"])
+    (('careful', 'off'), ('filler', 'off'), ('unrelated', 'off'), ('careful', 'filler'), ('careful', 'unrelated'))
+    """
+    closed = [name for name in conditions if name != "off" and not leaves_open(name)]
+    against = [(name, control) for name in closed for control in controls_of(name) if control in conditions]
+    return (*((name, "off") for name in closed), *against)
 
 
 def outcome_shares(result: StudyResult) -> pd.DataFrame:
@@ -111,15 +117,17 @@ def contrasts(result: StudyResult, measure: Literal["refused", "score"], kind: K
     """
     import pandas as pd
 
+    compared = pairs(result.conditions)
     if measure == "score":
-        frame, value, pairs = result.scores, "score", PAIRS
+        frame, value = result.scores, "score"
     else:
         frame = result.outcomes[result.outcomes["model"] == "base"]
         frame = frame.assign(refused=(frame["outcome"] == "refuse").astype(float))
-        value, pairs = "refused", (*PAIRS, ("open", "off"))
+        value = "refused"
+        compared = (*compared, *((name, "off") for name in result.conditions if leaves_open(name)))
     wide = frame[frame["kind"] == kind].pivot(index="prompt", columns="condition", values=value)
     families = [_families(result).get(prompt, prompt) for prompt in wide.index]
-    differences = np.stack([(wide[a] - wide[b]).to_numpy() for a, b in pairs], axis=1)
+    differences = np.stack([(wide[a] - wide[b]).to_numpy() for a, b in compared], axis=1)
     interval = bootstrap_interval(differences, families=families, seed=seed_of(result))
     test = sign_flip_test(differences, families=families, correction="max", seed=seed_of(result))
     return pd.DataFrame(
@@ -134,17 +142,17 @@ def contrasts(result: StudyResult, measure: Literal["refused", "score"], kind: K
                 "finest": test.finest,
                 "n": interval.n,
                 "n_families": interval.n_families,
-                "n_pairs": len(pairs),
+                "n_pairs": len(compared),
                 "alike": bool(np.ptp(differences[:, place]) < 1e-9),
             }
-            for place, (a, b) in enumerate(pairs)
+            for place, (a, b) in enumerate(compared)
         ]
     )
 
 
-def head_effects(result: StudyResult) -> pd.DataFrame:
+def head_effects(heads: RefusalHeads) -> pd.DataFrame:
     """The table of heads with a column name ("L0H3"); see `rim_lens.measures.heads.table.head_table`."""
-    table = result.heads.to_dataframe()
+    table = heads.to_dataframe()
     table["name"] = [
         head_name(layer, head) for layer, head in zip(table["layer"], table["head"], strict=True)
     ]

@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rim_lens.chat.conditions import controls_of, is_control, leaves_open
+from rim_lens.measures.probes.groups import CONTRASTS
 from rim_lens.views import numbers, plots, reproduce, tables, verdict
 from rim_lens.views.plots.style import template
 from rim_lens.views.tables import Table, Token
@@ -25,6 +27,8 @@ from rim_lens.views.text import markdown_block, markdown_code, markdown_text, vi
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from rim_lens.measures.heads.result import RefusalHeads
+    from rim_lens.measures.probes.result import ProbeResult
     from rim_lens.study import StudyResult
     from rim_lens.views.verdict import Finding
 
@@ -84,19 +88,57 @@ def study_html(result: StudyResult) -> str:
     Raises:
         StudyFolderError: The study was interrupted, or its folder is incomplete.
     """
+    said = verdict.findings(result)
+    shown = [tables.outcome_table(result), *tables.head_tables(result.heads)[:1]] if result.measured else []
+    return _frame(
+        "study",
+        result.design["model"],
+        verdict.question(result),
+        said,
+        [tables.gate_table(result), *shown],
+    )
+
+
+def heads_html(heads: RefusalHeads) -> str:
+    """What `rl.refusal_heads` found, for a notebook: verdicts, the tested heads, the set beside its controls, what was asked."""
+    settings = heads.settings
+    asked = {"n_select": settings["n_select"], "settings": settings}
+    model = settings["model"].get("name", "the model")
+    return _frame(
+        "heads",
+        model,
+        f"Which attention heads does refusal depend on in {model}?",
+        verdict.head_findings(heads, asked),
+        [*reversed(tables.head_tables(heads)), tables.asked_table(settings)],
+    )
+
+
+def probes_html(result: ProbeResult) -> str:
+    """What `rl.probe` found, for a notebook: each ablated direction with its effect, and what was asked."""
+    model = result.settings["model"].get("name", "the model")
+    return _frame(
+        "probes",
+        model,
+        f"What tells {' from '.join(CONTRASTS[result.settings['contrast']])} requests apart in {model}, and does refusal depend"
+        " on it?",
+        [],
+        [tables.probe_table(result), tables.asked_table(result.settings)],
+    )
+
+
+def _frame(what: str, model: str, question: str, said: list[Finding], shown: list[Table]) -> str:
+    """A page in a frame that can run nothing and reach nothing."""
     import html
 
-    said = verdict.findings(result)
-    shown = [tables.outcome_table(result), *tables.head_tables(result)[:1]] if result.measured else []
     page = _render(
         "summary.html",
-        title=visible(result.design["model"]),
-        question=verdict.question(result),
+        title=visible(model),
+        question=visible(question),
         findings=said,
-        tables=[_cells(table) for table in [tables.gate_table(result), *shown]],
+        tables=[_cells(table) for table in shown],
     )
     return (
-        f'<iframe sandbox srcdoc="{html.escape(page)}" title="rim_lens study"'
+        f'<iframe sandbox srcdoc="{html.escape(page)}" title="rim_lens {what}"'
         ' style="width:100%;height:34em;border:1px solid #8884;border-radius:6px"></iframe>'
     )
 
@@ -152,6 +194,7 @@ def _sections(result: StudyResult, said: list[Finding]) -> list[Section]:
         ),
         _attention(result),
         _heads(result),
+        *_probes(result),
         *_shift(result),
         Section(
             "words",
@@ -166,25 +209,24 @@ def _sections(result: StudyResult, said: list[Finding]) -> list[Section]:
 
 def _attention(result: StudyResult) -> Section:
     hint = "What a head does with what it reads. A head can look hard and carry nothing: see its ablation effect."
+    thought = _thought(result)
     figures = [
         Figure(
             "attention_off",
-            plots.attention_map(result, "careful", "off"),
+            plots.attention_map(result, thought, "off"),
             "Each cell is a head; the menu changes the span. In the right panel, vermillion heads look at the span more"
-            " under a careful CoT, blue ones more with thinking off. Dots: heads found by ablation. The think block"
+            f" in {thought}, blue ones more with thinking off. Dots: heads found by ablation. The think block"
             " holds more tokens with a CoT than without, so that its mass can rise from length alone.",
             hint,
         )
     ]
-    both = set(numbers.attention_mass(result, "harmful", "careful")["span"].values.tolist()) & set(
-        numbers.attention_mass(result, "harmful", "filler")["span"].values.tolist()
-    )
-    if "cot" in both:
+    control = next((name for name in controls_of(thought) if name in result.conditions), None)
+    if control and _has_span(result, "cot", thought, control):
         figures.append(
             Figure(
                 "attention_filler",
-                plots.attention_map(result, "careful", "filler", span="cot"),
-                "The same against filler of equal length: what is left here is not length.",
+                plots.attention_map(result, thought, control, span="cot"),
+                f"The same against {control}, of equal length: what is left here is not length.",
                 hint,
             )
         )
@@ -197,6 +239,8 @@ def _attention(result: StudyResult) -> Section:
                 hint,
             )
         )
+        if {"open", "off"} <= set(result.conditions):
+            figures += _looking(result, hint)
     return Section(
         "attention",
         "Where heads look",
@@ -205,8 +249,50 @@ def _attention(result: StudyResult) -> Section:
             " the last prompt token, which produces the first word.",
         ),
         figures,
-        [tables.attention_table(result, "think", "careful", "off")],
+        [tables.attention_table(result, "think", thought, "off")]
+        if _has_span(result, "think", thought, "off")
+        else [],
     )
+
+
+def _thought(result: StudyResult) -> str:
+    """The chain of thought that attention is drawn for: careful, or the first other one, or a control."""
+    closed = [name for name in result.conditions if name != "off" and not leaves_open(name)]
+    own = [name for name in closed if not is_control(name)]
+    return "careful" if "careful" in own else [*own, *closed, "off"][0]
+
+
+def _has_span(result: StudyResult, span: str, *conditions: str) -> bool:
+    return all(
+        span in numbers.attention_mass(result, "harmful", name)["span"].values.tolist() for name in conditions
+    )
+
+
+def _looking(result: StudyResult, hint: str) -> list[Figure]:
+    """One head key by key, and how far argmax keys lie from the header; only of studies that kept as much."""
+    figures = []
+    if result.attention_rows:
+        figures.append(
+            Figure(
+                "head_pattern",
+                plots.head_pattern(result),
+                "One harmful request: where the first found head looks from the last prompt token, with thinking open and off.",
+                hint + " One request is an example.",
+            )
+        )
+    with result.attention("harmful", "open") as data:
+        anchored = "attention_argmax_pos" in data
+    if anchored:
+        figures.append(
+            Figure(
+                "argmax_positions",
+                plots.argmax_positions(result),
+                "How far the key with most attention lies from the assistant header (0: its first token; the think block is to"
+                " the right). A head that moves between open and off has two heaps.",
+                hint + " Heads that move so on harmless twins as well are positional.",
+            )
+        )
+    return figures
 
 
 def _heads(result: StudyResult) -> Section:
@@ -217,7 +303,14 @@ def _heads(result: StudyResult) -> Section:
             "Blue cells: without that head the model leans less to refusing. Dots: the heads chosen.",
             "A test. These are the requests that chose the heads, and heads that stand in for each other do not show"
             " one by one.",
-        )
+        ),
+        Figure(
+            "head_bubbles",
+            plots.head_bubbles(result),
+            "Large marks: heads whose attention moves between the conditions. Coloured ones: heads whose removal moves refusal. Where"
+            " attention told of refusal, the two would go together. The mark's shape is the verdict on other requests.",
+            "Why a head's attention moves. Size and colour are of the select side and test nothing.",
+        ),
     ]
     if result.heads.found:
         figures += [
@@ -242,10 +335,72 @@ def _heads(result: StudyResult) -> Section:
         (
             "Each head was zeroed at every position and the refusal score measured again with thinking off, on the"
             " select side; a small set was built greedily and pruned. Its effect was then measured on other requests.",
+            "The word refusal is said only of a head whose removal moves harmful requests and not, or much less, their twins; where a head looks"
+            " decides between the words for heads without an effect, and nothing else. A head without an effect by itself may"
+            " still do its work together with others.",
         ),
         figures,
-        tables.head_tables(result),
+        tables.head_tables(result.heads),
     )
+
+
+def _probes(result: StudyResult) -> list[Section]:
+    if "probes" not in result.parts:
+        return []
+    harmful, refusal, without = result.probes(), result.probes("refusal"), result.probes_without_heads
+    apart = "That the model reads the direction there, or that separation means refusal: look at the ablations in the table."
+    figures = [
+        Figure(
+            f"probes_{name}",
+            plots.probe_curves(probes),
+            f"The probe score: the share of {classes} requests above the threshold, by layer and place. Curves far apart: the two can"
+            " be told apart there. Diamonds: directions that were ablated, filled where that lowers refusal and spares twins.",
+            apart,
+        )
+        for name, probes, classes in (
+            ("harmful", harmful, "harmful and of harmless"),
+            ("refusal", refusal, "refused and of fulfilled"),
+        )
+        if probes.probes
+    ]
+    if without is not None and (without.table["state"] == "measured").any():
+        figures.append(
+            Figure(
+                "probes_without_heads",
+                plots.probes_without_heads(without),
+                "The vermillion line (the found heads removed) should leave the grey band (as many random heads of the same"
+                " layers removed) before the heads can be said to feed the probe.",
+                "What the model then answers.",
+            )
+        )
+    if result.cliffs:
+        figures.append(
+            Figure(
+                "cliff",
+                plots.refusal_cliff(result.cliffs),
+                "The probe of thinking off, along given chains of thought to their end. A fall where the block closes that filler"
+                " shows as well is not about what the chain says.",
+                "That refusal follows the margin: a direction may mean something else at another place.",
+            )
+        )
+    return [
+        Section(
+            "probes",
+            "What probes read",
+            (
+                "Differences of means between two classes at a layer and place, trained on the select side and held against the"
+                " evaluate side; threshold: the midpoint of the class means (arXiv 2509.00544, section 3). Telling harmful from"
+                " harmless requests apart is possible in nearly every model, also in one that never refuses.",
+            ),
+            figures,
+            [
+                tables.probe_table(harmful),
+                tables.probe_table(refusal),
+                *([tables.without_heads_table(without)] if without is not None else []),
+                *([tables.cliff_table(result.cliffs)] if result.cliffs else []),
+            ],
+        )
+    ]
 
 
 def _shift(result: StudyResult) -> list[Section]:
@@ -293,14 +448,14 @@ def _methods(result: StudyResult, measured: bool) -> Section:
     rest = (
         "Conditions. off: an empty think block, closed. careful: a worked CoT put into the block, closed. filler:"
         " meaningless text of the same token length. unrelated: a sound CoT of another task, same length. open: the model"
-        " writes its own CoT. In all but open the next token is the answer's.",
+        " writes its own CoT. In all but open the next token is the answer's. Others: see rim_lens.chat.conditions.",
         "Outcomes. Greedy decoding, judged by the opening words of the answer, or of the CoT where there is no answer:"
         " refuse, comply, or other (neither).",
         "Refusal score. Log-odds, in nats, of a refusing first word: log-sum-exp of the logits of refusal openers minus"
         " that of all other tokens, at the first token that is not whitespace.",
         f"Heads. Greedy search by ablation on the select side, at most {settings['max_heads']} heads, then pruned. Effect ="
-        " edited − baseline. Specificity = effect on harmful requests − effect on their twins. Verdict refusal: p at most"
-        " 0.05 and a specificity interval that leaves out 0; general: an effect without that.",
+        " edited − baseline. Specificity = effect on harmful requests − effect on their twins. What each verdict means stands"
+        " in the table of verdicts.",
         "Tests. Signs of paired differences flipped by request family, corrected by the largest statistic. Intervals at"
         " 95 %: bootstrap over families; Wilson for shares. Random sets match the number of heads or neurons in each layer.",
         "RAS. Activations of mlp.hook_post, maximum over tokens, mean over prompts; a neuron whose activation is not positive"
@@ -485,6 +640,26 @@ def _json(result: StudyResult, said: list[Finding], sections: list[Section]) -> 
                 for kind in numbers.KINDS
             },
             "heads": result.heads.to_dict(),
+            **(
+                {
+                    "probes": {
+                        contrast: probes.table.to_dict(orient="records")
+                        for contrast, probes in (
+                            ("harmful", result.probes()),
+                            ("refusal", result.probes("refusal")),
+                        )
+                    },
+                    "probes_without_heads": None
+                    if result.probes_without_heads is None
+                    else result.probes_without_heads.table.to_dict(orient="records"),
+                    "cliff": [
+                        {"kind": kind, "condition": condition, **one.drop.to_dict(orient="records")[0]}
+                        for (kind, condition), one in result.cliffs.items()
+                    ],
+                }
+                if "probes" in result.parts
+                else {}
+            ),
             "shift": result.shift,
         }
     gate = {key: value for key, value in result.gate.items() if key != "outcomes"}

@@ -14,22 +14,29 @@ if TYPE_CHECKING:
 
 # Settings that the command line can give; others need Python.
 OPTIONS = ("max_new_tokens", "gate")
+OF_HEADS = ("conditions", "n_test")  # and these, in rim-lens heads
 
 
 def command(result: StudyResult) -> str | None:
     """The shell command that runs this study again, or None where only Python can (own model, requests or setting)."""
     design = result.design
+    own = "neurons" not in result.parts
+    options = (*OPTIONS, *(OF_HEADS if own else ()))
     if "given" in (*design["tuned"].values(), *design["requests"].values()) or set(_changed(design)) - set(
-        OPTIONS
+        options
     ):
         return None
     if not _by_name(design["model"]):
         return None
-    words = ["rim-lens", "study", design["model"], "--out", "FOLDER"]
+    words = ["rim-lens", "heads" if own else "study", design["model"], "--out", "FOLDER"]
     if design["n_requests"] is not None:
         words += ["--requests", str(design["n_requests"])]
     for source in design["tuned"].values():
         words += ["--tuned", source]
+    if own:
+        words += ["--think", ",".join(result.conditions), "--n-test", str(design["settings"]["n_test"])]
+    if ("probes" in result.parts) != own:
+        words.append("--probes" if "probes" in result.parts else "--no-probes")
     words += ["--max-new-tokens", str(design["settings"]["max_new_tokens"])]
     if not design["settings"]["gate"]:
         words.append("--no-gate")
@@ -50,6 +57,8 @@ def python(result: StudyResult) -> str:
     arguments += [f"{kind}={kind}" for kind, source in design["requests"].items() if source == "given"]
     if design["n_requests"] is not None:
         arguments.append(f"n_requests={design['n_requests']}")
+    if result.parts != ("heads", "neurons"):
+        arguments.append(f"parts={result.parts!r}")
     changed = _changed(design)
     if changed:
         arguments.append(
@@ -62,7 +71,10 @@ def python(result: StudyResult) -> str:
 
 def _changed(design: Mapping[str, Any]) -> dict[str, Any]:
     defaults = Settings()
-    return {key: value for key, value in design["settings"].items() if value != getattr(defaults, key, value)}
+    asked = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in design["settings"].items()
+    }
+    return {key: value for key, value in asked.items() if value != getattr(defaults, key, value)}
 
 
 def _by_name(model: str) -> bool:

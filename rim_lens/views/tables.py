@@ -9,6 +9,12 @@ from rim_lens.views import numbers
 from rim_lens.views.words import between, duration, p_value, per_cent, plain, share, signed, size
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rim_lens.measures.heads.result import RefusalHeads
+    from rim_lens.measures.probes.after_ablation import ProbesAfterAblation
+    from rim_lens.measures.probes.cliff import Cliff
+    from rim_lens.measures.probes.result import ProbeResult
     from rim_lens.study import StudyResult
 
 
@@ -179,33 +185,17 @@ def attention_table(result: StudyResult, span: str, a: str, b: str) -> Table:
     )
 
 
-def head_tables(result: StudyResult) -> list[Table]:
-    """Tested heads one by one, and the set beside its controls; nothing where none were found."""
-    if not result.heads.found:
-        return []
-    rows = tuple(
-        (
-            row["name"],
-            "yes" if row["found"] else "",
-            f"{signed(row['effect'])} {between(row['effect_low'], row['effect_high'])}",
-            f"{signed(row['effect_twins'])} {between(row['twins_low'], row['twins_high'])}",
-            f"{signed(row['specificity'])} {between(row['specificity_low'], row['specificity_high'])}",
-            p_value(row["p"]),
-            f"{per_cent(row['percentile'])} of {row['n_controls']}" if row["tested"] else "–",
-            row["verdict"],
-        )
-        for row in numbers.head_effects(result).to_dict(orient="records")
-        if row["tested"]
-    )
-    columns = (
-        *("head", "found", "effect on harmful", "effect on twins", "specificity", "p"),
-        *("of its layer", "verdict"),
-    )
-    effect = result.heads.set
+def head_tables(heads: RefusalHeads) -> list[Table]:
+    """The set beside its controls (where one was found), the tested heads one by one, and what the verdicts mean."""
+    whole = [_set_table(heads)] if heads.found else []
+    return [*whole, _tested_table(heads), verdict_table(heads)]
+
+
+def _set_table(heads: RefusalHeads) -> Table:
+    effect = heads.set
     whole, gap = effect["effect"], effect["specificity"]
-    names = ", ".join(numbers.head_name(*head) for head in result.heads.found)
-    together = (
-        ("heads", names),
+    rows = (
+        ("heads", ", ".join(numbers.head_name(*head) for head in heads.found)),
         (
             "effect on harmful requests",
             f"{signed(whole['estimate'])} nats {between(whole['low'], whole['high'])}",
@@ -220,24 +210,208 @@ def head_tables(result: StudyResult) -> list[Table]:
         ("p among these sets", p_value(effect["control_p"])),
         ("requests", str(whole["n"])),
     )
-    return [
-        Table(
-            "head_set",
-            "The found set, all zeroed together, on the evaluate side",
-            ("", "value"),
-            together,
-            "Other sets have as many heads in each layer; all of them where fewer exist than were asked for.",
+    return Table(
+        "head_set",
+        "The found set, all zeroed together, on the evaluate side",
+        ("", "value"),
+        rows,
+        "Other sets have as many heads in each layer; all of them where fewer exist than were asked for.",
+    )
+
+
+def _tested_table(heads: RefusalHeads) -> Table:
+    table = numbers.head_effects(heads)
+    moves = [name for name in table.columns if name.startswith("moves_") and not name.endswith("_twins")]
+    rows = tuple(
+        (
+            row["verdict"],
+            row["name"],
+            "yes" if row["found"] else "",
+            f"{signed(row['effect'])} {between(row['effect_low'], row['effect_high'])}",
+            p_value(row["p"]),
+            f"{signed(row['effect_twins'])} {between(row['twins_low'], row['twins_high'])}",
+            f"{signed(row['specificity'])} {between(row['specificity_low'], row['specificity_high'])}",
+            p_value(row["p_specific"]),
+            f"{per_cent(row['percentile'])} of {row['n_controls']}",
+            *(f"{share(row[name])} / {share(row[f'{name}_twins'])}" for name in moves),
+            *((share(row["sink"]),) if "sink" in table.columns else ()),
+        )
+        for row in table.to_dict(orient="records")
+        if row["tested"]
+    )
+    columns = (
+        *(
+            "verdict",
+            "head",
+            "found",
+            "effect on harmful",
+            "p",
+            "effect on twins",
+            "specificity",
+            "p, specific",
         ),
-        Table(
-            "heads",
-            "Heads zeroed one by one, on the evaluate side",
-            columns,
-            rows,
-            "Nats, edited − baseline. p: corrected over the tested heads. Specificity: harmful − twins. Of its layer: the heads"
-            " there that are not tested (all others where all are) with a smaller effect in size.",
-            folded=len(rows) > 24,
+        "of its layer",
+        *(f"moves ({name.removeprefix('moves_')})" for name in moves),
+        *(("sink",) if "sink" in table.columns else ()),
+    )
+    told = "; ".join(
+        f"{move['name']}: the argmax key goes from {move['leaves']} in {move['first']} to {move['enters']} in {move['second']}"
+        for move in heads.settings.get("contrasts", [])
+    )
+    return Table(
+        "heads",
+        "Heads zeroed one by one, on the evaluate side",
+        columns,
+        rows,
+        "Nats, edited − baseline. p: corrected over the tested heads. Specificity: harmful − twins. Of its layer: the heads"
+        " there that are not tested (all others where all are) with a smaller effect in size."
+        + (
+            f" Moves: share of harmful requests / of twins on which the head's attention moves ({told}). Sink: mean attention to"
+            " the first token, the smallest over conditions. Attention is a hint; the verdict rests on the effects."
+            if moves
+            else ""
         ),
-    ]
+        folded=len(rows) > 24,
+    )
+
+
+def verdict_table(heads: RefusalHeads) -> Table:
+    """How many heads have which verdict, and what the word means."""
+    from rim_lens.measures.heads.table import VERDICTS, Rule
+
+    rule = Rule(**heads.settings.get("rule", {}))
+    meant = {
+        "refusal": f"removal has an effect on harmful requests (p ≤ {rule.alpha:g}, at least {rule.min_effect:g} nats) most of"
+        f" which is missing on their twins (p ≤ {rule.alpha:g}, at least {rule.min_specific:g} of it)",
+        "general": "removal has an effect, on twins as well or on them alone",
+        "sink": f"no effect shown; at least {rule.sink_mass:g} of its attention rests on the first token everywhere",
+        "positional": f"no effect shown; its attention moves on at least {rule.moves:g} of the requests of both kinds",
+        "none": "no effect shown, neither of these",
+        "not tested": "not among the heads that the select side chose for the test",
+    }
+    counts = heads.table["verdict"].value_counts()
+    n_heads = int(heads.settings.get("n_candidates", len(heads.scan)))
+    unseen = max(0, n_heads - len(heads.table))
+    rows = tuple(
+        (name, str(int(counts.get(name, 0)) + (unseen if name == "not tested" else 0)), meant[name])
+        for name in VERDICTS
+    )
+    return Table("verdicts", "Verdicts", ("verdict", "heads", "meaning"), rows)
+
+
+def probe_table(result: ProbeResult) -> Table:
+    """Per condition, the directions that were ablated, or the place that separates best, or why there is no probe."""
+    rows = []
+    for condition in dict.fromkeys(result.table["condition"]):
+        part = result.table[result.table["condition"] == condition]
+        if condition in result.reasons:
+            rows.append((condition, "–", "–", f"no probe: {result.reasons[condition]}", *("–",) * 5))
+            continue
+        tested = part[part["effect"].notna()]
+        chosen = tested if len(tested) else part.sort_values("auc_cv", ascending=False).head(1)
+        rows += [
+            (
+                condition,
+                str(row["layer"]),
+                row["place"],
+                row["state"],
+                f"{share(row['auc'])} [{share(row['auc_low'])}, {share(row['auc_high'])}]",
+                f"{share(row['share_positive'])} / {share(row['share_negative'])}",
+                _effect(row, "effect"),
+                _effect(row, "effect_twins"),
+                f"{per_cent(row['percentile'])} of {row['n_controls']}" if row["n_controls"] else "–",
+            )
+            for row in chosen.to_dict("records")
+        ]
+    contrast = result.settings["contrast"]
+    between_what = {
+        "harmful": "harmful requests against harmless twins",
+        "refusal": "refused against fulfilled harmful requests",
+    }
+    columns = (
+        *("condition", "layer", "place", "what may be said", "AUC [95 %]", "above threshold"),
+        *("ablated: on harmful", "on twins", "larger than"),
+    )
+    return Table(
+        f"probes_{contrast}",
+        f"Probes, {between_what[contrast]}",
+        columns,
+        tuple(rows),
+        "Chosen by cross-validation on the select side, measured on the evaluate side. Above threshold: share of each class, the"
+        " paper's probe score. Ablated: change of the refusal score in nats without that direction. Larger than: control"
+        " directions that mix both classes. That classes can be told apart is no sign of refusal; the effect is.",
+    )
+
+
+def _effect(row: Mapping[str, Any], name: str) -> str:
+    if row[name] is None or row[name] != row[name]:
+        return "–"
+    return f"{signed(row[name])} {between(row[f'{name}_low'], row[f'{name}_high'])}"
+
+
+def without_heads_table(result: ProbesAfterAblation) -> Table:
+    """Where groups lie on the probes with the heads removed, beside random sets."""
+    rows = tuple(
+        (
+            row["condition"],
+            row["group"],
+            str(row["layer"]),
+            row["place"],
+            str(row["n"]),
+            f"{share(row['before'])} → {share(row['after'])}",
+            f"{signed(row['change'])} {between(row['change_low'], row['change_high'])}",
+            f"{share(row['random'])} [{share(row['random_low'])}, {share(row['random_high'])}]",
+            f"{per_cent(row['percentile'])} of {row['n_controls']}",
+            p_value(row["p_controls"]),
+        )
+        if row["state"] == "measured"
+        else (
+            row["condition"],
+            row["group"],
+            str(row["layer"]),
+            row["place"],
+            *("–",) * 5,
+            row["state"],
+        )
+        for row in result.table.to_dict("records")
+    )
+    columns = (
+        *("condition", "requests", "layer", "place", "n", "above threshold", "change"),
+        *("random sets [95 %]", "larger than", "p among sets"),
+    )
+    return Table(
+        "probes_without_heads",
+        "Share above the probe's threshold with the found heads removed, and with random heads of the same layers",
+        columns,
+        rows,
+        "p: rank among the random sets, one place at a time, not corrected. It says where the stream lies, not what the model answers.",
+        folded=len(rows) > 24,
+    )
+
+
+def cliff_table(curves: Mapping[tuple[str, str], Cliff]) -> Table:
+    """The probe along chains of thought, and its drop where the block closes."""
+    rows = tuple(
+        (
+            kind,
+            condition,
+            str(len(one.per_request)),
+            *(
+                f"{signed(drop[name])} {between(drop[f'{name}_low'], drop[f'{name}_high'])}"
+                for name in ("plateau", "end", "drop")
+            ),
+            share(drop["p_fall"]),
+        )
+        for (kind, condition), one in curves.items()
+        for drop in one.drop.to_dict("records")
+    )
+    return Table(
+        "cliff",
+        "A probe of thinking off, along given chains of thought",
+        ("requests", "condition", "n", "over the chain", "at the closing tag", "drop", "falls on"),
+        rows,
+        "Margin: +1 at the probe's mean of harmful requests, −1 at that of harmless ones. Falls on: share of requests.",
+    )
 
 
 def shift_table(result: StudyResult) -> Table | None:
@@ -371,6 +545,14 @@ def parameter_table(result: StudyResult) -> Table:
         *((name, Token(version)) for name, version in design["versions"].items()),
     ]
     return Table("parameters", "Parameters and versions", ("", "value"), tuple(rows))
+
+
+def asked_table(settings: Mapping[str, Any]) -> Table:
+    """What a measurement was asked for, on which model and requests."""
+    hidden = ("model", "contrasts", "rule", "digests", "outcomes")
+    rows = [("model", Token(settings["model"].get("name", "?")))]
+    rows += [(key.replace("_", " "), Token(value)) for key, value in settings.items() if key not in hidden]
+    return Table("asked", "What was asked", ("", "value"), tuple(rows), folded=True)
 
 
 def file_table(result: StudyResult) -> Table:

@@ -15,6 +15,17 @@ if TYPE_CHECKING:
     from rim_lens.study import StudyResult
 
 _LONGEST_WORD = 14
+# What a terminal is wide enough for; the rest is for the report.
+_OF_HEADS = ("verdict", "head", "found", "effect on harmful", "effect on twins", "specificity", "p, specific")
+_OF_PROBES = (
+    "condition",
+    "layer",
+    "place",
+    "AUC [95 %]",
+    "ablated: on harmful",
+    "on twins",
+    "what may be said",
+)
 _STYLES = {"shown": "green", "not shown": "yellow", "cannot tell": "yellow", "note": "dim"}
 
 
@@ -37,7 +48,9 @@ def print_study(result: StudyResult, console: Console) -> None:
     shown = [tables.gate_table(result)]
     if len(said) > 1:
         shift = tables.shift_table(result)
-        shown += [tables.outcome_table(result), *_found_only(tables.head_tables(result))]
+        shown += [tables.outcome_table(result), *_found_only(tables.head_tables(result.heads))]
+        if "probes" in result.parts:
+            shown.append(_columns(tables.probe_table(result.probes()), _OF_PROBES))
         shown += [shift] if shift else []
     for table in shown:
         console.print(_rich(table))
@@ -50,16 +63,27 @@ def print_study(result: StudyResult, console: Console) -> None:
         console.print(Padding(Text(visible(finding.text)), (0, 0, 1, 2)))
 
 
-def _found_only(shown: list[Table]) -> list[Table]:
-    """The yardstick's rows are for the report."""
+def _columns(table: Table, wanted: tuple[str, ...]) -> Table:
     from dataclasses import replace
 
-    return [
-        replace(table, rows=tuple(row for row in table.rows if row[1] == "yes"))
-        if table.key == "heads"
-        else table
-        for table in shown
-    ]
+    places = [table.columns.index(name) for name in wanted]
+    rows = tuple(tuple(row[place] for place in places) for row in table.rows)
+    return replace(table, columns=wanted, rows=rows)
+
+
+def _found_only(shown: list[Table]) -> list[Table]:
+    """Heads that were found or have an effect, and what a terminal is wide enough for; the rest is for the report."""
+    from dataclasses import replace
+
+    kept = []
+    for table in shown:
+        if table.key == "heads":
+            rows = tuple(row for row in table.rows if row[2] == "yes" or row[0] in ("refusal", "general"))
+            note = table.note.partition(" Of its")[0]
+            kept.append(_columns(replace(table, rows=rows, note=note), _OF_HEADS))
+        elif table.key != "verdicts":
+            kept.append(table)
+    return [table for table in kept if table.rows]
 
 
 def _rich(table: Table) -> RichTable:
@@ -76,6 +100,7 @@ def _rich(table: Table) -> RichTable:
         padding=(0, 1),
         collapse_padding=True,
         pad_edge=False,
+        show_edge=False,
     )
     cells = [[visible(cell) for cell in row] for row in table.rows]
     for number, column in enumerate(table.columns):

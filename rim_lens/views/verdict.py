@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rim_lens.chat.conditions import controls_of, is_control, leaves_open
 from rim_lens.errors import StudyFolderError
 from rim_lens.views import numbers
 from rim_lens.views.words import between, duration, listed, p_value, per_cent, plain, share, signed
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from rim_lens.measures.heads.result import RefusalHeads
+    from rim_lens.measures.probes.after_ablation import ProbesAfterAblation
+    from rim_lens.measures.probes.result import ProbeResult
     from rim_lens.study import StudyResult
 
 Status = Literal["shown", "not shown", "cannot tell", "note"]
@@ -88,12 +91,17 @@ def findings(result: StudyResult) -> list[Finding]:
             " where it stopped; then show it."
         )
     shares = numbers.outcome_shares(result)
-    said += cot_findings(
-        shares, numbers.contrasts(result, "refused", "harmful"), numbers.contrasts(result, "score", "harmful")
-    )
-    said.append(open_finding(shares, int(result.design["settings"]["max_new_tokens"])))
+    refused, scored = (numbers.contrasts(result, measure, "harmful") for measure in ("refused", "score"))
+    for condition in result.conditions:
+        if leaves_open(condition):
+            said.append(open_finding(shares, int(result.design["settings"]["max_new_tokens"]), condition))
+        elif condition != "off" and not is_control(condition):
+            said += cot_findings(shares, refused, scored, condition)
     said += head_findings(result.heads, result.design)
     said += without_heads_finding(shares)
+    if "probes" in result.parts:
+        said += probe_findings(result.probes(), result.probes("refusal"))
+        said += after_ablation_finding(result.probes_without_heads)
     said += shift_findings(result.shift, shares)
     return said
 
@@ -124,42 +132,58 @@ def gate_finding(gate: Mapping[str, Any], *, asked: bool) -> Finding:
     )
 
 
-def cot_findings(shares: pd.DataFrame, refused: pd.DataFrame, scored: pd.DataFrame) -> list[Finding]:
-    """Whether a careful CoT lowers refusal, what filler and an unrelated CoT do, and what comes instead.
+def cot_findings(
+    shares: pd.DataFrame, refused: pd.DataFrame, scored: pd.DataFrame, name: str = "careful"
+) -> list[Finding]:
+    """Whether a chain of thought (careful, or another) lowers refusal, what filler and an unrelated CoT do, and what comes instead.
 
     Args:
         shares: From `numbers.outcome_shares`.
         refused: From `numbers.contrasts`, measure "refused", harmful requests.
         scored: The same, measure "score".
+        name: The condition.
     """
-    off, careful, filler, unrelated = (
-        _share_of(shares, "base", "harmful", condition)
-        for condition in ("off", "careful", "filler", "unrelated")
-    )
-    change, score_change = _pair(refused, "careful", "off"), _pair(scored, "careful", "off")
+    controls = controls_of(name)
+    there = set(shares["condition"])
+    off, careful = (_share_of(shares, "base", "harmful", condition) for condition in ("off", name))
+    change, score_change = _pair(refused, name, "off"), _pair(scored, name, "off")
     direction = _direction(change)
     lead = {
-        "lower": "A careful CoT lowers refusal:",
-        "higher": "A careful CoT raises refusal:",
-        "none": "A careful CoT is not shown to change refusal:",
-        "unknown": "Whether a careful CoT changes refusal cannot be told from so few families:",
+        "lower": f"A {name} CoT lowers refusal:",
+        "higher": f"A {name} CoT raises refusal:",
+        "none": f"A {name} CoT is not shown to change refusal:",
+        "unknown": f"Whether a {name} CoT changes refusal cannot be told from so few families:",
     }[direction]
     return [
         Finding(
-            "Careful CoT against thinking off",
+            f"{name.capitalize()} CoT against thinking off",
             _status(direction, wanted=("lower", "higher")),
-            f"{lead} the model refused {_of(off, 'harmful requests')} with thinking off and {_of(careful)} after a careful"
+            f"{lead} the model refused {_of(off, 'harmful requests')} with thinking off and {_of(careful)} after a {name}"
             f" CoT was put into its think block. Change in the share {_estimate(change)}, paired over"
             f" {int(change['n_families'])} families and corrected over {int(change['n_pairs'])} comparisons.{_score_line(score_change, direction)}",
         ),
-        _controls_finding(direction, careful, filler, unrelated, refused, scored),
+        _controls_finding(
+            direction,
+            careful,
+            _share_of(shares, "base", "harmful", controls[0]),
+            _share_of(shares, "base", "harmful", controls[1]),
+            refused,
+            scored,
+            name,
+        )
+        if there.issuperset(controls)
+        else Finding(
+            f"Controls of the {name} CoT",
+            "cannot tell",
+            f"{listed(list(controls))} were not measured, so that nothing tells what the CoT says from its length.",
+        ),
         Finding(
-            "What comes instead of refusal",
+            "What comes instead of refusal" + ("" if name == "careful" else f", {name}"),
             "note",
-            f"After the careful CoT, {int(careful['comply'])} of {int(careful['n'])} harmful requests were complied with and"
+            f"After the {name} CoT, {int(careful['comply'])} of {int(careful['n'])} harmful requests were complied with and"
             f" {int(careful['other'])} got neither refusal nor compliance (off: {int(off['comply'])} and {int(off['other'])})."
             f" Of the harmless twins, {_of(_share_of(shares, 'base', 'harmless', 'off'))} were refused with thinking off and"
-            f" {_of(_share_of(shares, 'base', 'harmless', 'careful'))} after the careful CoT.",
+            f" {_of(_share_of(shares, 'base', 'harmless', name))} after the {name} CoT.",
         ),
     ]
 
@@ -171,32 +195,35 @@ def _controls_finding(
     unrelated: Mapping[str, Any],
     refused: Any,
     scored: Any,
+    name: str = "careful",
 ) -> Finding:
+    first, second = controls_of(name)
+    content = "The CoT's content, beyond its controls" + ("" if name == "careful" else f", {name}")
     left = (
         f"Meaningless filler of the same length left {_of(filler, 'harmful requests')} refused, a sound CoT of"
         f" another task {_of(unrelated)}."
     )
-    by_filler, by_unrelated = _pair(refused, "careful", "filler"), _pair(refused, "careful", "unrelated")
+    by_filler, by_unrelated = _pair(refused, name, first), _pair(refused, name, second)
     compared = (
-        f" Careful − filler: {_estimate(by_filler)}; careful − unrelated: {_estimate(by_unrelated)}."
-        f" On the refusal score: {_nats(_pair(scored, 'careful', 'filler'))} and"
-        f" {_nats(_pair(scored, 'careful', 'unrelated'))}."
+        f" {name.capitalize()} − {first}: {_estimate(by_filler)}; {name} − {second}: {_estimate(by_unrelated)}."
+        f" On the refusal score: {_nats(_pair(scored, name, first))} and"
+        f" {_nats(_pair(scored, name, second))}."
     )
     if direction != "lower":
-        return Finding("Controls: filler and unrelated CoT", "note", left + compared)
+        return Finding(f"Controls: {first} and {second} CoT", "note", left + compared)
     if filler["refuse"] == careful["refuse"] == 0:
         compared += " Both leave no refusal, so that only the score could tell them apart."
     beyond = [_direction(pair) == "lower" for pair in (by_filler, by_unrelated)]
     mode = (
         " Filler alone lowers refusal too: part of the fall is a change of mode, not reasoning."
-        if _direction(_pair(refused, "filler", "off")) == "lower"
+        if _direction(_pair(refused, first, "off")) == "lower"
         else ""
     )
     if all(beyond):
         return Finding(
-            "The CoT's content, beyond its controls",
+            content,
             "shown",
-            f"{left} The careful CoT lowers refusal more than either: what it says matters.{compared}{mode}",
+            f"{left} The {name} CoT lowers refusal more than either: what it says matters.{compared}{mode}",
         )
     if beyond[0]:
         other = (
@@ -205,22 +232,22 @@ def _controls_finding(
             else "is not shown to differ from an unrelated CoT"
         )
         return Finding(
-            "The CoT's content, beyond its controls",
+            content,
             "not shown",
-            f"{left} The careful CoT lowers refusal more than filler does, but {other}: text shaped like a CoT may be enough,"
+            f"{left} The {name} CoT lowers refusal more than filler does, but {other}: text shaped like a CoT may be enough,"
             f" whatever it is about.{compared}{mode}",
         )
     return Finding(
-        "The CoT's content, beyond its controls",
+        content,
         "not shown",
-        f"{left} The careful CoT is not shown to lower refusal more than filler of the same length: this need not be"
+        f"{left} The {name} CoT is not shown to lower refusal more than filler of the same length: this need not be"
         f" about reasoning.{compared}{mode}",
     )
 
 
-def open_finding(shares: pd.DataFrame, max_new_tokens: int) -> Finding:
+def open_finding(shares: pd.DataFrame, max_new_tokens: int, name: str = "open") -> Finding:
     """What the model does when it writes its own CoT."""
-    own = _share_of(shares, "base", "harmful", "open")
+    own = _share_of(shares, "base", "harmful", name)
     where = f", {int(own['in_think'])} of them inside the think block" if own["refuse"] else ""
     cut = (
         f" {int(own['unfinished'])} of {int(own['n'])} replies were cut at the limit ({max_new_tokens} tokens or the end of the"
@@ -229,7 +256,7 @@ def open_finding(shares: pd.DataFrame, max_new_tokens: int) -> Finding:
         else ""
     )
     return Finding(
-        "The model's own CoT (open)",
+        f"The model's own CoT ({name})",
         "note",
         f"Writing its own CoT, the model refused {_of(own, 'harmful requests')}{where}, complied with {int(own['comply'])},"
         f" and did neither for {int(own['other'])}.{cut}",
@@ -350,6 +377,89 @@ def without_heads_finding(shares: pd.DataFrame) -> list[Finding]:
             f"With thinking off and the found heads removed, the model refused {_of(without, 'harmful requests')} where it"
             f" had refused {_of(off)}, complied with {int(without['comply'])} and did neither for {int(without['other'])}. Of the twins it"
             f" refused {_of(twins)} and did neither for {int(twins['other'])}.{broken}",
+        )
+    ]
+
+
+def probe_findings(harmful: ProbeResult, refusal: ProbeResult) -> list[Finding]:
+    """What probes separate, never without what ablating their direction does.
+
+    Args:
+        harmful: Probes of harmful against harmless requests.
+        refusal: Probes of refused against fulfilled requests.
+    """
+    lines, lowers = [], False
+    for condition in dict.fromkeys(harmful.table["condition"]):
+        if condition in harmful.reasons:
+            lines.append(f"{condition}: no probe ({harmful.reasons[condition]})")
+            continue
+        part = harmful.table[harmful.table["condition"] == condition]
+        tested = part[part["effect"].notna()]
+        row = (tested if len(tested) else part).sort_values("auc_cv", ascending=False).iloc[0]
+        ablated = (
+            f"without that direction the score changes by {signed(row['effect'])}"
+            f" {between(row['effect_low'], row['effect_high'])} nats on harmful requests and by {signed(row['effect_twins'])} on twins"
+            if len(tested)
+            else "what ablating it does was not tested"
+        )
+        lowers = lowers or bool(tested["state"].str.endswith("lowers refusal").any())
+        lines.append(
+            f"{condition}: layer {row['layer']}, {row['place']}, AUC {share(row['auc'])}, and {ablated} ({row['state']})"
+        )
+    return [
+        Finding(
+            "Directions that probes find",
+            "shown" if lowers else "not shown",
+            (
+                "In at least one condition refusal depends on"
+                if lowers
+                else "Refusal is not shown to depend on"
+            )
+            + " a direction that tells harmful requests from their twins. Best place by condition: "
+            + "; ".join(lines)
+            + ". That the two can be told apart is true of nearly every model and no sign of refusal.",
+        ),
+        Finding(
+            "Probes of refusal against fulfilment",
+            "note" if refusal.probes else "cannot tell",
+            "By the model's own responses: "
+            + "; ".join(
+                f"{condition}: {refusal.reasons[condition]}"
+                if condition in refusal.reasons
+                else f"{condition}: " + _best_auc(refusal.table[refusal.table["condition"] == condition])
+                for condition in dict.fromkeys(refusal.table["condition"])
+            )
+            + ".",
+        ),
+    ]
+
+
+def _best_auc(table: pd.DataFrame) -> str:
+    row = table.sort_values("auc_cv", ascending=False).iloc[0]
+    return (
+        f"layer {row['layer']}, {row['place']}, AUC {share(row['auc'])} on {row['n_positive']} refused and {row['n_negative']}"
+        f" fulfilled ({row['state']})"
+    )
+
+
+def after_ablation_finding(result: ProbesAfterAblation | None) -> list[Finding]:
+    """Where requests lie on the probes with the found heads removed; nothing where none were found."""
+    if result is None:
+        return []
+    table = result.table[result.table["state"] == "measured"]
+    if table.empty:
+        return []
+    outside = table[(table["after"] < table["random_low"]) | (table["after"] > table["random_high"])]
+    largest = table.iloc[int(table["change"].abs().to_numpy().argmax())]
+    return [
+        Finding(
+            "Probes with the found heads removed",
+            "note",
+            f"The share of requests above the threshold leaves the range of 95 % of {int(table['n_controls'].max())} random sets"
+            f" in {len(outside)} of {len(table)} layers and places of both kinds, counted without correction. Largest change:"
+            f" {largest['group']} requests at layer {largest['layer']}, {largest['place']}: {share(largest['before'])} →"
+            f" {share(largest['after'])}, random sets {share(largest['random'])} [{share(largest['random_low'])},"
+            f" {share(largest['random_high'])}]. What the model then answers stands under what it writes without these heads.",
         )
     ]
 

@@ -6,11 +6,12 @@ import json
 from itertools import combinations
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 import rim_lens as rl
-from rim_lens.errors import ModelError, NotEnoughData, StudyFolderError
+from rim_lens.errors import ConditionError, ModelError, NotEnoughData, StudyFolderError
 from rim_lens.lens import hook_name
 from rim_lens.measures.heads import readings
 from rim_lens.organisms.toy import load_toy, toy_model, toy_tokenizer, truth
@@ -199,6 +200,104 @@ def test_the_plan_counts_what_really_runs(tmp_path):
     assert ran["attention"] == plan["attention"]
     for stage, n in ran.items():
         assert n <= plan[stage] + proof, (stage, n, plan[stage])
+
+
+PROBING = rl.Settings(
+    conditions=("off", "filler", "unrelated", "open"), max_new_tokens=6, n_random_sets=3, max_heads=2, n_probed=1,
+    n_probe_controls=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def probed(tmp_path_factory):
+    """The inference half with probes, in one go, with what it said and the passes of each stage."""
+    folder = tmp_path_factory.mktemp("probed")
+    model = rl.load_model("toy")
+    study = rl.Study(model, n_requests=6, settings=PROBING, parts=("heads", "probes"))
+    passes: list[int] = [0]
+
+    def count(tensor, hook):
+        passes[-1] += 1
+
+    with model.hooks(fwd_hooks=[(hook_name("resid_pre", 0), count)]):
+        result = study.run(folder, say=lambda _: passes.append(0))
+    return study, folder, result, passes[1:]
+
+
+def test_the_plan_counts_the_probes_too(probed):
+    study, _, result, ran = probed
+    plan: dict[str, int] = {}
+    for step in study.plan().steps:
+        plan[step.stage] = plan.get(step.stage, 0) + step.passes
+    assert list(plan) == ["gate", "attention", "scores", "outcomes", "heads", "probes"]
+    proof = 1 + 2 * 2 * 4  # attaching may prove each site first
+    assert ran[1] == plan["attention"] == 2 * 4
+    assert all(n <= plan[stage] + proof for stage, n in zip(plan, ran, strict=True)), (plan, ran)
+    assert ran[-1] > plan["probes"] / 4
+    assert result.measured
+
+
+def test_probes_stopped_anywhere_go_on_to_the_same(probed, tmp_path, monkeypatch):
+    from rim_lens.study import probing
+
+    _, folder, _, _ = probed
+    done: list[str] = []
+
+    def stopping(name, real, at):
+        def call(*args, **kwargs):
+            done.append(name)
+            if len(done) == at:
+                raise Stop
+            return real(*args, **kwargs)
+
+        return call
+
+    again = rl.Study(rl.load_model("toy"), n_requests=6, settings=PROBING, parts=("heads", "probes"))
+    names = ("probe", "refusal_cliff", "probe_after_ablation")
+    for at in (3, 6, 3):
+        with monkeypatch.context() as patch:
+            done.clear()
+            for name in names:
+                patch.setattr(probing, name, stopping(name, getattr(probing, name), at))
+            with pytest.raises(Stop):
+                again.run(tmp_path)
+        assert not rl.load_study(tmp_path).measured
+    assert again.run(tmp_path).measured
+    assert contents(tmp_path) == contents(folder)
+
+
+def test_probes_read_back_stand_in_one_table(probed):
+    _, folder, result, _ = probed
+    probes = rl.load_study(folder).probes()
+    assert list(dict.fromkeys(probes.table["condition"])) == list(PROBING.conditions)
+    alone = rl.probe(
+        rl.load_model("toy"), rl.ChatFormat.from_model(rl.load_model("toy")),
+        *[[p for s in ("select", "evaluate") for p in getattr(requests_by_split("toy", None, None, None, 6)[s], kind)]
+          for kind in ("harmful", "twins")],
+        think=("off",), ablate=1, n_controls=2, limit=None,
+    )  # fmt: skip
+    mine = probes.table[probes.table["condition"] == "off"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(mine, alone.table)
+    assert result.cliffs.keys() == {(k, c) for k in ("harmful", "harmless") for c in ("filler", "unrelated")}
+    if result.heads.found:
+        without = result.probes_without_heads
+        assert without is not None
+        assert {tuple(head) for head in without.settings["heads"]} == set(result.heads.found)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "error"),
+    [
+        ({"parts": ("neurons",)}, ValueError),
+        ({"parts": ("heads", "magic")}, ValueError),
+        ({"parts": ("heads",), "tuned": ["toy:deviate"]}, ValueError),
+        ({"settings": rl.Settings(conditions=("careful",))}, ConditionError),
+        ({"settings": rl.Settings(conditions=("off", "thoughtful"))}, ConditionError),
+    ],
+)
+def test_parts_and_conditions_that_do_not_exist_are_refused(wanted, error):
+    with pytest.raises(error):
+        rl.Study("toy", **wanted)
 
 
 def test_the_toy_report_says_what_is_true(toy_study):

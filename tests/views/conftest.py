@@ -27,7 +27,8 @@ def planted(tmp_path: Path) -> Callable[..., StudyResult]:
 def toy_study(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
     """A small real study: the toy beside a tuned variant."""
     folder = tmp_path_factory.mktemp("toy") / "study"
-    return Study("toy", tuned=["toy:deviate"], n_requests=8).run(folder)
+    parts = ("heads", "probes", "neurons")
+    return Study("toy", tuned=["toy:deviate"], n_requests=8, parts=parts).run(folder)
 
 
 @pytest.fixture(scope="session")

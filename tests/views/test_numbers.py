@@ -64,6 +64,6 @@ def test_attention_changes_are_ranked_and_carry_what_ablation_said(planted: Make
 
 
 def test_nothing_found_leaves_the_tested_heads_without_a_name_for_any(planted: Make) -> None:
-    table = numbers.head_effects(planted(found=()))
+    table = numbers.head_effects(planted(found=()).heads)
     assert not table["found"].any()
     assert set(table.loc[table["tested"], "verdict"]) == {"none"}

@@ -97,7 +97,7 @@ def test_numbers_for_machines_are_those_of_the_study(toy_study: StudyResult, toy
     assert told["heads"]["found"] == [list(head) for head in toy_study.heads.found]
     assert told["design"]["weights_digest"] == toy_study.design["weights_digest"]
     assert told["reproduce"]["command"].startswith(
-        "rim-lens study toy --out FOLDER --requests 8 --tuned toy:deviate"
+        "rim-lens study toy --out FOLDER --requests 8 --tuned toy:deviate --probes"
     )
     assert {"Gate", "What RAS does not show"} <= {finding["topic"] for finding in told["verdict"]}
 
@@ -182,7 +182,7 @@ def test_the_page_opens_offline(toy_study: StudyResult, toy_report: Path, browse
     drawn = browser.execute_script(
         "return [...document.querySelectorAll('.plot')].map(plot => plot.querySelectorAll('svg.main-svg').length)"
     )
-    assert len(drawn) == (10 if toy_study.heads.found else 7)
+    assert len(drawn) == (16 if toy_study.heads.found else 10)
     assert all(drawn)
     assert requests_of(browser) == [toy_report.as_uri()]
     assert errors_of(browser) == []

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -18,11 +20,19 @@ from rim_lens.hooks import AblateHeads
 from rim_lens.hooks.heads import some_heads
 from rim_lens.lens import Head, Model, verify, weights_digest
 from rim_lens.measures.controls import control_p, percentile_among, random_heads_per_layer
+from rim_lens.measures.frames import frame_from_json, frame_to_json
 from rim_lens.measures.probes.ablating import interval_columns
 from rim_lens.measures.probes.fitting import Probes, common_places, fit_probes
 from rim_lens.measures.probes.groups import Contrast, Groups, check_contrast, grouped
 from rim_lens.measures.probes.places import SIX, check_places
 from rim_lens.measures.probes.reading import Stream, stream_at
+from rim_lens.measures.probes.result import (
+    FORMAT_VERSION,
+    check_version,
+    load_probes,
+    reading,
+    save_probes,
+)
 from rim_lens.measures.two_sides import two_sides
 from rim_lens.prompts import Prompt
 
@@ -62,6 +72,39 @@ class ProbesAfterAblation:
     def to_dataframe(self) -> pd.DataFrame:
         """A copy of the table."""
         return self.table.copy()
+
+    def save(self, folder: str | Path) -> None:
+        """Write probes.safetensors and after_ablation.json into a folder, which is made where there is none."""
+        folder = Path(folder)
+        written = {
+            "format_version": FORMAT_VERSION,
+            "probes": save_probes(self.probes, folder),
+            "reasons": self.reasons,
+            "settings": self.settings,
+            "table": frame_to_json(self.table),
+            "controls": frame_to_json(self.controls),
+        }
+        text = json.dumps(written, indent=1, allow_nan=False, ensure_ascii=False)
+        (folder / "after_ablation.json").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            CorruptWeights: A file is missing or cannot be read, or is of another format version.
+        """
+        folder = Path(folder)
+        with reading(folder, "ProbesAfterAblation"):
+            read = json.loads((folder / "after_ablation.json").read_text(encoding="utf-8"))
+            check_version(folder, read)
+            return cls(
+                frame_from_json(read["table"]),
+                frame_from_json(read["controls"]),
+                load_probes(read["probes"], folder),
+                read["reasons"],
+                read["settings"],
+            )
 
 
 def probe_after_ablation(

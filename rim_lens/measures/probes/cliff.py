@@ -6,8 +6,9 @@ falls at its last tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import ConditionError, StatisticsError
 from rim_lens.hooks.base import Component
 from rim_lens.lens import Model, model_facts
+from rim_lens.measures.frames import frame_from_json, frame_to_json
 from rim_lens.measures.probes.ablating import interval_columns
 from rim_lens.measures.probes.fitting import Probe
 from rim_lens.measures.probes.places import place_present
@@ -58,6 +60,20 @@ class Cliff:
     def to_dataframe(self) -> pd.DataFrame:
         """A copy of the curve."""
         return self.curve.copy()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values for JSON; NaN becomes None."""
+        return {
+            **{name: frame_to_json(getattr(self, name)) for name in ("curve", "drop", "per_request")},
+            "left_out": list(self.left_out),
+            "settings": self.settings,
+        }
+
+    @classmethod
+    def from_dict(cls, told: Mapping[str, Any]) -> Self:
+        """Read back what `to_dict` gave."""
+        curve, drop, per_request = (frame_from_json(told[name]) for name in ("curve", "drop", "per_request"))
+        return cls(curve, drop, per_request, tuple(told["left_out"]), dict(told["settings"]))
 
 
 def refusal_cliff(

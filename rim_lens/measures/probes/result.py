@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -12,6 +14,7 @@ import numpy as np
 from rim_lens.errors import CorruptWeights, StatisticsError
 from rim_lens.measures.frames import frame_from_json, frame_to_json
 from rim_lens.measures.probes.fitting import Probe, Probes
+from rim_lens.showing import shown_by
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 
 
+@shown_by("rim_lens.views", "probes_html")
 @dataclass(frozen=True, eq=False)
 class ProbeResult:
     """Probes with what they separate and, beside it, what ablating their directions does to refusal.
@@ -91,19 +95,10 @@ class ProbeResult:
 
     def save(self, folder: str | Path) -> None:
         """Write probes.safetensors and probes.json into a folder, which is made where there is none."""
-        from safetensors.numpy import save_file
-
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        arrays, described = {}, {}
-        for condition, probes in self.probes.items():
-            for name in ("direction", "threshold", "n"):
-                arrays[f"{condition}/{name}"] = np.ascontiguousarray(getattr(probes, name))
-            described[condition] = {"places": list(probes.places), "site": probes.site}
-        save_file(arrays, folder / "probes.safetensors")
         written = {
             "format_version": FORMAT_VERSION,
-            "probes": described,
+            "probes": save_probes(self.probes, folder),
             "reasons": self.reasons,
             "absent": self.absent,
             "settings": self.settings,
@@ -119,35 +114,110 @@ class ProbeResult:
         Raises:
             CorruptWeights: A file is missing or cannot be read, or is of another format version.
         """
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
-
         folder = Path(folder)
-        try:
+        with reading(folder, "ProbeResult"):
             read = json.loads((folder / "probes.json").read_text(encoding="utf-8"))
-            if read["format_version"] != FORMAT_VERSION:
-                raise CorruptWeights(
-                    f"{folder}: format version {read['format_version']} was found, and this rim_lens reads {FORMAT_VERSION}."
-                    " Probe again."
-                )
-            arrays = load_file(folder / "probes.safetensors")
-            probes = {
-                condition: Probes(
-                    arrays[f"{condition}/direction"],
-                    arrays[f"{condition}/threshold"],
-                    tuple(told["places"]),
-                    arrays[f"{condition}/n"],
-                    told["site"],
-                    condition,
-                )
-                for condition, told in read["probes"].items()
-            }
+            check_version(folder, read)
+            probes = load_probes(read["probes"], folder)
             return cls(
                 frame_from_json(read["table"]), probes, read["reasons"], read["absent"], read["settings"]
             )
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
-            if isinstance(problem, CorruptWeights):
-                raise
-            raise CorruptWeights(
-                f"{folder} holds no readable probes ({problem}). Give the folder that ProbeResult.save wrote."
-            ) from problem
+
+
+def joined(results: Sequence[ProbeResult]) -> ProbeResult:
+    """Return probes of several conditions, measured one at a time, as one result.
+
+    Raises:
+        StatisticsError: There is none, or they were asked for or measured differently.
+    """
+    import pandas as pd
+
+    if not results:
+        raise StatisticsError("no probes were given to be joined.")
+    own = ("think", "absent", "outcomes", "digests")
+    first = {key: value for key, value in results[0].settings.items() if key not in own}
+    for result in results[1:]:
+        other = {key: value for key, value in result.settings.items() if key not in own}
+        unlike = [key for key in first if other.get(key) != first[key]]
+        if unlike:
+            raise StatisticsError(
+                f"probes with different settings cannot stand in one table (different: {', '.join(unlike)})."
+            )
+    think = [condition for result in results for condition in result.settings["think"]]
+    if len(set(think)) < len(think):
+        raise StatisticsError(f"a condition stands in two of the results: {', '.join(think)}.")
+    merged: dict[str, Any] = {
+        key: {name: value for result in results for name, value in result.settings[key].items()}
+        for key in ("outcomes", "digests")
+    }
+    return ProbeResult(
+        table=pd.concat([result.table for result in results], ignore_index=True),
+        probes={name: probes for result in results for name, probes in result.probes.items()},
+        reasons={name: why for result in results for name, why in result.reasons.items()},
+        absent={name: places for result in results for name, places in result.absent.items()},
+        settings={**results[0].settings, "think": think, **merged},
+    )
+
+
+def save_probes(probes: Mapping[str, Probes], folder: Path) -> dict[str, Any]:
+    """Write probes.safetensors into a folder, which is made where there is none; return what JSON must keep beside it."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        f"{condition}/{name}": np.ascontiguousarray(getattr(one, name))
+        for condition, one in probes.items()
+        for name in ("direction", "threshold", "n")
+    }
+    save_file(arrays, folder / "probes.safetensors")
+    return {condition: {"places": list(one.places), "site": one.site} for condition, one in probes.items()}
+
+
+def load_probes(described: Mapping[str, Any], folder: Path) -> dict[str, Probes]:
+    """Read what `save_probes` wrote; call it inside `reading`."""
+    from safetensors.numpy import load_file
+
+    arrays = load_file(folder / "probes.safetensors")
+    return {
+        condition: Probes(
+            arrays[f"{condition}/direction"],
+            arrays[f"{condition}/threshold"],
+            tuple(told["places"]),
+            arrays[f"{condition}/n"],
+            told["site"],
+            condition,
+        )
+        for condition, told in described.items()
+    }
+
+
+def check_version(folder: Path, read: Mapping[str, Any]) -> None:
+    """Refuse a folder of another format.
+
+    Raises:
+        CorruptWeights: It is.
+    """
+    if read["format_version"] != FORMAT_VERSION:
+        raise CorruptWeights(
+            f"{folder}: format version {read['format_version']} was found, and this rim_lens reads {FORMAT_VERSION}."
+            " Probe again."
+        )
+
+
+@contextmanager
+def reading(folder: Path, what: str) -> Iterator[None]:
+    """Say which folder could not be read, whatever went wrong in it.
+
+    Raises:
+        CorruptWeights: Anything did.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
+        if isinstance(problem, CorruptWeights):
+            raise
+        raise CorruptWeights(
+            f"{folder} holds no readable probes ({problem}). Give the folder that {what}.save wrote."
+        ) from problem

@@ -1,22 +1,32 @@
 """The figures of a study, as plotly figures: one colour per span, condition and outcome everywhere, light or dark.
 
-Every function takes a finished `StudyResult`, and draws only what the folder holds. `.to_html(include_plotlyjs=True)`
+Most take a finished `StudyResult`, and draw only what the folder holds; those of probes take a `ProbeResult`, a
+`ProbesAfterAblation` or `Cliff`s, and `attention_pattern` takes arrays. `.to_html(include_plotlyjs=True)`
 makes a page of one that works offline.
 """
 
 from rim_lens.views.plots.attention import attention_by_head, attention_map
-from rim_lens.views.plots.heads import head_effects, head_scan, head_set
+from rim_lens.views.plots.heads import head_bubbles, head_effects, head_scan, head_set
+from rim_lens.views.plots.looking import argmax_positions, attention_pattern, head_pattern
+from rim_lens.views.plots.probes import probe_curves, probes_without_heads, refusal_cliff
 from rim_lens.views.plots.refusal import outcomes, scores
 from rim_lens.views.plots.shift import activation_shift, tuned_outcomes
 
 __all__ = [
     "activation_shift",
+    "argmax_positions",
     "attention_by_head",
     "attention_map",
+    "attention_pattern",
+    "head_bubbles",
     "head_effects",
+    "head_pattern",
     "head_scan",
     "head_set",
     "outcomes",
+    "probe_curves",
+    "probes_without_heads",
+    "refusal_cliff",
     "scores",
     "tuned_outcomes",
 ]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from rim_lens.errors import StatisticsError
 from rim_lens.views import numbers
 from rim_lens.views.plots.attention import found_dots, map_height
 from rim_lens.views.plots.style import CONTROL, FOUND, Theme, base_layout, figure, spread
@@ -14,6 +15,7 @@ from rim_lens.views.words import per_cent
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
+    from rim_lens.measures.heads.result import RefusalHeads
     from rim_lens.study import StudyResult
 
 _PLACES = ("top right", "bottom left", "bottom right", "top left")  # of neighbouring names
@@ -70,6 +72,114 @@ def head_scan(result: StudyResult, theme: Theme = "light") -> go.Figure:
     return canvas
 
 
+# Marks, so that a verdict is read without colours; filled where removal has an effect.
+VERDICT_MARKS = {
+    "refusal": "star",
+    "general": "diamond",
+    "positional": "square",
+    "sink": "triangle-down",
+    "none": "circle",
+    "not tested": "x-thin",
+}
+
+
+def head_bubbles(
+    heads: RefusalHeads | StudyResult, contrast: str | None = None, theme: Theme = "light"
+) -> go.Figure:
+    """Every head as a bubble, layer × head: how often its attention moves, what its removal does, and its verdict.
+
+    Size: share of harmful requests on which its argmax makes the move. Colour: mean effect of removing it, nats (negative:
+    refuses less). Both from the select side, where every head was measured; the mark is the verdict of the test on the
+    evaluate side. Figure 4b of arXiv 2509.00544, with the effect it lacks.
+
+    Args:
+        heads: What `rl.refusal_heads` found, or a study.
+        contrast: Name of the move; the first one when None.
+        theme: "light" or "dark".
+
+    Raises:
+        StatisticsError: No such move was looked for.
+    """
+    import plotly.graph_objects as go
+
+    found: RefusalHeads = heads.heads if hasattr(heads, "heads") else heads
+    moves = [name.removeprefix("moves_") for name in found.scan.columns if name.startswith("moves_")]
+    if contrast is not None and contrast not in moves:
+        raise StatisticsError(f"no move is called {contrast!r}; there are {', '.join(moves) or 'none'}.")
+    chosen = contrast or (moves[0] if moves else None)
+    columns = ["layer", "head", "effect", *([f"moves_{chosen}"] if chosen else [])]
+    table = found.scan[columns].merge(
+        found.table[["layer", "head", "verdict"]], on=["layer", "head"], how="left"
+    )
+    table["verdict"] = table["verdict"].fillna("not tested")
+    table["moves"] = table[f"moves_{chosen}"] if chosen else 0.0
+    widest = float(table["effect"].abs().max()) or 1.0
+    n_layers, n_heads = int(table["layer"].max()) + 1, int(table["head"].max()) + 1
+    biggest = min(28.0, max(14.0, 0.9 * map_height(n_layers) / n_layers))
+    canvas = figure(theme, map_height(n_layers) + 150)
+    for verdict, mark in VERDICT_MARKS.items():
+        part = table[table["verdict"] == verdict]
+        canvas.add_trace(
+            go.Scatter(
+                x=part["head"].tolist(),
+                y=part["layer"].tolist(),
+                mode="markers",
+                name=verdict,
+                showlegend=not part.empty,
+                marker={
+                    "symbol": mark,
+                    "size": (
+                        (9 + (biggest - 9) * np.sqrt(part["moves"].to_numpy()))
+                        * (1.5 if mark == "star" else 1)  # a star of the same reach has less to colour
+                    )
+                    .round(1)
+                    .tolist(),
+                    "color": part["effect"].round(6).tolist(),
+                    "coloraxis": "coloraxis",
+                    "line": {
+                        "width": 1.5 if verdict == "refusal" else 1,
+                        "color": "#808080",
+                    },
+                },
+                customdata=part[["effect", "moves"]].to_numpy().tolist(),
+                hovertemplate=f"layer %{{y}}, head %{{x}}: {verdict}<br>removal %{{customdata[0]:.4f}} nats<br>moves on"
+                " %{customdata[1]:.2f} of requests<extra></extra>",
+            )
+        )
+    where = found.settings.get("contrasts", [])
+    told = next((move for move in where if move["name"] == chosen), None)
+    size = (
+        f"size: argmax goes from {told['leaves']} ({told['first']}) to {told['enters']} ({told['second']})"
+        if told
+        else "no move looked for"
+    )
+    canvas.update_layout(
+        **base_layout(theme, map_height(n_layers) + 150, top=70, bottom=80),
+        coloraxis={
+            "cmin": -widest,
+            "cmax": widest,
+            "colorbar": {
+                "title": {"text": "effect (nats;<br>negative:<br>refuses less)", "font": {"size": 12}},
+                "thickness": 12,
+                "outlinewidth": 0,
+            },
+        },
+    )
+    canvas.update_xaxes(
+        title_text=f"head (n = {found.settings.get('n_select', '?')} harmful requests, select side;<br>{size})",
+        dtick=1 if n_heads <= 16 else 4,
+        range=[-0.7, n_heads - 0.3],
+        zeroline=False,
+    )
+    canvas.update_yaxes(
+        title_text="layer (0 at the top)",
+        range=[n_layers - 0.4, -0.6],
+        dtick=1 if n_layers <= 12 else 4,
+        zeroline=False,
+    )
+    return canvas
+
+
 def head_effects(result: StudyResult, theme: Theme = "light") -> go.Figure:
     """Effect of zeroing a head on harmful requests against the effect on their twins, on the evaluate side.
 
@@ -81,7 +191,7 @@ def head_effects(result: StudyResult, theme: Theme = "light") -> go.Figure:
     """
     import plotly.graph_objects as go
 
-    table = numbers.head_effects(result)
+    table = numbers.head_effects(result.heads)
     if table.empty:
         raise ValueError("no head was found in this study, so that none was tested.")
     canvas = figure(theme, 440)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rim_lens.views import numbers
-from rim_lens.views.plots.style import CONDITIONS, OUTCOMES, WHISKER, Theme, base_layout, figure, spread
+from rim_lens.views.plots.style import OUTCOMES, WHISKER, Theme, base_layout, condition_colour, figure, spread
 from rim_lens.views.text import plotly_text
 
 if TYPE_CHECKING:
@@ -131,7 +131,12 @@ def scores(result: StudyResult, theme: Theme = "light") -> go.Figure:
                     ],
                     hovertemplate=f"{condition}, {numbers.KINDS[kind]}<br>%{{customdata[0]}}<br>family: %{{customdata[1]}}"
                     "<br>score: %{y:.4f} nats<br>most probable first word: %{customdata[2]}<extra></extra>",
-                    marker={"symbol": symbol, "size": 6, "color": CONDITIONS[condition], "opacity": 0.7},
+                    marker={
+                        "symbol": symbol,
+                        "size": 6,
+                        "color": condition_colour(condition),
+                        "opacity": 0.7,
+                    },
                     showlegend=False,
                 )
             )
@@ -155,7 +160,7 @@ def scores(result: StudyResult, theme: Theme = "light") -> go.Figure:
                     marker={
                         "symbol": "diamond" if kind == "harmful" else "diamond-open",
                         "size": 10,
-                        "color": CONDITIONS[condition],
+                        "color": condition_colour(condition),
                     },
                     showlegend=False,
                 )

@@ -21,6 +21,8 @@ CONDITIONS: dict[str, str] = {
     "unrelated": GREEN,
     "open": PINK,
 }
+# Kinds of thought that only some studies ask about.
+OTHER_CONDITIONS: dict[str, str] = {"confirm": ORANGE, "deviate": SKY, "heuristic": "#7B61A8"}
 # Scaffold in greys and blues, the think block in warm colours.
 SPANS: dict[str, str] = {
     "sink": "#C9C9C9",
@@ -54,6 +56,22 @@ _GRID = {"light": "#E3E6EA", "dark": "#343A42"}
 _AXIS = {"light": "#AEB4BC", "dark": "#5B636E"}
 
 FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, "Liberation Sans", sans-serif'
+
+
+def condition_colour(condition: str) -> str:
+    """The colour of a think condition; those without one of their own share by what they are."""
+    first = condition.partition(":")[0]
+    return CONDITIONS.get(condition) or CONDITIONS.get(first) or OTHER_CONDITIONS.get(first, "#7B61A8")
+
+
+def see_through(colour: str, opacity: float = 0.18) -> str:
+    """A colour that lets what is behind it be seen.
+
+    >>> see_through("#1A82C4")
+    'rgba(26,130,196,0.18)'
+    """
+    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{opacity})"
 
 
 def template(theme: Theme = "light") -> dict[str, Any]:
