@@ -22,7 +22,8 @@ from rim_lens.measures.refusal.direction import RefusalDirection, refusal_direct
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.sentences import sentence_effects
 from rim_lens.measures.stats import bootstrap_interval
-from rim_lens.prompts import Prompt, spread
+from rim_lens.measures.two_sides import two_sides
+from rim_lens.prompts import Prompt
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -303,7 +304,8 @@ def refusal_causes(
     Args:
         model: Any HookedTransformer or TransformerBridge, in eval mode.
         chat: The format.
-        harmful: Requests of both splits; `select` chooses the direction, `evaluate` is what is reported.
+        harmful: Requests of both splits; `select` chooses the direction, `evaluate` is what is reported. Halves are cut by
+            family where there are none, see `two_sides`.
         harmless: Their twins.
         limit: At most so many requests of each kind and split; None for all.
         n_controls: Control directions of each of the two kinds.
@@ -339,14 +341,15 @@ def refusal_causes(
     )
     lines: list[dict[str, Any]] = []
     example: tuple[str, ...] = ()
-    for kind, prompts in (("harmful", harmful), ("harmless", harmless)):
-        asked = spread([prompt for prompt in prompts if prompt.split == "evaluate"], limit)
+    _, evaluate = two_sides(harmful, harmless, limit, seed)  # those that the direction was not chosen on
+    for kind, asked in (("harmful", evaluate.harmful), ("harmless", evaluate.harmless)):
         batches = render_conditions(chat, asked, ("careful", *CONTROLS), seed=seed)
         sizes = part_sizes(chat, batches["careful"], split)
         example = cot_sentences(chat, batches["careful"].select([0]), split).texts[0]
         for name, batch in batches.items():
             tell(f"sentences, {kind}, {name}: {len(batch)} requests")
-            lines += _lines(model, chat, kind, batch, split if name == "careful" else None, sizes)
+            own = split if name == "careful" else None
+            lines += _lines(model, chat, kind, batch, own, sizes, max_rows)
     rows = pd.DataFrame(lines, columns=list(ROWS))
     return RefusalCauses(
         direction=direction,
@@ -385,14 +388,20 @@ def cut_like(text: str, chat: ChatFormat, sizes: Sequence[int]) -> list[str]:
 
 
 def _lines(
-    model: Model, chat: ChatFormat, kind: str, batch: SpanBatch, split: Split | None, sizes: list[list[int]]
+    model: Model,
+    chat: ChatFormat,
+    kind: str,
+    batch: SpanBatch,
+    split: Split | None,
+    sizes: list[list[int]],
+    max_rows: int,
 ) -> list[dict[str, Any]]:
-    whole = sentence_effects(model, batch, chat=chat, split=lambda text: [text])
+    whole = sentence_effects(model, batch, chat=chat, split=lambda text: [text], max_rows=max_rows)
     families = families_of(batch.prompts)
     lines = []
     for row, prompt in enumerate(batch.prompts):
         own = split or partial(cut_like, chat=chat, sizes=sizes[row])
-        parts = sentence_effects(model, batch.select([row]), chat=chat, split=own)
+        parts = sentence_effects(model, batch.select([row]), chat=chat, split=own, max_rows=max_rows)
         head: dict[str, Any] = {
             "kind": kind,
             "condition": batch.name,

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from rim_lens.batching import MAX_ROWS
 from rim_lens.chat.chat_format import ChatFormat
 from rim_lens.chat.sentences import Sentences, Split, cot_sentences, split_sentences
 from rim_lens.chat.spans import SpanBatch
@@ -37,6 +38,7 @@ def sentence_effects(
     refusal: bool = True,
     openers: Iterable[str] | None = None,
     keep_text: bool = False,
+    max_rows: int = MAX_ROWS,
     progress: bool = False,
 ) -> xr.Dataset:
     """Suppress attention to each sentence of the chain of thought in turn, and measure what changes after it.
@@ -59,6 +61,7 @@ def sentence_effects(
         refusal: Measure the change of `refusal_score` at the answer as well; needs prompts that end where it begins.
         openers: Texts that refusals begin with, see `refusal_score`.
         keep_text: Keep the sentences that the model itself wrote to harmful requests; else the first words alone.
+        max_rows: Most prompts in one pass, a copy with a sentence suppressed being one.
         progress: Show a progress bar.
 
     Returns:
@@ -87,7 +90,7 @@ def sentence_effects(
     effect = np.full(shape, np.nan)
     n_tokens = np.zeros(shape, dtype=np.int64)
     text = np.full(shape, "", dtype=object)
-    baseline = refusal_score(model, batch, openers=openers).values if refusal else None
+    baseline = refusal_score(model, batch, openers=openers, max_rows=max_rows).values if refusal else None
     for row in tqdm(range(len(batch)), desc=f"sentences {batch.name}", disable=not progress):
         n = len(found.texts[row])
         # Of what the model itself wrote to a harmful request, the first words are kept and no more.
@@ -95,11 +98,12 @@ def sentence_effects(
         hide = batch.prompts[row].kind == "harmful" and written > 0 and not keep_text
         text[row, :n] = [first_words(found.texts[row][0]), *["…"] * (n - 1)] if hide else found.texts[row]
         n_tokens[row, :n] = [int(found.mask(sentence)[row].sum()) for sentence in range(n)]
-        log_kl[row, :n, :n] = _log_kl(model, batch, found, row)
+        log_kl[row, :n, :n] = _log_kl(model, batch, found, row, max_rows)
         if baseline is not None:
             copies = batch.select([row] * n)
             editor = BlockAttention("later", _masks(found, row, n, copies.tokens.shape[1]))
-            effect[row, :n] = refusal_score(model, copies, editor, openers=openers).values - baseline[row]
+            scores = refusal_score(model, copies, editor, openers=openers, max_rows=max_rows).values
+            effect[row, :n] = scores - baseline[row]
     data: dict[str, object] = {
         "log_kl": (
             ("prompt", "suppressed", "read"),
@@ -128,7 +132,7 @@ def _masks(found: Sentences, row: int, n: int, width: int) -> Bool[Tensor, "sent
 
 
 def _log_kl(
-    model: Model, batch: SpanBatch, found: Sentences, row: int
+    model: Model, batch: SpanBatch, found: Sentences, row: int, max_rows: int
 ) -> Float[np.ndarray, "suppressed read"]:
     """Mean log KL over the tokens of each later sentence, one prompt."""
     n = len(found.texts[row])
@@ -138,7 +142,7 @@ def _log_kl(
     original = _checked(all_logits(model, alone.tokens, alone.attention_mask))[0]
     masks = _masks(found, row, n, width)
     owner = found.index[row, -width:]
-    per_pass = max(1, _MOST_LOGITS // (width * model_facts(model).d_vocab))
+    per_pass = max(1, min(max_rows, _MOST_LOGITS // (width * model_facts(model).d_vocab)))
     for start in range(0, n, per_pass):
         chosen = list(range(start, min(start + per_pass, n)))
         copies = batch.select([row] * len(chosen))

@@ -32,7 +32,8 @@ def two_sides(
     Args:
         harmful: Records or strings.
         harmless: Records or strings, twins of the harmful ones at best.
-        limit: At most so many of each kind and side, taken evenly; None for all.
+        limit: At most so many of each kind and side, taken evenly, and of the harmless ones first the twins of those taken;
+            None for all.
         seed: Of the halves.
 
     Raises:
@@ -49,7 +50,9 @@ def two_sides(
         bad, good = both[: len(bad)], both[len(bad) :]
     sides = []
     for split in ("select", "evaluate"):
-        chosen = Side(*(spread([p for p in prompts if p.split == split], limit) for prompts in (bad, good)))
+        here, there = ([p for p in prompts if p.split == split] for prompts in (bad, good))
+        asked = spread(here, limit)
+        chosen = Side(asked, _twins_first(asked, there, limit))
         n_families = [len(set(families_of(prompts))) for prompts in chosen]
         if min(n_families) < 2:
             raise NotEnoughData(
@@ -60,6 +63,17 @@ def two_sides(
         sides.append(chosen)
     check_splits([prompt for side in sides for prompts in side for prompt in prompts])
     return sides[0], sides[1]
+
+
+def _twins_first(harmful: Sequence[Prompt], harmless: list[Prompt], limit: int | None) -> list[Prompt]:
+    """At most so many of the harmless ones, in their order: the twins of the harmful ones, and others taken evenly."""
+    if limit is None or len(harmless) <= limit:
+        return harmless
+    ids = {prompt.twin for prompt in harmful}
+    twins = [prompt for prompt in harmless if prompt.id in ids]
+    others = spread([prompt for prompt in harmless if prompt.id not in ids], limit - len(twins))
+    taken = {prompt.id for prompt in (*twins, *others)}
+    return [prompt for prompt in harmless if prompt.id in taken]
 
 
 def twin_places(side: Side) -> list[int] | None:

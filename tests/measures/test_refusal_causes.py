@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import rim_lens as rl
 from rim_lens import cli
 from rim_lens.measures import bootstrap_interval
 from rim_lens.measures.refusal_causes import WHOLE, RefusalCauses, cut_like, part_sizes, refusal_causes
+from rim_lens.measures.two_sides import two_sides
 from rim_lens.prompts import spread
 from rim_lens.prompts.toy import split_steps
 from tests.true_tokenizers import true_chat
@@ -163,3 +165,23 @@ def test_each_committed_page_shows_its_numbers(path: Path) -> None:
     assert title.endswith(data["model"])
     assert head.startswith(f"`{data['command']}`, {data['date']}")
     assert "\n\n".join(shown) == found.to_markdown("").split("\n\n", 1)[1]
+
+
+def test_halves_are_cut_where_there_are_none_and_no_request_chooses_and_reports(toy: Any) -> None:
+    model, chat, asked, _ = toy
+    bare = [[replace(prompt, split=None) for prompt in prompts[::8]] for prompts in asked]
+    found = refusal_causes(model, chat, *bare, n_controls=2, split=split_steps, **SETTINGS)
+    _, evaluate = two_sides(*bare, SETTINGS["limit"], SETTINGS["seed"])
+    assert set(found.rows["prompt"]) == {prompt.id for prompts in evaluate for prompt in prompts}
+
+
+def test_no_pass_holds_more_prompts_than_asked_for(toy: Any) -> None:
+    model, chat, asked, _ = toy
+    careful = rl.render_conditions(chat, asked[0][:4], ["careful"])["careful"]
+    widths: list[int] = []
+    model.add_hook("hook_embed", lambda tensor, hook: widths.append(len(tensor)))
+    try:
+        rl.sentence_effects(model, careful, chat=chat, split=split_steps, max_rows=2)
+    finally:
+        model.reset_hooks()
+    assert max(widths) == 2

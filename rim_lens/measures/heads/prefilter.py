@@ -192,10 +192,17 @@ def prefiltered(
     Raises:
         ValueError: n_confirm is negative, or nothing would be confirmed.
         UnknownLayer: The model lacks one of `always_layers`.
-        ReferenceMismatch: The estimates are of another shape than the model's heads.
+        ReferenceMismatch: The estimates are of another shape than the model's heads; or the reading is of another model, or
+            of other prompts.
     """
     import xarray as xr
 
+    ids, others = ([prompt.id for prompt in prompts.prompts] for prompts in (batch, reading.batch))
+    if reading.model is not model or ids != others:
+        what = "model" if ids == others else "prompts"
+        raise ReferenceMismatch(
+            f"the estimates are to be made on other {what} than {reading.name} reads; give the reading's own ({what})."
+        )
     facts = model_facts(model)
     layers = sorted({facts.check_layer(layer) for layer in always_layers})
     if n_confirm < 0 or not (n_confirm or layers):

@@ -16,7 +16,7 @@ from rim_lens.batching import MAX_ROWS
 from rim_lens.capturing import capture
 from rim_lens.chat import ChatFormat, SpanBatch, render_conditions
 from rim_lens.chat.conditions import STANDARD, Conditions
-from rim_lens.errors import ConditionError, MissingTwin, StatisticsError
+from rim_lens.errors import ConditionError, MissingTwin, NotEnoughData, StatisticsError, UnknownHead
 from rim_lens.folder import ResultFolder
 from rim_lens.hooks import AblateHeads, SpanAttention
 from rim_lens.hooks.positions import Positions, told
@@ -126,7 +126,9 @@ def refusal_heads(
 
     Raises:
         MissingTwin: A harmful request has no twin.
-        NotEnoughData: A side lacks requests, or has a single family.
+        NotEnoughData: A side lacks requests, or has a single family; or the evaluate side has so few that no p comes to
+            `rule.alpha`, and nothing could be found.
+        UnknownHead: A candidate that the model lacks, or no candidate.
         GateNotPassed: The model does not refuse, or refuses both kinds alike.
         ConditionError: A contrast or `read_in` names a condition that is not read, or an open one.
         StudyFolderError: The folder holds something else.
@@ -149,12 +151,15 @@ def refusal_heads(
     also = facts.check_heads(sorted(set(also_test)))
     sides = [paired(side) for side in two_sides(harmful, harmless, search.limit, search.seed)]
     names = list(dict.fromkeys((read_in, *conditions)))
-    asked: Conditions = {**conditions, read_in: None} if isinstance(conditions, Mapping) else names
+    asked: Conditions = {read_in: None, **conditions} if isinstance(conditions, Mapping) else names
     bench = _Bench(model, chat, sides[0], sides[1], asked, editor, positions, openers, search)
     if bench.evaluate["harmful"][read_in].think == "open":
         raise ConditionError(
             f"effects were to be read in {read_in!r}, where the model thinks next and the answer is far; name a closed one."
         )
+    if not looked_among:
+        raise UnknownHead("candidates=[] was asked for; name at least one head, or None for all.")
+    _check_families(sides[1], rule)
     moves = settled(
         [c for c in (PAPER, CHAIN) if {c.first, c.second} <= set(names)] if contrasts is None else contrasts,
         bench.evaluate["harmful"],
@@ -168,7 +173,7 @@ def refusal_heads(
         "positions": told(positions),
         "rule": asdict(rule),
         **{key: value for key, value in asdict(search).items() if key not in ("max_rows", "progress")},
-        "openers": None if openers is None else list(openers),
+        "openers": None if bench.openers is None else list(bench.openers),
         "n_candidates": len(looked_among),
         **({"also_test": [list(head) for head in also]} if also else {}),
         "n_select": len(bench.select["harmful"][read_in]),
@@ -176,6 +181,8 @@ def refusal_heads(
         "n_families_evaluate": len(set(families_of(sides[1].harmful))),
         "select_digest": bench.select["harmful"][read_in].digest,
         "evaluate_digest": bench.evaluate["harmful"][read_in].digest,
+        "twins_digests": [side["harmless"][read_in].digest for side in (bench.select, bench.evaluate)],
+        "candidates": None if candidates is None else [list(head) for head in looked_among],
         "chat_format": chat.name,
         "model": facts.to_dict(),
         "weights_digest": weights_digest(model),
@@ -198,19 +205,44 @@ def refusal_heads(
 def paired(side: Side) -> Side:
     """Return a side with the twin of each harmful request at its place.
 
+    Twins are told by the ids that either of the two names. Where nobody names any (plain strings), the n-th belong
+    together, as far as their families agree.
+
     Raises:
-        MissingTwin: Some harmful request names a twin that is not there; or none does, and the two kinds differ in number.
+        MissingTwin: Some harmful request has no twin there, or two share one.
     """
     places = twin_places(side)
+    if places is None and not any(prompt.twin for prompt in side.harmful):
+        named_by = {prompt.twin: place for place, prompt in enumerate(side.harmless) if prompt.twin}
+        if all(prompt.id in named_by for prompt in side.harmful):
+            places = [named_by[prompt.id] for prompt in side.harmful]
     if places is not None:
+        if len(set(places)) < len(places):
+            raise MissingTwin(
+                f"{len(places)} harmful requests have {len(set(places))} twins between them; effects are paired request by"
+                " request, so give each a twin of its own."
+            )
         return Side(side.harmful, [side.harmless[place] for place in places])
-    if any(prompt.twin for prompt in side.harmful) or len(side.harmful) != len(side.harmless):
+    named = any(prompt.twin for prompts in side for prompt in prompts)
+    if named or families_of(side.harmful) != families_of(side.harmless):
         raise MissingTwin(
             f"not every one of {len(side.harmful)} harmful requests has its twin among {len(side.harmless)} harmless ones. What is"
             " about refusal is told from general damage by minimally different harmless requests: set the records' twin ids, or"
             " give as many plain strings in the same order."
         )
     return side
+
+
+def _check_families(evaluate: Side, rule: Rule) -> None:
+    """Refuse, before any pass, requests on which every head would be called *none*, whatever it does."""
+    count = len(set(families_of(evaluate.harmful)))
+    finest = 2.0 ** (1 - count)
+    if finest > rule.alpha:
+        raise NotEnoughData(
+            f"the evaluate requests are of {count} families; signs are flipped by family, so that no p could come below"
+            f" {finest:.3g}, and alpha is {rule.alpha}: nothing would be found. Give requests of more families, or a larger"
+            " alpha."
+        )
 
 
 class _Bench:
@@ -229,7 +261,7 @@ class _Bench:
         search: Search,
     ) -> None:
         self.model, self.editor, self.positions, self.search = model, editor, positions, search
-        self.openers = None if openers is None else tuple(openers)
+        self.openers = (openers,) if isinstance(openers, str) else None if openers is None else tuple(openers)
         self.select, self.evaluate = (
             {
                 kind: render_conditions(chat, list(prompts), conditions)
@@ -298,7 +330,7 @@ def _measured(
     before, twins_before = (bench.baseline(bench.select[kind][read_in], on_select) for kind in KINDS)
     passed = {"harmful": float((before > 0).mean()), "harmless": float((twins_before > 0).mean())}
     if gate:
-        check_gate(before, twins_before, "Heads would be ranked all the same, but not by refusal.")
+        check_gate(before, twins_before, "Heads would be ranked all the same, but not by refusal.", read_in)
 
     scan = bench.effects(chosen_on, candidates, on_select)
     means = dict(zip(candidates, scan.mean("prompt").values.tolist(), strict=True))

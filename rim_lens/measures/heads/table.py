@@ -41,7 +41,7 @@ class Rule:
 
     ============  ==================================================================================================
     refusal       tested, its removal has an effect on harmful requests (p ≤ alpha, at least `min_effect` nats), and
-                  most of it is missing on their twins: the difference has the same sign, p_specific ≤ alpha, and at
+                  part of it is missing on their twins: the difference has the same sign, p_specific ≤ alpha, and at
                   least `min_specific` times the effect's size
     general       an effect on harmful requests or on twins (p_twins likewise), without that
     sink          tested, no effect; rests on the first token with at least `sink_mass` in every condition looked at

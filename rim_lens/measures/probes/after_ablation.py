@@ -307,6 +307,9 @@ def _rows(
         if not has.any():
             rows.append(row | {"state": "no token there"})
             continue
+        if not above.probes.direction[here[1:]].any():
+            rows.append(row | {"state": "both classes read the same"})  # nothing is above or below then
+            continue
         start = before[here][has]
         families = [family for family, there in zip(above.families, has, strict=True) if there]
         shares = [float(control[here][has].mean()) for control in random]

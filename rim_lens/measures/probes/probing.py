@@ -131,7 +131,7 @@ def probe(
     facts = model_facts(model)
     _check_asked(facts, ablate, places, n_controls, folds)
     verify(model, reads=[site], edits=["resid_pre", "attn_out", "mlp_out"])
-    openers = None if openers is None else list(openers)
+    openers = [openers] if isinstance(openers, str) else None if openers is None else list(openers)
     sides = two_sides(harmful, harmless, limit, seed)
     select, evaluate = (
         grouped(

@@ -210,6 +210,10 @@ def test_other_estimates_and_mistakes(planted: tuple[Any, Any]) -> None:
         prefiltered(reading, model, batch, 1, always_layers=[2])
     with pytest.raises(ReferenceMismatch):
         prefiltered(reading, model, batch, 1, estimates=direct.isel(layer=[0]))
+    with pytest.raises(ReferenceMismatch, match="other prompts"):
+        prefiltered(reading, model, batch.select([0]), 1)
+    with pytest.raises(ReferenceMismatch, match="other model"):
+        prefiltered(reading, twice, batch, 1)
     with pytest.raises(EmptySpan):
         gradient_scores(model, batch, positions="cot")
     chat = ChatFormat.from_model(model)

@@ -114,3 +114,11 @@ def test_what_heads_write_along_a_probe() -> None:
             else:
                 np.testing.assert_allclose(found[:, its_layer], written @ unit, atol=1e-4)
     assert int(np.abs(found.mean("prompt")).values[0].argmax()) == TOPIC_HEAD[1]
+
+
+def test_where_both_classes_read_the_same_nothing_is_measured() -> None:
+    """Before layer 0 the closing tag is the same vector in every prompt: no direction, and no share above it."""
+    table = after("toy", [(0, 5)], site="resid_pre").table.set_index("layer")
+    assert set(table.loc[0, "state"]) == {"both classes read the same"}
+    assert table.loc[0, ["before", "after", "change", "percentile"]].isna().all(axis=None)
+    assert set(table.loc[1, "state"]) == {"measured"}

@@ -295,3 +295,13 @@ def test_what_is_asked_must_make_sense() -> None:
     one_family: list[Prompt] = [replace(prompt, family="same") for prompt in harmful]
     with pytest.raises((NotEnoughData, ValueError)):
         probe(model, chat, one_family, harmless)
+
+
+def test_one_opener_need_not_stand_in_a_list() -> None:
+    model, chat = toy()
+    options: dict[str, Any] = {"places": ["think_close"], "ablate": 1, "n_controls": 0, "limit": 6}
+    one, several = (
+        probe(model, chat, *both(12), openers=openers, **options) for openers in ("REFUSE", ["REFUSE"])
+    )
+    assert one.settings["openers"] == ["REFUSE"]
+    assert one.table.equals(several.table)
