@@ -29,6 +29,7 @@ COLUMNS = (
     *("random", "random_low", "random_high", "percentile", "p_controls", "n_controls"),
 )
 SHARE = "share"
+DIFFERENCE = "harmful − harmless"
 Values = Float[np.ndarray, " prompt"]
 
 
@@ -108,6 +109,17 @@ def by_verdict(line: Line, batch: SpanBatch) -> list[Line]:
 # --- tables ------------------------------------------------------------------------------------------
 
 
+def twins_of(
+    harmful: Sequence[Prompt | str], harmless: Sequence[Prompt | str], prompts: Mapping[str, list[Prompt]]
+) -> list[int] | None:
+    """For each harmful request, the place of its twin: by twin ids, or plain strings of one order; None without."""
+    places = twin_places(Side(prompts["harmful"], prompts["harmless"]))
+    plain = all(isinstance(asked, str) for asked in (*harmful, *harmless))
+    if places is None and plain and len(harmful) == len(harmless):
+        return list(range(len(harmful)))
+    return places
+
+
 def specificities(
     lines: Sequence[Line],
     harmful: Sequence[Prompt | str],
@@ -115,10 +127,7 @@ def specificities(
     prompts: Mapping[str, list[Prompt]],
 ) -> list[Line]:
     """Scores of harmful requests minus those of their twins, where every one has its twin."""
-    places = twin_places(Side(prompts["harmful"], prompts["harmless"]))
-    plain = all(isinstance(asked, str) for asked in (*harmful, *harmless))
-    if places is None and plain and len(harmful) == len(harmless):
-        places = list(range(len(harmful)))
+    places = twins_of(harmful, harmless, prompts)
     if places is None:
         return []
     scores = {(line.kind, line.condition): line for line in lines if line.measure == "score"}
@@ -130,7 +139,7 @@ def specificities(
         found.append(
             Line(
                 "specificity",
-                "harmful − harmless",
+                DIFFERENCE,
                 condition,
                 line.unit,
                 line.prompts,

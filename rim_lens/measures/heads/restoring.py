@@ -24,7 +24,7 @@ from rim_lens.measures.controls import random_heads_per_layer
 from rim_lens.measures.heads.effects import Remember, measured, set_name
 from rim_lens.measures.heads.held_out import heads_to_edit
 from rim_lens.measures.heads.readings import Reading, refusal_reading, refused_reading
-from rim_lens.measures.heads.removal_table import beside_random, mean_columns, shuffled
+from rim_lens.measures.heads.removal_table import DIFFERENCE, beside_random, mean_columns, shuffled, twins_of
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.stats import bootstrap_interval, sign_flip_test
@@ -80,7 +80,8 @@ def restoring(
     If block or move restores refusal and the same on random heads does not, attention to the chain of thought is what keeps
     these heads from their work. If only patch does, they read something that the chain of thought changed elsewhere. Take
     filler and unrelated as the condition too: what comes back there as well is not about *this* reasoning. And look at the
-    twins: an edit that makes the model refuse harmless requests restores nothing.
+    twins, and at *specificity*: an edit that raises every score alike, or makes the model refuse harmless requests, restores
+    nothing.
 
     What it does not show: that attention would move so by itself, nor that these heads are the only way. Heads of the kind
     `patch` restores may lie behind others that do the work.
@@ -108,7 +109,8 @@ def restoring(
         progress: Show progress bars.
 
     Returns:
-        One row per edit, kind (harmful, harmless) and measure ("score", nats; "refuse", share of replies): condition, n,
+        One row per edit, kind (harmful, harmless) and measure ("score", nats; "refuse", share of replies), and one of measure
+        "specificity" (score of each harmful request minus that of its twin, where all have one): condition, n,
         n_families; off, baseline and edited (means in off, in the condition, and there with the edit); effect
         (edited − baseline, paired, bootstrap over families); p (sign flips over families, max-statistic over the edits);
         restored, (edited − baseline) / (off − baseline) of the means, with its interval, NaN where the gap off − baseline
@@ -187,6 +189,7 @@ def restoring(
         kept.claim(settings, "restoring/asked.json")
         remember = kept.lines("restoring/readings.jsonl").get
     lines: list[dict[str, Any]] = []
+    scores: dict[str, tuple[Values, Values, dict[str, _Edited]]] = {}
     for kind, its in batches.items():
         off, under = its["off"], its[condition]
         layers = sorted({layer for layer, _ in chosen})
@@ -214,7 +217,14 @@ def restoring(
                 edit: _edited(in_condition, make[edit], chosen, sets, remember, f"{edit} {kind}", progress)
                 for edit in edits
             }
-            lines += _lines(found, level, baseline, under, kind, measure, seed)
+            lines += _lines(level, baseline, found, under, kind, measure, seed)
+            if measure == "score":
+                scores[kind] = level, baseline, found
+    places = twins_of(harmful, harmless, asked)
+    if places is not None:
+        under = batches["harmful"][condition]
+        difference = _difference(scores["harmful"], scores["harmless"], places)
+        lines += _lines(*difference, under, DIFFERENCE, "specificity", seed)
     import pandas as pd
 
     order = {edit: place for place, edit in enumerate(edits)}
@@ -230,7 +240,7 @@ class _Edited:
     """Numbers per prompt with an edit of the heads, and of each random set; or why there are none."""
 
     values: Values | None
-    random: list[Values]
+    random: list[Values | None]
     state: str
 
 
@@ -247,19 +257,19 @@ def _edited(
         values = measured(reading, [make(heads)], remember)
     except ImpossibleEdit as problem:
         return _Edited(None, [], str(problem))
-    random = []
+    random: list[Values | None] = []
     for control in tqdm(controls, desc=f"random sets, {what}, {reading.batch.name}", disable=not progress):
         try:
             random.append(measured(reading, [make(control)], remember))
         except ImpossibleEdit:
-            continue
+            random.append(None)
     return _Edited(values, random, MEASURED)
 
 
 def _lines(
-    found: dict[str, _Edited],
     level: Values,
     baseline: Values,
+    found: dict[str, _Edited],
     batch: SpanBatch,
     kind: str,
     measure: str,
@@ -279,12 +289,12 @@ def _lines(
             "edit": edit,
             "kind": kind,
             "measure": measure,
-            "unit": "nats" if measure == "score" else "share",
+            "unit": "share" if measure == "refuse" else "nats",
             "n": len(baseline),
             "n_families": len(set(families)),
             "off": float(level.mean()),
             "baseline": float(baseline.mean()),
-            "n_controls": len(its.random),
+            "n_controls": 0,
             "state": its.state,
         }
         if its.values is not None:
@@ -293,10 +303,30 @@ def _lines(
             line |= mean_columns("effect", effect, families, seed)
             line |= _restored(effect, level - baseline, families, seed)
             line |= beside_random(
-                float(effect.mean()), [float((values - baseline).mean()) for values in its.random]
+                float(effect.mean()),
+                [float((values - baseline).mean()) for values in its.random if values is not None],
             )
         lines.append(line)
     return lines
+
+
+def _difference(
+    harmful: tuple[Values, Values, dict[str, _Edited]],
+    harmless: tuple[Values, Values, dict[str, _Edited]],
+    places: Sequence[int],
+) -> tuple[Values, Values, dict[str, _Edited]]:
+    """Numbers of harmful requests minus those of their twins."""
+
+    def minus(own: Values | None, twins: Values | None) -> Values | None:
+        return None if own is None or twins is None else own - twins[places]
+
+    found = {}
+    for edit, its in harmful[2].items():
+        theirs = harmless[2][edit]
+        random = [minus(own, twins) for own, twins in zip(its.random, theirs.random, strict=False)]
+        state = its.state if its.state != MEASURED else theirs.state
+        found[edit] = _Edited(minus(its.values, theirs.values), random, state)
+    return harmful[0] - harmless[0][places], harmful[1] - harmless[1][places], found
 
 
 def _restored(effect: Values, gap: Values, families: Sequence[str], seed: int) -> dict[str, float]:

@@ -54,6 +54,11 @@ def test_the_planted_reader_restores_refusal_and_the_decoy_none(condition: str) 
             assert score["restored"] == pytest.approx(expected, abs=0.05)
             assert score["restored_low"] <= score["restored"] <= score["restored_high"]
             assert np.isnan(row(table, edit, "harmless", "score")["restored"])  # no gap to close there
+            specific = row(table, edit, "harmful − harmless", "specificity")
+            assert specific["restored"] == pytest.approx(expected, abs=0.05)
+            assert specific["effect"] == pytest.approx(
+                score["effect"] - row(table, edit, "harmless", "score")["effect"]
+            )
             if head == READER:
                 assert harmful["random"] == 0
                 assert score["percentile"] == 100
@@ -133,7 +138,9 @@ def test_what_is_impossible_is_said_and_not_counted(tmp_path: Path) -> None:
     impossible = row(table, "block", "harmful", "score")
     assert "cannot bring the mass" in impossible["state"]
     assert np.isnan(impossible["effect"])
-    assert row(beside, "block", "harmful", "score")["n_controls"] == 5  # of 7
+    for kind, measure in (("harmful", "score"), ("harmful − harmless", "specificity")):
+        assert "cannot bring the mass" in row(table, "block", kind, measure)["state"]
+        assert row(beside, "block", kind, measure)["n_controls"] == 5  # of 7
     kept = restoring(model, chat, [READER], *asked(), **few)
     again = restoring(model, chat, [READER], *asked(), **few)
     pd.testing.assert_frame_equal(kept, again)
