@@ -206,8 +206,19 @@ def _set_table(heads: RefusalHeads) -> Table:
             "requests leaning to refusal",
             f"{share(effect['refusing_before'])} → {share(effect['refusing_after'])}",
         ),
-        ("larger in size than", f"{per_cent(effect['percentile'])} of n = {effect['n_controls']} other sets"),
-        ("p among these sets", p_value(effect["control_p"])),
+        *(
+            (
+                (
+                    "larger in size than",
+                    f"{per_cent(effect['percentile'])} of n = {effect['n_controls']} other sets",
+                ),
+                ("p among these sets", p_value(effect["control_p"])),
+            )
+            if effect["n_controls"]
+            else (
+                ("larger in size than", "nothing: it holds all heads of its layers, and no other set does"),
+            )
+        ),
         ("requests", str(whole["n"])),
     )
     return Table(
@@ -263,8 +274,8 @@ def _tested_table(heads: RefusalHeads) -> Table:
         "Heads zeroed one by one, on the evaluate side",
         columns,
         rows,
-        "Nats, edited − baseline. p: corrected over the tested heads. Specificity: harmful − twins. Of its layer: the heads"
-        " there that are not tested (all others where all are) with a smaller effect in size."
+        "Nats, edited − baseline. p: corrected over the tested heads. Specificity: harmful − twins. Of its layer: the other"
+        " heads there with a smaller effect in size."
         + (
             f" Moves: share of harmful requests / of twins on which the head's attention moves ({told}). Sink: mean attention to"
             " the first token, the smallest over conditions. Attention is a hint; the verdict rests on the effects."

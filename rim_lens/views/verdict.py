@@ -295,7 +295,7 @@ def _set_finding(names: list[str], effect: Mapping[str, Any], n_select: int, n_a
     whole, gap, n_controls = effect["effect"], effect["specificity"], effect["n_controls"]
     real = _excludes_zero(whole)
     specific = real and _excludes_zero(gap) and gap["estimate"] * whole["estimate"] > 0
-    apart = effect["percentile"] >= HIGH
+    apart = n_controls > 0 and effect["percentile"] >= HIGH
     sets = (
         f"all {n_controls} other sets with as many heads in each layer"
         if n_controls < n_asked
@@ -309,6 +309,8 @@ def _set_finding(names: list[str], effect: Mapping[str, Any], n_select: int, n_a
             "removal shifts harmful requests and harmless twins alike, so this is not about refusal",
             "not shown",
         )
+    elif not n_controls:
+        lead, status = "the effect is specific, and there is no other set to hold it against", "cannot tell"
     elif not apart:
         lead, status = (
             "the effect is specific to harmful requests, but random heads of the same layers do about as much",
@@ -318,6 +320,12 @@ def _set_finding(names: list[str], effect: Mapping[str, Any], n_select: int, n_a
         lead, status = "removal raises refusal on requests that did not choose them", "not shown"
     else:
         lead, status = "refusal depends on this, specifically and beyond random heads", "shown"
+    beside = (
+        f"The effect is larger in size than that of {per_cent(effect['percentile'])} of {sets}"
+        f" ({p_value(effect['control_p'])}; so many sets allow no p below 1/{n_controls + 1})."
+        if n_controls
+        else "The set holds all heads of its layers, so that no other has as many there."
+    )
     return Finding(
         "Heads found by ablation",
         status,
@@ -325,9 +333,7 @@ def _set_finding(names: list[str], effect: Mapping[str, Any], n_select: int, n_a
         f" {'it' if len(names) == 1 else 'them together'} changes the refusal score by {signed(whole['estimate'])} nats"
         f" {between(whole['low'], whole['high'])} on harmful requests and by {signed(effect['effect_twins'])} on their twins"
         f" (specificity {signed(gap['estimate'])} {between(gap['low'], gap['high'])}). Share of harmful requests leaning to"
-        f" refusal: {share(effect['refusing_before'])} before, {share(effect['refusing_after'])} after. The effect is larger in"
-        f" size than that of {per_cent(effect['percentile'])} of {sets} ({p_value(effect['control_p'])}; so many sets"
-        f" allow no p below 1/{n_controls + 1}).",
+        f" refusal: {share(effect['refusing_before'])} before, {share(effect['refusing_after'])} after. {beside}",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -490,8 +491,12 @@ def _heads_of(effects: xr.DataArray) -> list[Head]:
 
 def _set_effect(bench: _Bench, found: list[Head], read_in: str, remember: Remember) -> dict[str, Any]:
     search, families = bench.search, bench.families
-    controls = random_heads_per_layer(
-        found, model_facts(bench.model).n_heads, search.n_random_sets, search.seed
+    n_heads = model_facts(bench.model).n_heads
+    in_layer = Counter(layer for layer, _ in found)
+    whole_layers = all(count == n_heads for count in in_layer.values())
+    # No other set has as many heads in each layer: there is nothing to hold it against, and that is said.
+    controls = (
+        [] if whole_layers else random_heads_per_layer(found, n_heads, search.n_random_sets, search.seed)
     )
     on_harmful = bench.effects(bench.evaluate["harmful"][read_in], [found, *controls], remember)
     on_twins = bench.effects(bench.evaluate["harmless"][read_in], [found], remember)
@@ -512,8 +517,8 @@ def _set_effect(bench: _Bench, found: list[Head], read_in: str, remember: Rememb
             {"heads": [list(head) for head in control], "effect": size}
             for control, size in zip(controls, sizes, strict=True)
         ],
-        "percentile": percentile_among(mean, sizes).percentile,
-        "control_p": control_p(mean, sizes),
+        "percentile": percentile_among(mean, sizes).percentile if sizes else None,
+        "control_p": control_p(mean, sizes) if sizes else None,
         "n_controls": len(controls),
     }
 

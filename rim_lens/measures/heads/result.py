@@ -50,12 +50,17 @@ class RefusalHeads:
     settings: dict[str, Any]
 
     def top(self, k: int | None = None) -> list[Head]:
-        """The heads whose verdict is *refusal*, the one whose removal lowers refusal most first.
+        """The heads that refusal needs: verdict *refusal*, removal lowers it; the one that lowers it most first.
+
+        Heads whose removal raises refusal of harmful requests alone bear that verdict too, with a positive effect; they
+        stand in the table and not here.
 
         Args:
             k: At most so many; None for all. There may be fewer, and none.
         """
-        rows = self.table[self.table["verdict"] == "refusal"].sort_values("effect")
+        rows = self.table[(self.table["verdict"] == "refusal") & (self.table["effect"] < 0)].sort_values(
+            "effect"
+        )
         return [(int(layer), int(head)) for layer, head in zip(rows["layer"], rows["head"], strict=True)][:k]
 
     def to_dataframe(self, masses: bool = False) -> pd.DataFrame:

@@ -136,8 +136,7 @@ def head_table(
     Returns:
         One row per head of `effects`: layer, head, found, tested; effect with its interval, p (sign flips over families,
         max-statistic over the tested heads; NaN for others), effect on twins likewise, specificity (harmful − twins) with its
-        interval and its p (likewise), percentile of |effect| among the layer's heads that are not tested (all others where
-        all are) and their number, the statistics, and the verdict. Most telling first.
+        interval and its p (likewise), percentile of |effect| among all other heads of its layer and their number, the statistics, and the verdict. Most telling first.
 
     Raises:
         NotEnoughData: Fewer than two families.
@@ -161,14 +160,8 @@ def head_table(
     for head in sorted(effects):
         layer, number = head
         others = [other for other in effects if other[0] == layer and other != head]
-        untested = [other for other in others if other not in p] or others
-        place = (
-            percentile_among(
-                float(effects[head].mean()), [float(effects[other].mean()) for other in untested]
-            )
-            if untested and head in p
-            else None
-        )
+        sizes = [float(effects[other].mean()) for other in others]
+        place = percentile_among(float(effects[head].mean()), sizes) if sizes and head in p else None
         rows.append(
             {
                 "layer": layer,
@@ -186,7 +179,7 @@ def head_table(
                 ),
                 "p_specific": p_gap.get(head, float("nan")),
                 "percentile": float("nan") if place is None else place.percentile,
-                "n_controls": len(untested),
+                "n_controls": len(others),
             }
         )
     table = pd.DataFrame(rows, columns=[name for name in COLUMNS if name != "verdict"])

@@ -312,7 +312,11 @@ def head_set(result: StudyResult, theme: Theme = "light") -> go.Figure:
             x=[estimate],
             y=[0],
             mode="markers",
-            name=f"the found set: larger in size than {per_cent(effect['percentile'])} of them",
+            name=(
+                f"the found set: larger in size than {per_cent(effect['percentile'])} of them"
+                if n_controls
+                else "the found set"
+            ),
             error_x={
                 "type": "data",
                 "symmetric": False,

@@ -10,8 +10,11 @@ import pytest
 
 import rim_lens as rl
 from rim_lens.errors import GateNotPassed, MissingTwin, NotEnoughData, StudyFolderError, UnknownHead
+from rim_lens.measures.heads import refusing
 from rim_lens.measures.heads.refusing import paired
 from rim_lens.measures.two_sides import two_sides
+from rim_lens.views import heads_html
+from rim_lens.views.verdict import head_findings
 
 HARMFUL = rl.load_prompts("harmful", language="toy")
 HARMLESS = rl.load_prompts("harmless", language="toy")
@@ -120,3 +123,19 @@ def test_the_gate_names_the_condition_it_looked_at(planted: tuple[rl.Model, rl.C
         rl.refusal_heads(
             *planted, HARMLESS, HARMFUL, **(BARE | {"conditions": ["careful"]}), read_in="careful"
         )
+
+
+def test_a_set_of_whole_layers_has_nothing_to_be_held_against(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = rl.load_model("planted")
+    layer = [(1, head) for head in range(8)]
+    monkeypatch.setattr(refusing, "find_heads", lambda *_, **__: layer)
+    requests = [rl.load_prompts(kind, language="toy") for kind in ("harmful", "harmless")]
+    found = rl.refusal_heads(
+        model, rl.ChatFormat.from_model(model), *requests, conditions=("off",), search=rl.Search(limit=20)
+    )
+    assert found.set["effect"]["high"] < -5
+    assert (found.set["n_controls"], found.set["percentile"], found.set["control_p"]) == (0, None, None)
+    assert "no other set does" in heads_html(found)
+    said = head_findings(found, {"n_select": 20, "settings": {"n_random_sets": 100}})[0]
+    assert said.status == "cannot tell"
+    assert "no other has as many" in said.text

@@ -57,12 +57,12 @@ def test_the_yardstick_is_the_other_heads_of_the_layer() -> None:
     twins = {head: np.zeros(N) for head in HEADS}
     table = head_table(harmful, twins, [(1, 0), (1, 1)], FAMILIES)
     for head in ((1, 0), (1, 1)):
-        assert row_of(table, head)["percentile"] == 100
-        assert row_of(table, head)["n_controls"] == 2  # the two found ones are no controls
+        assert row_of(table, head)["percentile"] >= 66  # the other one may be as large
+        assert row_of(table, head)["n_controls"] == 3  # all others, or the yardstick were those found small
     assert row_of(table, (2, 0))["n_controls"] == 3
     assert np.isnan(row_of(table, (2, 0))["percentile"])
     whole = head_table(harmful, twins, [(1, head) for head in range(4)], FAMILIES)
-    assert row_of(whole, (1, 0))["n_controls"] == 3  # where all are tested, all others
+    assert row_of(whole, (1, 0))["percentile"] == row_of(table, (1, 0))["percentile"]
     assert row_of(whole, (1, 2))["percentile"] < 50
 
 
