@@ -290,7 +290,7 @@ def refusal_cliff(curves: Mapping[tuple[str, str], Cliff] | Cliff, theme: Theme 
     canvas.update_layout(**base_layout(theme, 400, top=84, legend_up=24))
     canvas.add_hline(y=0, line={"color": "#808080", "width": 1, "dash": "dot"})
     canvas.update_xaxes(
-        title_text="share of the chain of thought; ◆ where it closes",
+        title_text="share of the CoT; ◆ where it closes",
         range=[-0.03, 1.2],
         tickvals=[0, 0.5, 1],
         showgrid=False,
