@@ -132,6 +132,12 @@ def heads(
         int, typer.Option("--n-test", min=1, help="Heads tested one by one; all where there are no more.")
     ] = 24,
     max_new_tokens: Tokens = 48,
+    tuned: Annotated[
+        list[str] | None, typer.Option(help="A fine-tuned variant whose heads stand beside; repeat for more.")
+    ] = None,
+    removing: Annotated[
+        bool, typer.Option(help="Remove the found heads, and edit them under chains of thought.")
+    ] = True,
     probes: Annotated[bool, typer.Option(help="Train and ablate probes as well.")] = True,
     plan: PlanOnly = False,
     as_json: AsJson = False,
@@ -147,7 +153,7 @@ def heads(
         raise typer.BadParameter("give --prompts, or --harmful with --harmless, not both")
     _study(
         model,
-        tuned=[],
+        tuned=tuned or [],
         out=out or Path("runs") / f"heads-{_safe(model)}",
         requests=requests,
         max_new_tokens=max_new_tokens,
@@ -156,7 +162,14 @@ def heads(
         gate=gate,
         files={"harmful": harmful, "harmless": harmless},
         both_kinds=prompts,
-        parts=("heads", "probes") if probes else ("heads",),
+        parts=(
+            "heads",
+            *(
+                part
+                for part, asked in (("removing", removing), ("comparing", tuned), ("probes", probes))
+                if asked
+            ),
+        ),
         conditions=conditions,
         n_test=n_test,
     )

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rim_lens.chat.conditions import leaves_open
+from rim_lens.chat.conditions import is_control, leaves_open
 from rim_lens.lens import model_facts
 from rim_lens.measures.heads.contrasts import CHAIN, PAPER
 from rim_lens.measures.probes.groups import CONTRASTS
+from rim_lens.study import removing
 from rim_lens.study.probing import n_sets, probed_conditions, with_thoughts
+from rim_lens.study.removing import WRITTEN_SETS
 from rim_lens.study.stages import ROWS_SHOWN, Bench
 
 if TYPE_CHECKING:
@@ -160,6 +162,35 @@ def make_plan(bench: Bench, n_tuned: int, parts: Sequence[str] = ("heads", "neur
             "heads", "their attention, key by key", ROWS_SHOWN, len(conditions), "heads/rows.json", cot, True
         ),
     ]
+    if "removing" in parts:
+        steps += _removal_steps(bench, reading, writing, cot)
+    if "comparing" in parts:
+        steps += [
+            reading(
+                "comparing",
+                "ablation on the select side",
+                n_select,
+                trials * n_tuned,
+                "tuned/*",
+                at_most=True,
+            ),
+            reading(
+                "comparing",
+                "where heads look, both sides",
+                max(n_select, n_evaluate),
+                (1 + len(compared) + 2 * len(conditions)) * n_tuned,
+                "tuned/*/attention",
+                cot,
+            ),
+            reading(
+                "comparing",
+                "test on the evaluate side, the base's heads among them",
+                n_evaluate,
+                (2 + n_heads + min(n_heads, 2 * tested) + 2 + settings.n_random_sets) * n_tuned,
+                "tuned/*/heads",
+                at_most=True,
+            ),
+        ]
     if "probes" in parts:
         steps += _probe_steps(bench, reading, writing, cot)
     if "neurons" in parts:
@@ -174,7 +205,7 @@ def make_plan(bench: Bench, n_tuned: int, parts: Sequence[str] = ("heads", "neur
                 cot,
             ),
         ]
-    if n_tuned:
+    if n_tuned and "neurons" in parts:
         steps.append(
             writing("neurons", "refusal of the tuned models", n_evaluate, 2 * n_tuned, "outcomes/*.json")
         )
@@ -184,6 +215,62 @@ def make_plan(bench: Bench, n_tuned: int, parts: Sequence[str] = ("heads", "neur
     return Plan(
         tuple(steps), flops / _flops_per_second(facts.device, facts.dtype) + overhead, facts.to_dict()
     )
+
+
+def _removal_steps(
+    bench: Bench, reading: Callable[..., Step], writing: Callable[..., Step], cot: int
+) -> list[Step]:
+    """Scores beside all random sets, what is written beside a few; then the same three edits under chains of thought."""
+    n_evaluate, n_reasoning = len(bench.evaluate.harmful), len(bench.evaluate.reasoning)
+    few, many = 2 + WRITTEN_SETS, 2 + removing.n_sets(bench)
+    asked = [name for name in bench.settings.conditions if not is_control(name)]
+    answered = sum(not leaves_open(name) for name in asked)
+    n_restored = len(removing.restored_in(bench))
+    edited = 2 + 3 * (1 + removing.n_sets(bench))
+    return [
+        writing(
+            "removing",
+            "what it writes without them",
+            n_evaluate,
+            2 * few * len(bench.settings.conditions),
+            "removal/*",
+        ),
+        writing("removing", "questions answered without them", n_reasoning, few * len(asked), "removal/*"),
+        reading(
+            "removing",
+            "refusal scores without them",
+            n_evaluate,
+            2 * many * len(bench.closed),
+            "removal/*",
+            cot,
+            True,
+        ),
+        reading(
+            "removing",
+            "answers and neutral text without them",
+            max(n_reasoning, n_evaluate),
+            many * (answered + 2),
+            "removal/*",
+            cot,
+            True,
+        ),
+        reading(
+            "removing",
+            "block, move, patch under chains of thought: scores",
+            n_evaluate,
+            2 * (edited + 1) * n_restored,
+            "restoring/*",
+            cot,
+            True,
+        ),
+        writing(
+            "removing",
+            "block, move, patch under chains of thought: replies",
+            n_evaluate,
+            2 * (2 + 3 * (1 + WRITTEN_SETS)) * n_restored,
+            "restoring/*",
+        ),
+    ]
 
 
 def _probe_steps(

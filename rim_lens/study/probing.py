@@ -17,8 +17,7 @@ from rim_lens.measures.probes.fitting import Probe
 from rim_lens.measures.probes.groups import CONTRASTS
 from rim_lens.measures.probes.probing import probe
 from rim_lens.measures.probes.result import ProbeResult
-from rim_lens.prompts import Prompt
-from rim_lens.study.stages import Bench, written
+from rim_lens.study.stages import Bench, both_sides, written
 
 MOST_SETS = 20  # random sets of heads beside the found one, when probes are read without them
 
@@ -41,7 +40,7 @@ def run_probes(bench: Bench, found: tuple[Head, ...]) -> None:
             lambda: probe_after_ablation(
                 bench.model,
                 bench.chat,
-                *_both_sides(bench),
+                *both_sides(bench),
                 found,
                 n_sets=n_sets(bench),
                 limit=None,
@@ -97,7 +96,7 @@ def _probed(bench: Bench, contrast: Any, condition: str) -> ProbeResult:
     return probe(
         bench.model,
         bench.chat,
-        *_both_sides(bench),
+        *both_sides(bench),
         contrast=contrast,
         think=(condition,),
         ablate=settings.n_probed,
@@ -108,11 +107,6 @@ def _probed(bench: Bench, contrast: Any, condition: str) -> ProbeResult:
         max_rows=settings.max_rows,
         progress=settings.progress,
     )
-
-
-def _both_sides(bench: Bench) -> tuple[list[Prompt], list[Prompt]]:
-    sides = (bench.select, bench.evaluate)
-    return [p for side in sides for p in side.harmful], [p for side in sides for p in side.twins]
 
 
 def _kept_once(folder: Path, measure: Callable[[], _Kept]) -> None:

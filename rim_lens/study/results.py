@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rim_lens.capturing import open_capture
 from rim_lens.errors import StudyFolderError
 from rim_lens.folder import FORMAT_VERSION, ResultFolder
+from rim_lens.measures.frames import frame_from_json
+from rim_lens.measures.heads.comparing import HeadComparison, compare_heads
+from rim_lens.measures.heads.removal import RemovalEffects
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.probes.after_ablation import ProbesAfterAblation
 from rim_lens.measures.probes.cliff import Cliff
@@ -23,7 +26,13 @@ if TYPE_CHECKING:
     import xarray as xr
 
 # What each part writes last.
-LAST_FILE = {"heads": "heads/rows.json", "probes": "probes/cliff.json", "neurons": "neurons/shift.json"}
+LAST_FILE = {
+    "heads": "heads/rows.json",
+    "removing": "restoring/tables.json",
+    "comparing": "tuned/compared.json",
+    "probes": "probes/cliff.json",
+    "neurons": "neurons/shift.json",
+}
 
 
 @shown_by("rim_lens.views", "study_html")
@@ -49,7 +58,7 @@ class StudyResult:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What was asked for: heads, probes, neurons."""
+        """What was asked for, see `Study`."""
         return tuple(self.design.get("parts", ("heads", "neurons")))
 
     @property
@@ -95,6 +104,38 @@ class StudyResult:
             folder.read("heads/rows.json")["rows"] if folder.has("heads/rows.json") else []
         )
         return rows
+
+    @cached_property
+    def removal(self) -> RemovalEffects | None:
+        """What removing the found heads does; None where none were found, or the part "removing" was not asked for."""
+        folder = self.path / "removal"
+        return RemovalEffects.load(folder) if (folder / "removal.json").exists() else None
+
+    @cached_property
+    def restored(self) -> pd.DataFrame | None:
+        """Refusal under given chains of thought with the found heads edited, see `restoring`; None as with `removal`."""
+        import pandas as pd
+
+        folder = ResultFolder(self.path)
+        tables = folder.read("restoring/tables.json") if folder.has("restoring/tables.json") else {}
+        return (
+            pd.concat([frame_from_json(told) for told in tables.values()], ignore_index=True)
+            if tables
+            else None
+        )
+
+    @cached_property
+    def compared(self) -> dict[str, HeadComparison]:
+        """The heads of each tuned model beside those of the base; none without the part "comparing"."""
+        if "comparing" not in self.parts:
+            return {}
+        seed = int(self.design["settings"]["seed"])
+        return {
+            name: compare_heads(
+                self.heads, RefusalHeads.load(self.path / "tuned" / name / "heads"), seed=seed
+            )
+            for name in self.tuned
+        }
 
     def probes(self, contrast: Contrast = "harmful") -> ProbeResult:
         """Probes of all conditions: of harmful against harmless requests, or of refused against fulfilled ones.

@@ -235,32 +235,41 @@ def run_outcomes(
 
 def run_heads(bench: Bench) -> tuple[Head, ...]:
     """Find heads on the select side; test them, one by one and together, on the evaluate side."""
-    settings = bench.settings
-    both = (bench.select, bench.evaluate)
     found = refusal_heads(
         bench.model,
         bench.chat,
-        [prompt for side in both for prompt in side.harmful],
-        [prompt for side in both for prompt in side.twins],
+        *both_sides(bench),
         gate=False,  # the study has its own, on what is written
-        conditions=settings.conditions,
-        search=Search(
-            n_test=settings.n_test,
-            max_heads=settings.max_heads,
-            n_random_sets=settings.n_random_sets,
-            limit=None,
-            seed=settings.seed,
-            max_rows=settings.max_rows,
-            progress=settings.progress,
-        ),
+        conditions=bench.settings.conditions,
+        search=search_of(bench),
         folder=bench.folder.path,
     )
     found.save(bench.folder.path / "heads")
     if found.found:
         run_outcomes(bench, without=list(found.found), conditions=("off",), suffix="_without_heads")
-    shown = list(dict.fromkeys((*found.found, *found.top(settings.max_heads))))
+    shown = list(dict.fromkeys((*found.found, *found.top(bench.settings.max_heads))))
     bench.folder.once("heads/rows.json", lambda: _rows_of(bench, shown))
     return found.found
+
+
+def search_of(bench: Bench) -> Search:
+    """How the study looks for heads."""
+    settings = bench.settings
+    return Search(
+        n_test=settings.n_test,
+        max_heads=settings.max_heads,
+        n_random_sets=settings.n_random_sets,
+        limit=None,
+        seed=settings.seed,
+        max_rows=settings.max_rows,
+        progress=settings.progress,
+    )
+
+
+def both_sides(bench: Bench) -> tuple[list[Prompt], list[Prompt]]:
+    """Harmful requests and their twins, of both sides; the records say which is which."""
+    sides = (bench.select, bench.evaluate)
+    return [p for side in sides for p in side.harmful], [p for side in sides for p in side.twins]
 
 
 def _rows_of(bench: Bench, heads: Sequence[Head]) -> dict[str, Any]:

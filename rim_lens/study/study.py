@@ -23,12 +23,13 @@ from rim_lens.prompts import Prompt
 from rim_lens.study import stages
 from rim_lens.study.planning import Plan, make_plan
 from rim_lens.study.probing import run_probes
+from rim_lens.study.removing import compared, run_comparing, run_removing
 from rim_lens.study.requests import requests_by_split
 from rim_lens.study.results import StudyResult, load_study
 from rim_lens.study.stages import Bench, Settings
 
 Requests = Sequence[Prompt | str]
-PARTS = ("heads", "probes", "neurons")
+PARTS = ("heads", "removing", "comparing", "probes", "neurons")
 
 
 @dataclass
@@ -41,8 +42,10 @@ class Study:
     `evaluate` ones beside all other heads of their layers and per-layer random sets; neuron activations on safety
     and reasoning prompts, and RAS between the model and its tuned variants beside random sets.
 
-    They fall into parts: "heads" (all up to the heads, without which nothing is measured), "probes" (what separates in each
-    condition, what ablating it does, and what removing the heads does to it) and "neurons".
+    They fall into parts: "heads" (all up to the heads, without which nothing is measured), "removing" (what removing the
+    found ones does to refusal, reasoning and other text, and whether editing them under a chain of thought restores refusal),
+    "comparing" (the same table of heads for each tuned model), "probes" (what separates in each condition, what ablating it
+    does, and what removing the heads does to it) and "neurons".
 
     Args:
         model: A name for `rl.load_model`, or a model of your own.
@@ -55,7 +58,7 @@ class Study:
 
     Raises:
         ConditionError: A condition that does not exist, one named twice, or off not among them.
-        ValueError: An unknown part, "heads" not among them, or tuned models without "neurons".
+        ValueError: An unknown part, "heads" not among them, or tuned models without a part that reads them.
 
     >>> import rim_lens as rl
     >>> study = rl.Study("toy", n_requests=8)
@@ -79,9 +82,9 @@ class Study:
             raise ValueError(
                 f"parts={parts} was asked for; there are {', '.join(PARTS)}, and heads is one of them always."
             )
-        if self.tuned and "neurons" not in parts:
+        if self.tuned and not {"neurons", "comparing"} & set(parts):
             raise ValueError(
-                f"tuned models were given, and what tuning moved is the part neurons, not among {parts}."
+                f"tuned models were given, and none of {parts} reads them; add neurons or comparing."
             )
         names = self.settings.conditions
         for name in names:
@@ -134,6 +137,14 @@ class Study:
             stages.run_outcomes(bench)
         with clock("heads", "heads whose removal changes refusal"):
             found = stages.run_heads(bench)
+        if "removing" in self.parts:
+            with clock("removing", "what removing the heads does, and what restores refusal"):
+                run_removing(bench)
+        if "comparing" in self.parts:
+            with clock("comparing", "the heads of the tuned models"):
+                for name, source in self._tuned.items():
+                    run_comparing(bench, name, _variant(bench.model, name, source))
+                compared(bench, list(self._tuned))
         if "probes" in self.parts:
             with clock("probes", "what probes separate, and what ablating it does"):
                 run_probes(bench, found)
@@ -144,8 +155,7 @@ class Study:
         with clock("neurons", "neuron activations, base and tuned"):
             stages.run_neurons(bench, "base", bench.model)
             for name, source in self._tuned.items():
-                variant = load_model(source) if isinstance(source, str) else source
-                _same_shape(bench.model, variant, name)
+                variant = _variant(bench.model, name, source)
                 stages.run_neurons(bench, name, variant)
                 stages.run_refusal_of(bench, name, variant)
             stages.run_shift(bench, list(self._tuned))
@@ -209,6 +219,12 @@ class Study:
                 "python": platform.python_version(),
             },
         }
+
+
+def _variant(base: Model, name: str, source: str | Model) -> Model:
+    variant = load_model(source) if isinstance(source, str) else source
+    _same_shape(base, variant, name)
+    return variant
 
 
 def _same_shape(base: Model, tuned: Model, name: str) -> None:

@@ -194,6 +194,8 @@ def _sections(result: StudyResult, said: list[Finding]) -> list[Section]:
         ),
         _attention(result),
         _heads(result),
+        *_removing(result),
+        *_comparing(result),
         *_probes(result),
         *_shift(result),
         Section(
@@ -342,6 +344,45 @@ def _heads(result: StudyResult) -> Section:
         figures,
         tables.head_tables(result.heads),
     )
+
+
+def _removing(result: StudyResult) -> list[Section]:
+    if result.removal is None:
+        return []
+    return [
+        Section(
+            "removing",
+            "What removing the heads does",
+            (
+                "The found heads were zeroed together on requests that did not choose them, beside random sets with as many heads"
+                " in each layer. Heads of refusal change refusal on harmful requests and little else: not reasoning, and not the"
+                " prediction of neutral text (kl).",
+                "Then they were edited under given chains of thought. If block or move brings refusal back, and the same on random"
+                " heads does not, attention to the chain keeps these heads from their work; what filler shows as well is not about"
+                " what the chain says.",
+            ),
+            tables=[
+                tables.removal_table(result.removal),
+                *([] if result.restored is None else [tables.restored_table(result.restored)]),
+            ],
+        )
+    ]
+
+
+def _comparing(result: StudyResult) -> list[Section]:
+    if not result.compared:
+        return []
+    return [
+        Section(
+            "comparing",
+            "Heads after tuning",
+            (
+                "The same requests, the heads tested in the base and those that each tuned model's own select side chose. A changed"
+                " effect does not say why it changed.",
+            ),
+            tables=[tables.compared_table(name, one) for name, one in result.compared.items()],
+        )
+    ]
 
 
 def _probes(result: StudyResult) -> list[Section]:
@@ -640,6 +681,28 @@ def _json(result: StudyResult, said: list[Finding], sections: list[Section]) -> 
                 for kind in numbers.KINDS
             },
             "heads": result.heads.to_dict(),
+            **(
+                {"removal": result.removal.table.to_dict(orient="records")}
+                if result.removal is not None
+                else {}
+            ),
+            **(
+                {"restored": result.restored.to_dict(orient="records")} if result.restored is not None else {}
+            ),
+            **(
+                {
+                    "compared": {
+                        name: {
+                            "heads": one.table.to_dict(orient="records"),
+                            "baseline": one.baseline,
+                            "correlation": one.correlation,
+                        }
+                        for name, one in result.compared.items()
+                    }
+                }
+                if result.compared
+                else {}
+            ),
             **(
                 {
                     "probes": {

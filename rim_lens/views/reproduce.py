@@ -26,7 +26,8 @@ def command(result: StudyResult) -> str | None:
         options
     ):
         return None
-    if not _by_name(design["model"]):
+    study = {"heads", "probes", "neurons"}
+    if not _by_name(design["model"]) or (not own and not set(result.parts) <= study):
         return None
     words = ["rim-lens", "heads" if own else "study", design["model"], "--out", "FOLDER"]
     if design["n_requests"] is not None:
@@ -35,6 +36,8 @@ def command(result: StudyResult) -> str | None:
         words += ["--tuned", source]
     if own:
         words += ["--think", ",".join(result.conditions), "--n-test", str(design["settings"]["n_test"])]
+    if own and "removing" not in result.parts:
+        words.append("--no-removing")
     if ("probes" in result.parts) != own:
         words.append("--probes" if "probes" in result.parts else "--no-probes")
     words += ["--max-new-tokens", str(design["settings"]["max_new_tokens"])]

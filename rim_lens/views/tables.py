@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +12,10 @@ from rim_lens.views.words import between, duration, p_value, per_cent, plain, sh
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import pandas as pd
+
+    from rim_lens.measures.heads.comparing import HeadComparison
+    from rim_lens.measures.heads.removal import RemovalEffects
     from rim_lens.measures.heads.result import RefusalHeads
     from rim_lens.measures.probes.after_ablation import ProbesAfterAblation
     from rim_lens.measures.probes.cliff import Cliff
@@ -556,6 +561,101 @@ def parameter_table(result: StudyResult) -> Table:
         *((name, Token(version)) for name, version in design["versions"].items()),
     ]
     return Table("parameters", "Parameters and versions", ("", "value"), tuple(rows))
+
+
+def removal_table(result: RemovalEffects) -> Table:
+    """What removing the found heads does, beside random sets."""
+    rows = tuple(
+        (
+            row["measure"],
+            row["kind"],
+            row["condition"],
+            str(row["n"]),
+            f"{plain(row['before'])} → {plain(row['after'])}",
+            f"{signed(row['change'], 3)} {between(row['change_low'], row['change_high'], 3)}",
+            p_value(row["p"]),
+            f"{signed(row['random'], 3)} {between(row['random_low'], row['random_high'], 3)}",
+            f"{per_cent(row['percentile'])} of {row['n_controls']}" if row["n_controls"] else "–",
+            row["unit"],
+        )
+        for row in result.table.to_dict("records")
+    )
+    columns = (
+        *("measure", "on", "condition", "n", "before → after", "change [95 %]", "p", "random sets [95 %]"),
+        *("larger than", "unit"),
+    )
+    return Table(
+        "removal",
+        "What removing the found heads does, on the evaluate side",
+        columns,
+        rows,
+        "p: corrected over the conditions of one measure and kind. Random sets: as many heads in each layer; replies are written"
+        " for a few of them only. refuse on harmless is over-refusal; other is neither refusal nor compliance; correct and answer"
+        f" are of reasoning questions; kl is of {result.settings['neutral']}.",
+        folded=len(rows) > 24,
+    )
+
+
+def restored_table(table: pd.DataFrame) -> Table:
+    """Whether editing the found heads under a chain of thought brings refusal back."""
+    rows = tuple(
+        (
+            row["condition"],
+            row["edit"],
+            row["kind"],
+            row["measure"],
+            f"{plain(row['off'])} / {plain(row['baseline'])} → {plain(row['edited'])}",
+            f"{signed(row['effect'])} {between(row['effect_low'], row['effect_high'])}",
+            p_value(row["p"]),
+            "–"
+            if math.isnan(row["restored"])
+            else f"{signed(row['restored'])} {between(row['restored_low'], row['restored_high'])}",
+            f"{signed(row['random'])} {between(row['random_low'], row['random_high'])}",
+        )
+        if row["state"] == "measured"
+        else (row["condition"], row["edit"], row["kind"], row["measure"], row["state"], *("–",) * 4)
+        for row in table.to_dict("records")
+    )
+    columns = (
+        *("condition", "edit", "on", "measure", "off / in condition → edited", "effect [95 %]", "p"),
+        *("of the gap restored", "random sets [95 %]"),
+    )
+    return Table(
+        "restored",
+        "Refusal under a given chain of thought, with the found heads edited",
+        columns,
+        rows,
+        "block: the heads lose the keys of the chain. move: what they give it goes to the think tags. patch: their outputs are those"
+        " of thinking off. An edit that raises refusal on twins as well restores nothing. Of the gap restored: – where refusal in"
+        " the condition is not shown to be lower than in off.",
+        folded=len(rows) > 24,
+    )
+
+
+def compared_table(name: str, result: HeadComparison) -> Table:
+    """The heads of the base and of one tuned model, matched."""
+    rows = tuple(
+        (
+            numbers.head_name(row["layer"], row["head"]),
+            f"{row['verdict_base']} → {row['verdict_tuned']}",
+            f"{signed(row['effect_base'])} → {signed(row['effect_tuned'])}",
+            f"{signed(row['change'])} {between(row['change_low'], row['change_high'])}",
+            p_value(row["p"]),
+            f"{signed(row['change_specificity'])} {between(row['change_specificity_low'], row['change_specificity_high'])}",
+        )
+        for row in result.table.to_dict("records")
+    )
+    level, rank = result.baseline["harmful"], result.correlation
+    return Table(
+        f"compared_{name}",
+        f"Heads of the base and of {name}, matched by layer and number",
+        ("head", "verdict", "effect on harmful", "change [95 %]", "p", "change of specificity [95 %]"),
+        rows,
+        f"Mean refusal score of harmful requests: {signed(level['base'])} → {signed(level['tuned'])} nats: a model that refuses less"
+        f" has less to lose, and every effect shrinks. Rank correlation of effects {share(rank['value'])} [{share(rank['low'])},"
+        f" {share(rank['high'])}]. p: corrected over the heads.",
+        folded=len(rows) > 24,
+    )
 
 
 def asked_table(settings: Mapping[str, Any]) -> Table:

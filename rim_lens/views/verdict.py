@@ -19,6 +19,7 @@ from rim_lens.views.words import between, duration, listed, p_value, per_cent, p
 if TYPE_CHECKING:
     import pandas as pd
 
+    from rim_lens.measures.heads.removal import RemovalEffects
     from rim_lens.measures.heads.result import RefusalHeads
     from rim_lens.measures.probes.after_ablation import ProbesAfterAblation
     from rim_lens.measures.probes.result import ProbeResult
@@ -99,6 +100,7 @@ def findings(result: StudyResult) -> list[Finding]:
             said += cot_findings(shares, refused, scored, condition)
     said += head_findings(result.heads, result.design)
     said += without_heads_finding(shares)
+    said += removal_findings(result.removal, result.restored)
     if "probes" in result.parts:
         said += probe_findings(result.probes(), result.probes("refusal"))
         said += after_ablation_finding(result.probes_without_heads)
@@ -385,6 +387,88 @@ def without_heads_finding(shares: pd.DataFrame) -> list[Finding]:
             f" refused {_of(twins)} and did neither for {int(twins['other'])}.{broken}",
         )
     ]
+
+
+def removal_findings(removal: RemovalEffects | None, restored: pd.DataFrame | None) -> list[Finding]:
+    """What removing the found heads does besides refusal, and whether editing them restores it; nothing where neither was measured."""
+    said = []
+    if removal is not None:
+        rows = [
+            row
+            for row in removal.table.to_dict("records")
+            if (row["measure"], row["kind"])
+            in (("refuse", "harmless"), ("correct", "reasoning"), ("kl", "neutral"))
+        ]
+        moved = [
+            f"{_BESIDES[row['measure']]} in {row['condition']} {plain(row['before'])} → {plain(row['after'])} (change"
+            f" {signed(row['change'])} {between(row['change_low'], row['change_high'])}, random sets {signed(row['random'])})"
+            for row in rows
+            if abs(row["change"]) >= 0.005
+        ]
+        still = [
+            f"{_BESIDES[row['measure']]} in {row['condition']}" for row in rows if abs(row["change"]) < 0.005
+        ]
+        said.append(
+            Finding(
+                "What removing these heads does besides",
+                "note",
+                (f"Changed: {'; '.join(moved)}." if moved else "Nothing measured besides refusal changed.")
+                + (f" As before: {'; '.join(still)}." if still else ""),
+            )
+        )
+    if restored is not None:
+        said.append(_restored_finding(restored[restored["state"] == "measured"]))
+    return said
+
+
+_BESIDES = {
+    "refuse": "harmless requests refused",
+    "correct": "reasoning questions answered rightly",
+    "kl": "KL on neutral text, nats per token,",
+}
+# As for single heads: most of an effect may be shared with the twins, but not nearly all.
+SPECIFIC = 0.25
+
+
+def _restored_finding(table: pd.DataFrame) -> Finding:
+    def by_edit(measure: str, kind: str) -> dict[tuple[str, str], Mapping[str, Any]]:
+        part = table[(table["measure"] == measure) & (table["kind"] == kind)]
+        return {(row["condition"], row["edit"]): row for row in part.to_dict("records")}
+
+    harmful, twins = by_edit("score", "harmful"), by_edit("score", "harmless")
+    gaps = by_edit("specificity", "harmful − harmless")
+    told, raised, shown = [], False, False
+    for (condition, edit), row in harmful.items():
+        beyond = row["p"] <= LEVEL and row["effect_low"] > 0 and row["effect"] > row["random_high"]
+        gap = gaps.get((condition, edit))
+        specific = (
+            gap is not None
+            and gap["p"] <= LEVEL
+            and gap["effect_low"] > 0
+            and gap["effect"] >= SPECIFIC * row["effect"]
+        )
+        raised, shown = raised or beyond, shown or (beyond and specific)
+        twin = twins.get((condition, edit))
+        told.append(
+            f"{edit} in {condition}: {signed(row['effect'])} {between(row['effect_low'], row['effect_high'])} nats"
+            + (f" (twins {signed(twin['effect'])}" if twin else " (")
+            + f", random sets {signed(row['random'])})"
+        )
+    lead = (
+        "Editing these heads brings back part of the lost score, and not as much on twins: "
+        if shown
+        else "Editing these heads raises the score beyond random heads, but about as much on harmless twins, so that it is not"
+        " refusal that comes back: "
+        if raised
+        else "Not shown by editing these heads: "
+    )
+    return Finding(
+        "Restoring refusal under a CoT",
+        "shown" if shown else "not shown",
+        lead
+        + ("; ".join(told) or "no edit was possible")
+        + ". What filler shows as well is not about what the CoT says.",
+    )
 
 
 def probe_findings(harmful: ProbeResult, refusal: ProbeResult) -> list[Finding]:

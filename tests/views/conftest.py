@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rim_lens.study import Study, StudyResult
+from rim_lens.study import Settings, Study, StudyResult
 from tests.views.browser import offline_chromium, require_chromium
 from tests.views.planted import Planted, write
 
@@ -27,8 +27,9 @@ def planted(tmp_path: Path) -> Callable[..., StudyResult]:
 def toy_study(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
     """A small real study: the toy beside a tuned variant."""
     folder = tmp_path_factory.mktemp("toy") / "study"
-    parts = ("heads", "probes", "neurons")
-    return Study("toy", tuned=["toy:deviate"], n_requests=8, parts=parts).run(folder)
+    parts = ("heads", "removing", "comparing", "probes", "neurons")
+    settings = Settings(max_new_tokens=16, n_random_sets=6)
+    return Study("toy", tuned=["toy:deviate"], n_requests=8, parts=parts, settings=settings).run(folder)
 
 
 @pytest.fixture(scope="session")

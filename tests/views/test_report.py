@@ -96,9 +96,9 @@ def test_numbers_for_machines_are_those_of_the_study(toy_study: StudyResult, toy
     assert off["refuse"] == (counted["outcome"] == "refuse").sum()
     assert told["heads"]["found"] == [list(head) for head in toy_study.heads.found]
     assert told["design"]["weights_digest"] == toy_study.design["weights_digest"]
-    assert told["reproduce"]["command"].startswith(
-        "rim-lens study toy --out FOLDER --requests 8 --tuned toy:deviate --probes"
-    )
+    assert told["reproduce"]["command"] is None  # no command runs every part
+    assert "parts=('heads', 'removing', 'comparing', 'probes', 'neurons')" in told["reproduce"]["python"]
+    assert {"removal", "restored", "compared", "probes", "cliff"} <= set(told)
     assert {"Gate", "What RAS does not show"} <= {finding["topic"] for finding in told["verdict"]}
 
 
