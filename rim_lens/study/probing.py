@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rim_lens.chat.conditions import leaves_open
-from rim_lens.lens import Head
+from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.probes.after_ablation import probe_after_ablation
 from rim_lens.measures.probes.cliff import refusal_cliff
 from rim_lens.measures.probes.fitting import Probe
 from rim_lens.measures.probes.groups import CONTRASTS
 from rim_lens.measures.probes.probing import probe
 from rim_lens.measures.probes.result import ProbeResult
-from rim_lens.study.stages import Bench, both_sides, written
+from rim_lens.study.stages import Bench, both_sides, comparable, written
 
 MOST_SETS = 20  # random sets of heads beside the found one, when probes are read without them
 
@@ -26,7 +26,7 @@ class _Kept(Protocol):
     def save(self, folder: str | Path) -> None: ...
 
 
-def run_probes(bench: Bench, found: tuple[Head, ...]) -> None:
+def run_probes(bench: Bench, found: RefusalHeads) -> None:
     """Probe the residual stream in each condition, along chains of thought, and with the found heads removed."""
     for contrast in CONTRASTS:
         for condition in probed_conditions(bench, contrast):
@@ -34,14 +34,15 @@ def run_probes(bench: Bench, found: tuple[Head, ...]) -> None:
                 bench.folder.path / "probes" / contrast / written(condition),
                 partial(_probed, bench, contrast, condition),
             )
-    if found:
+    removable = comparable(found)
+    if removable:
         _kept_once(
             bench.folder.path / "probes" / "without_heads",
             lambda: probe_after_ablation(
                 bench.model,
                 bench.chat,
                 *both_sides(bench),
-                found,
+                removable,
                 n_sets=n_sets(bench),
                 limit=None,
                 seed=bench.settings.seed,

@@ -12,15 +12,15 @@ from rim_lens.measures.heads.refusing import refusal_heads
 from rim_lens.measures.heads.removing import removal_effects
 from rim_lens.measures.heads.restoring import restoring
 from rim_lens.measures.heads.result import RefusalHeads
-from rim_lens.study.stages import Bench, both_sides, search_of, written
+from rim_lens.study.stages import Bench, both_sides, comparable, search_of, written
 
 MOST_SETS = 20  # random sets beside the found one
 WRITTEN_SETS = 2  # of these, whose answers are written as well
 
 
-def run_removing(bench: Bench) -> None:
-    """Remove the found heads, and edit them under chains of thought, on the evaluate side; nothing where none were found."""
-    found = RefusalHeads.load(bench.folder.path / "heads")
+def run_removing(bench: Bench, found: RefusalHeads) -> None:
+    """Remove the found heads, and edit them under chains of thought, on the evaluate side; nothing without `comparable` ones."""
+    removable = comparable(found)
     settings = bench.settings
     given: dict[str, Any] = {
         "n_random_sets": n_sets(bench),
@@ -31,7 +31,7 @@ def run_removing(bench: Bench) -> None:
         "progress": settings.progress,
     }
     asked = (list(bench.evaluate.harmful), list(bench.evaluate.twins))
-    if found.found and not bench.folder.has("removal/removal.json"):
+    if removable and not bench.folder.has("removal/removal.json"):
         removal_effects(
             bench.model,
             bench.chat,
@@ -56,7 +56,7 @@ def run_removing(bench: Bench) -> None:
                     **given,
                 )
             )
-            for condition in (restored_in(bench) if found.found else ())
+            for condition in (restored_in(bench) if removable else ())
         }
 
     bench.folder.once("restoring/tables.json", restored)
@@ -78,13 +78,12 @@ def n_sets(bench: Bench) -> int:
     return min(MOST_SETS, bench.settings.n_random_sets)
 
 
-def run_comparing(bench: Bench, name: str, model: Model) -> None:
+def run_comparing(bench: Bench, base: RefusalHeads, name: str, model: Model) -> None:
     """Find and test the heads of a tuned model on the same requests, those that were tested in the base among them."""
     folder = bench.folder.path / "tuned" / name
     if (folder / "heads" / "heads.json").exists():
         return
-    base = RefusalHeads.load(bench.folder.path / "heads").table
-    tested = base[base["tested"]]
+    tested = base.table[base.table["tested"]]
     refusal_heads(
         model,
         bench.chat,

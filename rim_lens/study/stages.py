@@ -21,6 +21,7 @@ from rim_lens.measures.controls import (
     random_neurons_per_layer,
 )
 from rim_lens.measures.heads.refusing import Search, refusal_heads
+from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.refusal.rates import refusal_rate
 from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.measures.shift import reciprocal_activation_shift
@@ -233,7 +234,7 @@ def run_outcomes(
             bench.folder.once(f"outcomes/{kind}_{written(condition)}{suffix}.json", measure)
 
 
-def run_heads(bench: Bench) -> tuple[Head, ...]:
+def run_heads(bench: Bench) -> RefusalHeads:
     """Find heads on the select side; test them, one by one and together, on the evaluate side."""
     found = refusal_heads(
         bench.model,
@@ -249,7 +250,7 @@ def run_heads(bench: Bench) -> tuple[Head, ...]:
         run_outcomes(bench, without=list(found.found), conditions=("off",), suffix="_without_heads")
     shown = list(dict.fromkeys((*found.found, *found.top(bench.settings.max_heads))))
     bench.folder.once("heads/rows.json", lambda: _rows_of(bench, shown))
-    return found.found
+    return found
 
 
 def search_of(bench: Bench) -> Search:
@@ -264,6 +265,11 @@ def search_of(bench: Bench) -> Search:
         max_rows=settings.max_rows,
         progress=settings.progress,
     )
+
+
+def comparable(found: RefusalHeads) -> tuple[Head, ...]:
+    """The found set, where other sets with as many heads in each layer exist to stand beside it; else none."""
+    return found.found if found.set.get("n_controls") else ()
 
 
 def both_sides(bench: Bench) -> tuple[list[Prompt], list[Prompt]]:

@@ -139,11 +139,11 @@ class Study:
             found = stages.run_heads(bench)
         if "removing" in self.parts:
             with clock("removing", "what removing the heads does, and what restores refusal"):
-                run_removing(bench)
+                run_removing(bench, found)
         if "comparing" in self.parts:
             with clock("comparing", "the heads of the tuned models"):
                 for name, source in self._tuned.items():
-                    run_comparing(bench, name, _variant(bench.model, name, source))
+                    run_comparing(bench, found, name, _variant(bench.model, name, source))
                 compared(bench, list(self._tuned))
         if "probes" in self.parts:
             with clock("probes", "what probes separate, and what ablating it does"):

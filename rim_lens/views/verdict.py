@@ -101,6 +101,11 @@ def findings(result: StudyResult) -> list[Finding]:
     said += head_findings(result.heads, result.design)
     said += without_heads_finding(shares)
     said += removal_findings(result.removal, result.restored)
+    if "removing" in result.parts and result.heads.found and result.removal is None:
+        whole = "They are all the heads of their layers, so that no other set could stand beside them."
+        said.append(
+            Finding("What removing these heads does besides", "cannot tell", f"Not measured. {whole}")
+        )
     if "probes" in result.parts:
         said += probe_findings(result.probes(), result.probes("refusal"))
         said += after_ablation_finding(result.probes_without_heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -321,6 +322,26 @@ def test_what_removing_does_is_read_back_beside_what_was_written_without_the_hea
     assert set(zip(base[base["tested"]]["layer"], base[base["tested"]]["head"], strict=True)) <= set(
         zip(both["layer"], both["head"], strict=True)
     )
+
+
+def test_a_set_of_whole_layers_has_nothing_beside_it_and_ends_no_study(probed, tmp_path):
+    """The stages after the heads, given a set that no other can match."""
+    from dataclasses import replace
+
+    from rim_lens.study.probing import run_probes
+    from rim_lens.study.removing import run_removing
+
+    study, folder, result, _ = probed
+    whole = replace(result.heads, set={**result.heads.set, "n_controls": 0})
+    shutil.copytree(
+        folder, tmp_path / "copy", ignore=shutil.ignore_patterns("removal", "restoring", "without_heads")
+    )
+    bench = study._bench(tmp_path / "copy")
+    run_removing(bench, whole)
+    run_probes(bench, whole)
+    again = rl.load_study(tmp_path / "copy")
+    assert again.measured
+    assert again.removal is again.restored is again.probes_without_heads is None
 
 
 @pytest.mark.parametrize(
