@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from difflib import SequenceMatcher
 from typing import NamedTuple
 
 from rim_lens.errors import NotEnoughData
@@ -82,6 +83,48 @@ def twin_places(side: Side) -> list[int] | None:
     if any(prompt.twin not in place_of for prompt in side.harmful):
         return None
     return [place_of[str(prompt.twin)] for prompt in side.harmful]
+
+
+def families_by_swap(harmful: Sequence[Prompt], twins: Sequence[Prompt]) -> list[str]:
+    """Family of each harmful request for tests against its twin: families in which twins swap the same words are one.
+
+    What tells a request from its twin is a swap of words (``make`` for ``ban``), and a model may react to these very words
+    whatever they mean. Two families with one swap share that reaction, so they are no two witnesses against chance. In the
+    toy language ten conjunctions share six verbs this way; in the English set each family has words of its own. Twins that
+    share some words of their swap and not all are left apart: of two texts written freely, any two have some in common.
+
+    Args:
+        harmful: Harmful requests.
+        twins: The twin of each, in the same order.
+
+    Returns:
+        One label per request: its own family, or those of its families joined by " + ".
+
+    >>> asked = [Prompt("1", "make a bomb", family="a"), Prompt("2", "make a virus", family="b"), Prompt("3", "rob a bank")]
+    >>> twins = [Prompt("4", "ban a bomb"), Prompt("5", "ban a virus"), Prompt("6", "visit a bank")]
+    >>> families_by_swap(asked, twins)
+    ['a + b', 'a + b', '3']
+    """
+    families = families_of(harmful)
+    groups: dict[str, set[str]] = {family: {family} for family in families}
+    first: dict[tuple[tuple[str, str], ...], str] = {}
+    for family, prompt, twin in zip(families, harmful, twins, strict=True):
+        one, other = groups[first.setdefault(_swap(prompt.text, twin.text), family)], groups[family]
+        if one is not other:
+            one |= other
+            groups |= dict.fromkeys(other, one)
+    return [" + ".join(sorted(groups[family])) for family in families]
+
+
+def _swap(text: str, twin: str) -> tuple[tuple[str, str], ...]:
+    """The runs of words in which two texts differ, in order."""
+    words, others = text.casefold().split(), twin.casefold().split()
+    parts = SequenceMatcher(a=words, b=others, autojunk=False).get_opcodes()
+    return tuple(
+        (" ".join(words[start:end]), " ".join(others[first:last]))
+        for kind, start, end, first, last in parts
+        if kind != "equal"
+    )
 
 
 def named(requests: Sequence[Prompt | str], kind: str) -> list[Prompt]:

@@ -34,7 +34,7 @@ from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.heads.table import Rule, head_table
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.stats import bootstrap_interval
-from rim_lens.measures.two_sides import Side, twin_places, two_sides
+from rim_lens.measures.two_sides import Side, families_by_swap, twin_places, two_sides
 from rim_lens.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -100,6 +100,9 @@ def refusal_heads(
     the empty block. They bring heads to the test and tell positional heads, which move on every request; none of them makes
     a head a refusal head.
 
+    Tests flip signs by family, where families whose twins swap the same words count as one (`families_by_swap`). At
+    .05 six of them are needed: with fewer no p comes that low, whatever the effect.
+
     What it does not show: that the heads act alone or do nothing else; that heads not tested do nothing (two that stand in
     for each other have no effect one by one, see `redundant_pairs`); that refusal under a chain of thought fails *because*
     their attention moved (block or move it and look, see `restoring`); or anything on requests unlike these.
@@ -160,7 +163,7 @@ def refusal_heads(
         )
     if not looked_among:
         raise UnknownHead("candidates=[] was asked for; name at least one head, or None for all.")
-    _check_families(sides[1], rule)
+    _check_families(bench.families, rule)
     moves = settled(
         [c for c in (PAPER, CHAIN) if {c.first, c.second} <= set(names)] if contrasts is None else contrasts,
         bench.evaluate["harmful"],
@@ -179,7 +182,7 @@ def refusal_heads(
         **({"also_test": [list(head) for head in also]} if also else {}),
         "n_select": len(bench.select["harmful"][read_in]),
         "n_evaluate": len(bench.evaluate["harmful"][read_in]),
-        "n_families_evaluate": len(set(families_of(sides[1].harmful))),
+        "n_families_evaluate": len(set(bench.families)),
         "select_digest": bench.select["harmful"][read_in].digest,
         "evaluate_digest": bench.evaluate["harmful"][read_in].digest,
         "twins_digests": [side["harmless"][read_in].digest for side in (bench.select, bench.evaluate)],
@@ -234,15 +237,15 @@ def paired(side: Side) -> Side:
     return side
 
 
-def _check_families(evaluate: Side, rule: Rule) -> None:
+def _check_families(families: Sequence[str], rule: Rule) -> None:
     """Refuse, before any pass, requests on which every head would be called *none*, whatever it does."""
-    count = len(set(families_of(evaluate.harmful)))
+    count = len(set(families))
     finest = 2.0 ** (1 - count)
     if finest > rule.alpha:
         raise NotEnoughData(
-            f"the evaluate requests are of {count} families; signs are flipped by family, so that no p could come below"
-            f" {finest:.3g}, and alpha is {rule.alpha}: nothing would be found. Give requests of more families, or a larger"
-            " alpha."
+            f"the evaluate requests are of {count} families, those whose twins swap the same words counted as one; signs are"
+            f" flipped by family, so that no p could come below {finest:.3g}, and alpha is {rule.alpha}: nothing would be found."
+            " Give requests of more families, twins that differ by other words, or a larger alpha."
         )
 
 
@@ -270,7 +273,7 @@ class _Bench:
             }
             for side in (select, evaluate)
         )
-        self.families = families_of(evaluate.harmful)
+        self.families = families_by_swap(evaluate.harmful, evaluate.harmless)
 
     def reading(self, batch: SpanBatch) -> Reading:
         settings = {} if self.openers is None else {"openers": self.openers}
@@ -374,7 +377,7 @@ def _measured(
         found=tuple(found),
         set=_set_effect(bench, found, read_in, on_evaluate) if found else {},
         scan=_scan(means, moving),
-        effects=_effects_dataset(effects),
+        effects=_effects_dataset(effects, bench.families),
         attention=_mean_masses(attention),
         gate={"asked": gate, **passed},
         settings=settings,
@@ -546,7 +549,7 @@ def _scan(means: Mapping[Head, float], moving: Mapping[str, Mapping[Head, float]
     )
 
 
-def _effects_dataset(effects: Mapping[str, xr.DataArray]) -> xr.Dataset:
+def _effects_dataset(effects: Mapping[str, xr.DataArray], families: Sequence[str]) -> xr.Dataset:
     import xarray as xr
 
     variables: dict[str, Any] = {}
@@ -558,7 +561,7 @@ def _effects_dataset(effects: Mapping[str, xr.DataArray]) -> xr.Dataset:
     for kind, found in effects.items():
         coords[f"{kind}_prompt"] = found["prompt"].values
         coords[f"{kind}_head"] = [str(name) for name in found["set"].values]
-    coords["family"] = ("harmful_prompt", effects["harmful"]["family"].values)
+    coords["family"] = ("harmful_prompt", list(families))
     return xr.Dataset(variables, coords=coords)
 
 

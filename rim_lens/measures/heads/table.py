@@ -51,8 +51,9 @@ class Rule:
     not tested    not among the heads that the select side chose for testing, whatever it looks at
     ============  ==================================================================================================
 
-    Each p is corrected over the tested heads (max statistic), so that where no head is specific the chance of any
-    *refusal* verdict is at most alpha, as far as families are independent and their differences symmetric about zero.
+    Each p is corrected over the tested heads whose effects could be that large (`corrected_p`, max statistic), so that where no head is specific the chance of any
+    *refusal* verdict is at most alpha, as far as families are independent and their differences symmetric about zero
+    (`families_by_swap` says when families are not; docs/heads.md holds the level on models that know no refusal).
 
     Attributes:
         alpha: Level of both tests.
@@ -135,8 +136,9 @@ def head_table(
 
     Returns:
         One row per head of `effects`: layer, head, found, tested; effect with its interval, p (sign flips over families,
-        max-statistic over the tested heads; NaN for others), effect on twins likewise, specificity (harmful − twins) with its
-        interval and its p (likewise), percentile of |effect| among all other heads of its layer and their number, the statistics, and the verdict. Most telling first.
+        max-statistic over the tested heads, see `corrected_p`; NaN for others), effect on twins likewise, specificity
+        (harmful − twins) with its interval and its p (likewise), percentile of |effect| among all other heads of its layer
+        and their number, the statistics, and the verdict. Most telling first.
 
     Raises:
         NotEnoughData: Fewer than two families.
@@ -152,10 +154,10 @@ def head_table(
     n_families = family_index(families, len(families))[1]
     if n_families < 2:
         raise NotEnoughData(f"{n_families} request family; a test over requests needs at least two.")
-    p = _max_corrected(effects, chosen, families, seed)
-    p_twins = _max_corrected(twin_effects, chosen, families, seed)
+    p = corrected_p(effects, chosen, families, rule.min_effect, seed)
+    p_twins = corrected_p(twin_effects, chosen, families, rule.min_effect, seed)
     gaps = {head: effects[head] - twin_effects[head] for head in twin_effects if head in effects}
-    p_gap = _max_corrected(gaps, chosen, families, seed)
+    p_gap = corrected_p(gaps, chosen, families, rule.min_effect * rule.min_specific, seed)
     rows = []
     for head in sorted(effects):
         layer, number = head
@@ -193,14 +195,41 @@ def head_table(
     return table.iloc[order].reset_index(drop=True)
 
 
-def _max_corrected(
-    effects: Effects, heads: Sequence[Head], families: Sequence[str], seed: int
+def corrected_p(
+    effects: Effects, heads: Sequence[Head], families: Sequence[str], least: float = 0.0, seed: int = 0
 ) -> dict[Head, float]:
+    """Return the sign-flip p of each head, corrected by the max statistic over the heads that could matter.
+
+    A head whose effects have a root mean square below `least` has a mean below it under every flip of signs, so that no
+    flip could have made it a finding, and it does not set the bar for the others. That a head is left out so does not
+    hang on the signs, which keeps the test exact. Small heads are themselves corrected over all.
+
+    Args:
+        effects: Per head, effects by request.
+        heads: Those that are tested.
+        families: Of each request; their signs are flipped together.
+        least: Smallest size of a mean effect that counts.
+        seed: Of the permutations.
+
+    >>> sizes = {(0, 0): 4.0, (0, 1): 0.01}
+    >>> effects = {head: np.full(6, size) for head, size in sizes.items()}
+    >>> corrected_p(effects, list(effects), list("abcdef"), least=0.25)
+    {(0, 0): 0.03125, (0, 1): 0.03125}
+    """
     if not heads:
         return {}
     stacked = np.stack([effects[head] for head in heads], axis=1)
-    test = sign_flip_test(stacked, families=families, correction="max", seed=seed)
-    return dict(zip(heads, np.atleast_1d(test.p).tolist(), strict=True))
+
+    def test(values: Float[np.ndarray, "prompt head"]) -> Float[np.ndarray, " head"]:
+        found = sign_flip_test(values, families=families, correction="max", seed=seed)
+        return np.atleast_1d(np.asarray(found.p))
+
+    p = test(stacked)
+    # A hair below: the size of a constant effect is its mean, and rounding must not part the two.
+    large = np.sqrt(np.mean(stacked**2, axis=0)) >= least * (1 - 1e-9)
+    if large.any() and not large.all():
+        p[large] = test(stacked[:, large])
+    return dict(zip(heads, p.tolist(), strict=True))
 
 
 def _interval(

@@ -68,10 +68,9 @@ def test_a_twin_is_of_one_request() -> None:
 def test_too_few_families_for_any_verdict_are_refused_before_any_pass(
     planted: tuple[rl.Model, rl.ChatFormat], n_families: int, enough: bool
 ) -> None:
-    families = list(dict.fromkeys(prompt.family for prompt in HARMFUL if prompt.split == "evaluate"))
-    asked = [
-        prompt for prompt in HARMFUL if prompt.split == "select" or prompt.family in families[:n_families]
-    ]
+    # Conjunctions of one verb are one family here, as their twins swap the same words.
+    verbs = list(dict.fromkeys(prompt.family.split()[0] for prompt in HARMFUL if prompt.split == "evaluate"))
+    asked = [p for p in HARMFUL if p.split == "select" or p.family.split()[0] in verbs[:n_families]]
     if not enough:
         with pytest.raises(NotEnoughData, match="5 families"):
             rl.refusal_heads(*planted, asked, HARMLESS, **BARE)

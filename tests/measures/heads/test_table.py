@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from rim_lens.errors import NotEnoughData, StatisticsError, UnknownHead
-from rim_lens.measures.heads.table import COLUMNS, VERDICTS, Rule, head_table
+from rim_lens.measures.heads.table import COLUMNS, VERDICTS, Rule, corrected_p, head_table
+from rim_lens.measures.stats import sign_flip_test
+from tests.chance import assert_level_held
 
 Head = tuple[int, int]
 HEADS: list[Head] = [(layer, head) for layer in range(3) for head in range(4)]
@@ -209,3 +211,32 @@ def test_a_real_but_tiny_effect_is_none() -> None:
 def test_a_rule_that_nothing_or_everything_would_pass_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(StatisticsError, match=next(iter(wrong))):
         Rule(**wrong)
+
+
+def test_heads_too_small_for_a_verdict_set_no_bar() -> None:
+    rng = np.random.default_rng(3)
+    families = list("abcdef")
+    strong = {(0, 0): -4 + rng.standard_normal(6)}
+    # As steady as can be under some flip of signs, and far too small to be called anything.
+    small = {(1, place): 0.01 * signs for place, signs in enumerate(1.0 - 2 * np.eye(6))}
+    effects = strong | small
+    held = sign_flip_test(np.stack(list(effects.values()), axis=1), families=families, correction="max")
+    alone = sign_flip_test(strong[0, 0], families=families)
+    p = corrected_p(effects, list(effects), families, least=0.25)
+    assert p[0, 0] == alone.p < held.p[0]
+    assert [p[head] for head in small] == held.p[1:].tolist()
+    assert list(corrected_p(effects, list(effects), families).values()) == held.p.tolist()
+
+
+def test_leaving_small_heads_out_keeps_the_level() -> None:
+    """A head near the threshold is left out or not by its sizes alone, so that the chance of any finding stays."""
+    rng = np.random.default_rng(0)
+    smallest = []
+    for _ in range(2000):
+        spread = rng.uniform(0.1, 0.6, size=8)
+        values = rng.standard_normal((6, 8)) * spread
+        effects = {(0, head): values[:, head] for head in range(8)}
+        p = corrected_p(effects, list(effects), list("abcdef"), least=0.3)
+        large = [p[head] for head in effects if np.sqrt(np.mean(effects[head] ** 2)) >= 0.3]
+        smallest.append(min(large, default=1.0))
+    assert_level_held(smallest)
