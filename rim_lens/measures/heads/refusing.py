@@ -54,6 +54,8 @@ class Search:
         max_heads: Largest set that is looked for, see `find_heads`.
         n_random_sets: Random sets with as many heads in each layer beside the found set; all of them where fewer exist.
         limit: At most so many requests of each kind and side, taken evenly; None for all.
+        allow_few: Measure also where the evaluate side has too few families for any p to reach alpha, so that no head can be
+            called *refusal* or *general*, whatever it does.
         seed: Of halves, permutations, intervals and random sets.
         max_rows: Most prompts in one pass.
         progress: Show progress bars.
@@ -63,6 +65,7 @@ class Search:
     max_heads: int = 6
     n_random_sets: int = 100
     limit: int | None = 64
+    allow_few: bool = False
     seed: int = 0
     max_rows: int = MAX_ROWS
     progress: bool = False
@@ -163,7 +166,7 @@ def refusal_heads(
         )
     if not looked_among:
         raise UnknownHead("candidates=[] was asked for; name at least one head, or None for all.")
-    _check_families(bench.families, rule)
+    _check_families(bench.families, rule, search.allow_few)
     moves = settled(
         [c for c in (PAPER, CHAIN) if {c.first, c.second} <= set(names)] if contrasts is None else contrasts,
         bench.evaluate["harmful"],
@@ -237,11 +240,11 @@ def paired(side: Side) -> Side:
     return side
 
 
-def _check_families(families: Sequence[str], rule: Rule) -> None:
+def _check_families(families: Sequence[str], rule: Rule, allow_few: bool) -> None:
     """Refuse, before any pass, requests on which every head would be called *none*, whatever it does."""
     count = len(set(families))
     finest = 2.0 ** (1 - count)
-    if finest > rule.alpha:
+    if count < 2 or (finest > rule.alpha and not allow_few):
         raise NotEnoughData(
             f"the evaluate requests are of {count} families, those whose twins swap the same words counted as one; signs are"
             f" flipped by family, so that no p could come below {finest:.3g}, and alpha is {rule.alpha}: nothing would be found."
