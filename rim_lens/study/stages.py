@@ -261,6 +261,7 @@ def search_of(bench: Bench) -> Search:
         max_heads=settings.max_heads,
         n_random_sets=settings.n_random_sets,
         limit=None,
+        allow_few=True,  # the other stages stand without a verdict
         seed=settings.seed,
         max_rows=settings.max_rows,
         progress=settings.progress,
