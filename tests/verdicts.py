@@ -22,7 +22,7 @@ import rim_lens as rl
 from rim_lens.lens import Head, Model, model_facts, wrap_hf
 from rim_lens.measures.heads.finding import scorer
 from rim_lens.measures.heads.result import RefusalHeads
-from rim_lens.measures.heads.table import Rule, corrected_p
+from rim_lens.measures.heads.table import HeadRule, corrected_p
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.stats import proportion_interval
 from rim_lens.measures.two_sides import families_by_swap
@@ -43,9 +43,9 @@ N_PERMUTED = 200
 TOY_SEEDS = range(6)
 UNITS = ("request", "conjunction", "words")
 
-SMALL = rl.Search(limit=20, n_random_sets=8)
+SMALL = rl.HeadSearch(limit=20, n_random_sets=8)
 # All 16 heads are tested whatever is found, so that a null needs no search, no attention and no random sets.
-LEAST = rl.Search(limit=20, n_random_sets=1, max_heads=1)
+LEAST = rl.HeadSearch(limit=20, n_random_sets=1, max_heads=1)
 
 Effects = dict[Head, np.ndarray]
 
@@ -158,7 +158,7 @@ def verdicts(effects: Effects, twin_effects: Effects, families: Sequence[str]) -
     Returns:
         heads (called *refusal*), refusal (any), p_specific (the smallest).
     """
-    heads, rule = sorted(effects), Rule()
+    heads, rule = sorted(effects), HeadRule()
     gaps = {head: effects[head] - twin_effects[head] for head in heads}
     columns = {
         name: (values, corrected_p(values, heads, families, least))

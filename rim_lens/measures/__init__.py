@@ -30,14 +30,14 @@ from rim_lens.measures.heads.readings import (
     refused_reading,
 )
 from rim_lens.measures.heads.receiving import receiver_kurtosis
-from rim_lens.measures.heads.refusing import Search, refusal_heads
+from rim_lens.measures.heads.refusing import HeadSearch, refusal_heads
 from rim_lens.measures.heads.reliability import SplitHalf, split_half
 from rim_lens.measures.heads.removal import RemovalEffects
 from rim_lens.measures.heads.removing import removal_effects
 from rim_lens.measures.heads.restoring import restoring
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.heads.summary import head_statistics
-from rim_lens.measures.heads.table import Rule, head_table
+from rim_lens.measures.heads.table import HeadRule, head_table
 from rim_lens.measures.patching import head_patching, patching_table, span_patching
 from rim_lens.measures.probes.after_ablation import ProbesAfterAblation, probe_after_ablation
 from rim_lens.measures.probes.cliff import Cliff, refusal_cliff
@@ -72,6 +72,8 @@ __all__ = [
     "Contrast",
     "EndpointJudge",
     "HeadComparison",
+    "HeadRule",
+    "HeadSearch",
     "Interval",
     "Judge",
     "Judgement",
@@ -86,8 +88,6 @@ __all__ = [
     "RefusalHeads",
     "RemovalEffects",
     "Reply",
-    "Rule",
-    "Search",
     "SplitHalf",
     "accuracy_reading",
     "agreement",

@@ -20,7 +20,7 @@ from rim_lens.measures.controls import (
     percentile_among,
     random_neurons_per_layer,
 )
-from rim_lens.measures.heads.refusing import Search, refusal_heads
+from rim_lens.measures.heads.refusing import HeadSearch, refusal_heads
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.refusal.rates import refusal_rate
 from rim_lens.measures.refusal.score import refusal_score
@@ -42,7 +42,7 @@ class Settings:
     Attributes:
         conditions: Think conditions, off among them, see `rim_lens.chat.conditions`; a chain of thought says little without
             its controls (`with_controls`).
-        n_test: Heads tested one by one on the evaluate side, see `rim_lens.measures.heads.refusing.Search`.
+        n_test: Heads tested one by one on the evaluate side, see `rim_lens.measures.heads.refusing.HeadSearch`.
         max_heads: Largest set of heads looked for.
         n_random_sets: Random sets per layer beside a found set: all of them where fewer exist.
         n_probed: Probe directions ablated in each condition, those that separate best on the select side.
@@ -253,10 +253,10 @@ def run_heads(bench: Bench) -> RefusalHeads:
     return found
 
 
-def search_of(bench: Bench) -> Search:
+def search_of(bench: Bench) -> HeadSearch:
     """How the study looks for heads."""
     settings = bench.settings
-    return Search(
+    return HeadSearch(
         n_test=settings.n_test,
         max_heads=settings.max_heads,
         n_random_sets=settings.n_random_sets,

@@ -293,9 +293,9 @@ def _tested_table(heads: RefusalHeads) -> Table:
 
 def verdict_table(heads: RefusalHeads) -> Table:
     """How many heads have which verdict, and what the word means."""
-    from rim_lens.measures.heads.table import VERDICTS, Rule
+    from rim_lens.measures.heads.table import VERDICTS, HeadRule
 
-    rule = Rule(**heads.settings.get("rule", {}))
+    rule = HeadRule(**heads.settings.get("rule", {}))
     meant = {
         "refusal": f"removal has an effect on harmful requests (p ≤ {rule.alpha:g}, at least {rule.min_effect:g} nats) most of"
         f" which is missing on their twins (p ≤ {rule.alpha:g}, at least {rule.min_specific:g} of it)",

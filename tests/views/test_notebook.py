@@ -18,7 +18,7 @@ from tests.views.test_report import HOSTILE, Reader
 def heads() -> RefusalHeads:
     model = rl.load_model("planted")
     requests = [rl.load_prompts(kind, language="toy") for kind in ("harmful", "harmless")]
-    search = rl.Search(limit=10, n_random_sets=3)
+    search = rl.HeadSearch(limit=10, n_random_sets=3)
     return rl.refusal_heads(model, rl.ChatFormat.from_model(model), *requests, search=search)
 
 

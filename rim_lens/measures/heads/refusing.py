@@ -31,7 +31,7 @@ from rim_lens.measures.heads.held_out import text_digest
 from rim_lens.measures.heads.looking import argmax_shift, mass_shift
 from rim_lens.measures.heads.readings import Reading, refusal_reading
 from rim_lens.measures.heads.result import RefusalHeads
-from rim_lens.measures.heads.table import Rule, head_table
+from rim_lens.measures.heads.table import HeadRule, head_table
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.stats import bootstrap_interval
 from rim_lens.measures.two_sides import Side, families_by_swap, twin_places, two_sides
@@ -45,7 +45,7 @@ KINDS = ("harmful", "harmless")
 
 
 @dataclass(frozen=True, slots=True)
-class Search:
+class HeadSearch:
     """How heads are chosen on the select side, and how much is measured.
 
     Attributes:
@@ -85,8 +85,8 @@ def refusal_heads(
     also_test: Iterable[Head] = (),
     editor: Editor = AblateHeads,
     positions: Positions = "all",
-    rule: Rule | None = None,
-    search: Search | None = None,
+    rule: HeadRule | None = None,
+    search: HeadSearch | None = None,
     openers: Iterable[str] | None = None,
     folder: str | Path | None = None,
 ) -> RefusalHeads:
@@ -94,7 +94,7 @@ def refusal_heads(
 
     On the `select` side every candidate is removed by itself and the change of the refusal score read; the heads with the
     largest effects, and those whose attention makes the moves looked for, go on to the test. On the `evaluate` side each of
-    these is removed again, on harmful requests and on their twins, and gets its verdict by a stated rule (`Rule`): *refusal*
+    these is removed again, on harmful requests and on their twins, and gets its verdict by a stated rule (`HeadRule`): *refusal*
     needs an effect *and* that it is missing on the twins. Beside each stand the other heads of its layer; beside the set that
     `find_heads` chooses, random sets with as many heads in each layer.
 
@@ -145,12 +145,12 @@ def refusal_heads(
     >>> model = rl.load_model("planted")
     >>> chat = rl.ChatFormat.from_model(model)
     >>> requests = [rl.load_prompts(kind, language="toy") for kind in ("harmful", "harmless")]
-    >>> search = rl.Search(limit=10, n_random_sets=3)
+    >>> search = rl.HeadSearch(limit=10, n_random_sets=3)
     >>> found = rl.refusal_heads(model, chat, *requests, search=search)
     >>> found.top()
     [(0, 5), (1, 1)]
     """
-    rule, search = rule or Rule(), search or Search()
+    rule, search = rule or HeadRule(), search or HeadSearch()
     if search.n_test < 1:
         raise StatisticsError(f"n_test={search.n_test} was asked for; test at least one head.")
     facts = verify(model, reads=["pattern", "z"], edits=["z"])
@@ -240,7 +240,7 @@ def paired(side: Side) -> Side:
     return side
 
 
-def _check_families(families: Sequence[str], rule: Rule, allow_few: bool) -> None:
+def _check_families(families: Sequence[str], rule: HeadRule, allow_few: bool) -> None:
     """Refuse, before any pass, requests on which every head would be called *none*, whatever it does."""
     count = len(set(families))
     finest = 2.0 ** (1 - count)
@@ -265,7 +265,7 @@ class _Bench:
         editor: Editor,
         positions: Positions,
         openers: Iterable[str] | None,
-        search: Search,
+        search: HeadSearch,
     ) -> None:
         self.model, self.editor, self.positions, self.search = model, editor, positions, search
         self.openers = (openers,) if isinstance(openers, str) else None if openers is None else tuple(openers)
@@ -327,7 +327,7 @@ def _measured(
     candidates: Sequence[Head],
     read_in: str,
     gate: bool,
-    rule: Rule,
+    rule: HeadRule,
     settings: dict[str, Any],
     also_test: Sequence[Head],
 ) -> RefusalHeads:

@@ -36,7 +36,7 @@ Effects = Mapping[Head, Float[np.ndarray, " prompt"]]
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class HeadRule:
     """When a head is called what.
 
     ============  ==================================================================================================
@@ -92,7 +92,7 @@ class Rule:
             moving: Largest share, over contrasts, of requests on which attention moves, the smaller of both kinds.
 
         >>> effects = {"effect": -4.0, "effect_twins": -1.0, "specificity": -3.0}
-        >>> Rule().verdict({"tested": True, "p": 0.01, "p_twins": 0.3, "p_specific": 0.02, **effects})
+        >>> HeadRule().verdict({"tested": True, "p": 0.01, "p_twins": 0.3, "p_specific": 0.02, **effects})
         'refusal'
         """
         if not row["tested"]:
@@ -117,7 +117,7 @@ def head_table(
     *,
     found: Sequence[Head] = (),
     statistics: pd.DataFrame | None = None,
-    rule: Rule | None = None,
+    rule: HeadRule | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Test heads, one by one, on requests that did not choose them.
@@ -130,7 +130,7 @@ def head_table(
         families: Request family of each prompt; signs are flipped and intervals drawn by family.
         found: The set that was chosen as a set, for the column of that name.
         statistics: Where heads look: layer, head and numbers, joined to the rows. The columns ``sink`` and ``moving``
-            enter the verdict, see `Rule.verdict`.
+            enter the verdict, see `HeadRule.verdict`.
         rule: When a head is called what.
         seed: Of the permutations and the bootstrap.
 
@@ -146,7 +146,7 @@ def head_table(
     """
     import pandas as pd
 
-    rule = rule or Rule()
+    rule = rule or HeadRule()
     chosen = sorted(set(tested))
     absent = [head for head in chosen if head not in effects or head not in twin_effects]
     if absent:

@@ -153,7 +153,7 @@ def test_rank_correlation_is_that_of_ranks(pairs: list[tuple[int, int]]) -> None
 @cache
 def found_in(name: str, also: tuple[tuple[int, int], ...] = ()) -> rl.RefusalHeads:
     every = [rl.load_prompts(kind, language="toy") for kind in ("harmful", "harmless")]
-    search = rl.Search(limit=50, n_test=2, n_random_sets=3, max_heads=1)
+    search = rl.HeadSearch(limit=50, n_test=2, n_random_sets=3, max_heads=1)
     return rl.refusal_heads(*toy(name), *every, conditions=["off"], search=search, also_test=also, gate=False)
 
 

@@ -29,7 +29,7 @@ from rim_lens.prompts import Prompt
 from tests import verdicts
 from tests.families import FAMILIES
 
-SMALL = rl.Search(limit=12, n_random_sets=2)
+SMALL = rl.HeadSearch(limit=12, n_random_sets=2)
 BRIEF = {"conditions": ("off", "careful"), "search": SMALL}
 
 
@@ -221,13 +221,13 @@ def test_other_candidates_editors_and_places(bench) -> None:
     with pytest.raises(UnknownHead):
         rl.refusal_heads(*bench, **BRIEF, candidates=[(7, 0)])
     with pytest.raises(StatisticsError, match="n_test=0"):
-        rl.refusal_heads(*bench, search=rl.Search(n_test=0))
+        rl.refusal_heads(*bench, search=rl.HeadSearch(n_test=0))
 
 
 def test_plain_strings_are_twins_by_their_order(bench) -> None:
     model, chat, harmful, harmless = bench
     pairs = [(one.text, other.text) for one, other in zip(harmful, harmless, strict=True)][::6]
-    search = rl.Search(limit=24, n_random_sets=2)
+    search = rl.HeadSearch(limit=24, n_random_sets=2)
     found = rl.refusal_heads(
         model, chat, *map(list, zip(*pairs, strict=True)), conditions=("off",), search=search
     )

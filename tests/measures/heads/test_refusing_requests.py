@@ -19,7 +19,7 @@ from rim_lens.views.verdict import head_findings
 HARMFUL = rl.load_prompts("harmful", language="toy")
 HARMLESS = rl.load_prompts("harmless", language="toy")
 SHUFFLED = [HARMLESS[place] for place in np.random.default_rng(0).permutation(len(HARMLESS))]
-SEARCH = rl.Search(limit=10, n_random_sets=2)
+SEARCH = rl.HeadSearch(limit=10, n_random_sets=2)
 BARE = {"contrasts": [], "conditions": ["off"], "search": SEARCH}
 
 
@@ -75,7 +75,7 @@ def test_too_few_families_for_any_verdict_are_refused_before_any_pass(
         with pytest.raises(NotEnoughData, match="5 families"):
             rl.refusal_heads(*planted, asked, HARMLESS, **BARE)
         return
-    settings = BARE | {"search": rl.Search(limit=None, n_random_sets=2)}
+    settings = BARE | {"search": rl.HeadSearch(limit=None, n_random_sets=2)}
     assert (1, 1) in rl.refusal_heads(*planted, asked, HARMLESS, **settings).top()
 
 
@@ -130,7 +130,7 @@ def test_a_set_of_whole_layers_has_nothing_to_be_held_against(monkeypatch: pytes
     monkeypatch.setattr(refusing, "find_heads", lambda *_, **__: layer)
     requests = [rl.load_prompts(kind, language="toy") for kind in ("harmful", "harmless")]
     found = rl.refusal_heads(
-        model, rl.ChatFormat.from_model(model), *requests, conditions=("off",), search=rl.Search(limit=20)
+        model, rl.ChatFormat.from_model(model), *requests, conditions=("off",), search=rl.HeadSearch(limit=20)
     )
     assert found.set["effect"]["high"] < -5
     assert (found.set["n_controls"], found.set["percentile"], found.set["control_p"]) == (0, None, None)

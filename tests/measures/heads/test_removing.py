@@ -235,7 +235,7 @@ def test_a_folder_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def found_heads() -> rl.RefusalHeads:
     every = [rl.load_prompts(kind, language="toy") for kind in KINDS[:2]]
     return rl.refusal_heads(
-        *toy("planted"), *every, conditions=["off"], search=rl.Search(limit=10, n_random_sets=3)
+        *toy("planted"), *every, conditions=["off"], search=rl.HeadSearch(limit=10, n_random_sets=3)
     )
 
 

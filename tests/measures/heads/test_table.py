@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rim_lens.errors import NotEnoughData, StatisticsError, UnknownHead
-from rim_lens.measures.heads.table import COLUMNS, VERDICTS, Rule, corrected_p, head_table
+from rim_lens.measures.heads.table import COLUMNS, VERDICTS, HeadRule, corrected_p, head_table
 from rim_lens.measures.stats import sign_flip_test
 from tests.chance import assert_level_held
 
@@ -196,7 +196,7 @@ def test_an_effect_on_twins_alone_is_general_and_most_of_one_on_both_as_well() -
         "none",
     ]
     assert row_of(table, (0, 1))["p_specific"] <= 0.05  # significant, but a tenth of the effect
-    loose = head_table(harmful, twins, HEADS[:4], FAMILIES, rule=Rule(min_specific=0.0))
+    loose = head_table(harmful, twins, HEADS[:4], FAMILIES, rule=HeadRule(min_specific=0.0))
     assert row_of(loose, (0, 1))["verdict"] == "refusal"
 
 
@@ -210,7 +210,7 @@ def test_a_real_but_tiny_effect_is_none() -> None:
 @pytest.mark.parametrize("wrong", [{"alpha": 0.0}, {"moves": 1.5}, {"min_effect": float("nan")}])
 def test_a_rule_that_nothing_or_everything_would_pass_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(StatisticsError, match=next(iter(wrong))):
-        Rule(**wrong)
+        HeadRule(**wrong)
 
 
 def test_heads_too_small_for_a_verdict_set_no_bar() -> None:
