@@ -22,13 +22,6 @@ from rim_lens.measures.heads.looking import (
 )
 from rim_lens.measures.heads.pairs import pair_interactions, redundant_pairs
 from rim_lens.measures.heads.prefilter import gradient_scores, prefiltered
-from rim_lens.measures.heads.readings import (
-    Reading,
-    accuracy_reading,
-    prefix_reading,
-    refusal_reading,
-    refused_reading,
-)
 from rim_lens.measures.heads.receiving import receiver_kurtosis
 from rim_lens.measures.heads.refusing import HeadSearch, refusal_heads
 from rim_lens.measures.heads.reliability import SplitHalf, split_half
@@ -44,6 +37,13 @@ from rim_lens.measures.probes.cliff import Cliff, refusal_cliff
 from rim_lens.measures.probes.fitting import fit_probes
 from rim_lens.measures.probes.probing import probe
 from rim_lens.measures.probes.result import ProbeResult
+from rim_lens.measures.readings import (
+    Reading,
+    accuracy_reading,
+    prefix_reading,
+    refusal_reading,
+    refused_reading,
+)
 from rim_lens.measures.reasoning import Accuracy, reasoning_accuracy
 from rim_lens.measures.refusal.agreeing import Agreement, agreement
 from rim_lens.measures.refusal.direction import RefusalDirection, refusal_direction

@@ -7,27 +7,19 @@ twins as well, see `specificity`), that the head works alone, or what would take
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from jaxtyping import Float
-from tqdm.auto import tqdm
-
-from rim_lens.errors import ReferenceMismatch, UnknownHead
-from rim_lens.hooks import AblateHeads, Component
+from rim_lens.errors import UnknownHead
+from rim_lens.hooks import AblateHeads
 from rim_lens.hooks.positions import Positions, told
 from rim_lens.lens import Head, model_facts
-from rim_lens.measures.heads.readings import Reading
+from rim_lens.measures.edits import Editor, Remember, editor_name, set_effects
+from rim_lens.measures.readings import Reading
 from rim_lens.measures.refusal.rates import families_of
 
 if TYPE_CHECKING:
     import xarray as xr
-
-# heads, positions → an editor of them: `AblateHeads`, `ScaleHeads` with a factor, or one of your own
-Editor = Callable[..., Component]
-# Stores the numbers of one run under a key and measures none twice: a dict, or ``study_folder.lines(name).get``
-Remember = Callable[[str, Callable[[], list[float]]], Sequence[float]] | MutableMapping[str, Sequence[float]]
 
 
 def head_name(head: Head) -> str:
@@ -94,13 +86,7 @@ def head_effects(
 
     named = _named(reading, sets)
     editors = {name: editor(heads, positions=positions) for name, heads in named.items()}
-    for component in editors.values():
-        component.check_prompts(reading.batch)
-    baseline = measured(reading, [], remember)
-    effects = np.empty((len(reading.batch), len(named)))
-    shown = tqdm(editors.values(), desc=f"heads {reading.batch.name}", disable=not progress)
-    for place, component in enumerate(shown):
-        effects[:, place] = measured(reading, [component], remember) - baseline
+    baseline, effects = set_effects(reading, editors, remember, progress, "heads")
     return xr.DataArray(
         effects,
         dims=("prompt", "set"),
@@ -134,46 +120,3 @@ def _named(reading: Reading, sets: Iterable[Head | Iterable[Head]]) -> dict[str,
             raise UnknownHead("a set without heads was given; the baseline is measured anyway, leave it out.")
         named[set_name(checked)] = checked
     return named
-
-
-def measured(
-    reading: Reading, components: Sequence[Component], remember: Remember | None
-) -> Float[np.ndarray, " prompt"]:
-    """Take a reading with components active, or from what is remembered of it.
-
-    Args:
-        reading: The measure.
-        components: None of them for the baseline.
-        remember: See `head_effects`.
-
-    Raises:
-        ReferenceMismatch: What is remembered belongs to another number of prompts.
-    """
-    if remember is None:
-        return reading(components)
-    key = f"{reading.name}: {', '.join(map(repr, components)) or 'baseline'}"
-
-    def measure() -> list[float]:
-        return reading(components).tolist()
-
-    if isinstance(remember, MutableMapping):
-        if key not in remember:
-            remember[key] = measure()
-        values = remember[key]
-    else:
-        values = remember(key, measure)
-    if len(values) != len(reading.batch):
-        raise ReferenceMismatch(
-            f"{len(values)} numbers are remembered for {key!r}, and there are {len(reading.batch)} prompts. Use another store"
-            " for other prompts."
-        )
-    return np.asarray(values, dtype=np.float64)
-
-
-def editor_name(editor: Editor) -> str:
-    """An editor in words, with its settings."""
-    inner = getattr(editor, "func", editor)
-    name = getattr(inner, "__name__", type(inner).__name__)
-    settings = getattr(editor, "keywords", {})
-    shown = [f"{key}={value!r}" for key, value in settings.items() if isinstance(value, (str, int, float))]
-    return f"{name}({', '.join(shown)})" if shown else str(name)

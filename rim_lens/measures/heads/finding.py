@@ -12,7 +12,7 @@ from rim_lens.batching import MAX_ROWS
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.hooks import AblateHeads
 from rim_lens.lens import Head, Model
-from rim_lens.measures.heads.readings import refusal_reading
+from rim_lens.measures.readings import refusal_reading
 
 if TYPE_CHECKING:
     pass

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 
 from rim_lens.errors import StatisticsError, UnknownHead
 from rim_lens.lens import Head, ModelFacts
 from rim_lens.measures.heads.result import RefusalHeads
-from rim_lens.prompts import Prompt, as_prompts
-
-
-def text_digest(prompt: Prompt) -> str:
-    """Twelve hexadecimal digits of a request's words, by which it is known again under any id.
-
-    >>> text_digest(Prompt("a", "Name a fruit.")) == text_digest(Prompt("b", "Name a fruit."))
-    True
-    """
-    return hashlib.sha256(prompt.text.encode()).hexdigest()[:12]
+from rim_lens.measures.held_out import refuse_used
+from rim_lens.prompts import Prompt
 
 
 def heads_to_edit(
@@ -53,18 +44,5 @@ def heads_to_edit(
             "these RefusalHeads do not record which requests chose them, so that it cannot be told whether these did. Measure"
             " again with rl.refusal_heads, or give (layer, head) pairs."
         )
-    used = [one for one in as_prompts(requests) if text_digest(one) in settings["select_texts"]]
-    # A plain string's family is its place in the list, and says nothing across lists.
-    related = [
-        one for one in requests if isinstance(one, Prompt) and one.family in settings["select_families"]
-    ]
-    if used or related:
-        first = (used or related)[0]
-        why = "chose the heads" if used else f"are of a family that chose the heads ({first.family!r})"
-        raise StatisticsError(
-            f"{len(used or related)} of {len(requests)} requests {why} (first: {first.id!r}); a selection is never tested on"
-            " what it was made on. Give requests of the evaluate side: those whose ids and families are in neither"
-            " found.settings['select_ids'] nor found.settings['select_families'] (of records with splits:"
-            " rl.load_prompts(..., split='evaluate'))."
-        )
+    refuse_used(settings, requests, "heads")
     return sorted(facts.check_heads(list(heads.found)))

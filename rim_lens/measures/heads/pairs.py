@@ -20,8 +20,9 @@ from rim_lens.errors import NotEnoughData
 from rim_lens.hooks import AblateHeads
 from rim_lens.hooks.positions import Positions
 from rim_lens.lens import Head, model_facts
-from rim_lens.measures.heads.effects import Editor, Remember, head_effects, head_name, set_name
-from rim_lens.measures.heads.readings import Reading
+from rim_lens.measures.edits import Editor, Remember
+from rim_lens.measures.heads.effects import head_effects, head_name, set_name
+from rim_lens.measures.readings import Reading
 from rim_lens.measures.stats import bootstrap_interval, family_index, sign_flip_test
 
 if TYPE_CHECKING:

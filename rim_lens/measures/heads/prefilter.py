@@ -35,8 +35,9 @@ from rim_lens.lens import (
     tokenizer_of,
     verify,
 )
-from rim_lens.measures.heads.effects import Editor, Remember, head_effects, head_name
-from rim_lens.measures.heads.readings import Reading
+from rim_lens.measures.edits import Editor, Remember
+from rim_lens.measures.heads.effects import head_effects, head_name
+from rim_lens.measures.readings import Reading
 from rim_lens.measures.refusal.first_word import Skip, check_answer_is_next, first_words_of
 from rim_lens.measures.refusal.openers import opener_ids
 from rim_lens.measures.refusal.rates import families_of

@@ -23,15 +23,16 @@ from rim_lens.hooks import AblateHeads, SpanAttention
 from rim_lens.hooks.positions import Positions, told
 from rim_lens.lens import Head, Model, model_facts, verify, weights_digest
 from rim_lens.measures.controls import control_p, percentile_among, random_heads_per_layer
+from rim_lens.measures.edits import Editor, Remember, editor_name
 from rim_lens.measures.gate import check_gate
 from rim_lens.measures.heads.contrasts import CHAIN, PAPER, Contrast, settled
-from rim_lens.measures.heads.effects import Editor, Remember, editor_name, head_effects
+from rim_lens.measures.heads.effects import head_effects
 from rim_lens.measures.heads.finding import find_heads
-from rim_lens.measures.heads.held_out import text_digest
 from rim_lens.measures.heads.looking import argmax_shift, mass_shift
-from rim_lens.measures.heads.readings import Reading, refusal_reading
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.heads.table import HeadRule, head_table
+from rim_lens.measures.held_out import chosen_by
+from rim_lens.measures.readings import Reading, refusal_reading
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.stats import bootstrap_interval
 from rim_lens.measures.two_sides import Side, families_by_swap, twin_places, two_sides
@@ -200,12 +201,7 @@ def refusal_heads(
         )
         kept.claim(settings, "heads/asked.json")
         # Beside what is asked, and not part of it: `settings` says by digests already which requests these are.
-        chosen_by = [*sides[0].harmful, *sides[0].harmless]
-        settings |= {
-            "select_ids": [prompt.id for prompt in chosen_by],
-            "select_texts": sorted({text_digest(prompt) for prompt in chosen_by}),
-            "select_families": sorted({prompt.family for prompt in chosen_by if prompt.family}),
-        }
+        settings |= chosen_by([*sides[0].harmful, *sides[0].harmless])
         return _measured(bench, kept, moves, looked_among, read_in, gate, rule, settings, also)
 
 

@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from rim_lens.batching import MAX_ROWS
-from rim_lens.chat import ChatFormat, SpanBatch, render_conditions
-from rim_lens.chat.conditions import STANDARD, Conditions, is_control
-from rim_lens.errors import ConditionError, NotEnoughData, StatisticsError
+from rim_lens.chat import ChatFormat
+from rim_lens.chat.conditions import STANDARD, Conditions
+from rim_lens.errors import StatisticsError
 from rim_lens.folder import ResultFolder
 from rim_lens.hooks import AblateHeads
 from rim_lens.hooks.positions import Positions, told
 from rim_lens.lens import Head, Model, verify, weights_digest
 from rim_lens.measures.controls import random_heads_per_layer
-from rim_lens.measures.heads.effects import Editor, Remember, editor_name, head_effects, set_name
-from rim_lens.measures.heads.forced import answer_reading, divergence_reading
+from rim_lens.measures.edits import Editor, Remember, editor_name
+from rim_lens.measures.heads.effects import set_name
 from rim_lens.measures.heads.held_out import heads_to_edit
-from rim_lens.measures.heads.readings import Reading, accuracy_reading, refusal_reading
 from rim_lens.measures.heads.removal import RemovalEffects
-from rim_lens.measures.heads.removal_table import (
-    Line,
-    by_verdict,
-    removal_tables,
-    shuffled,
-    specificities,
-    written_reading,
-)
 from rim_lens.measures.heads.result import RefusalHeads
-from rim_lens.measures.two_sides import named
+from rim_lens.measures.removal_table import effect_tables, shuffled, twins_of
+from rim_lens.measures.removing import asked_of, both_kinds, removal_lines
 from rim_lens.prompts import Prompt
-
-if TYPE_CHECKING:
-    pass
 
 
 def removal_effects(
@@ -152,57 +139,37 @@ def removal_effects(
     facts = verify(model, reads=["pattern", "z"], edits=["z"])
     chosen = heads_to_edit(heads, facts, [*harmful, *harmless])
     controls = shuffled(random_heads_per_layer(chosen, facts.n_heads, n_random_sets, seed), seed)
-    prompts = {"harmful": named(harmful, "harmful"), "harmless": named(harmless, "harmless")}
-    missing = [kind for kind, asked in prompts.items() if not asked]
-    if missing:
-        raise NotEnoughData(
-            f"no {missing[0]} requests were given; what removing does is measured on both kinds."
-        )
-    batches = {kind: render_conditions(chat, asked, conditions, seed=seed) for kind, asked in prompts.items()}
-    if all(batch.think == "open" for batch in batches["harmful"].values()):
-        raise ConditionError(
-            f"none of the conditions {', '.join(batches['harmful'])} is closed, and a score needs one; add 'off'."
-        )
-    if reasoning:
-        prompts["reasoning"] = named(reasoning, "reasoning")
-        batches["reasoning"] = {
-            name: batch
-            for name, batch in render_conditions(chat, prompts["reasoning"], conditions, seed=seed).items()
-            if not is_control(name)
-        }
-    texts, neutral_is = _neutral(chat, batches, neutral)
-    scoring = {} if openers is None else {"openers": tuple(openers)}
+    prompts = both_kinds(harmful, harmless, "removing")
     writing: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "max_cot_tokens": max_cot_tokens,
         "close_unfinished": close_unfinished,
     }
-    readings: list[tuple[str, str, Reading]] = []
-    for kind in ("harmful", "harmless"):
-        for batch in batches[kind].values():
-            readings.append(("written", kind, written_reading(model, batch, chat, max_rows, writing)))
-            if batch.think != "open":
-                readings.append(("score", kind, refusal_reading(model, batch, max_rows=max_rows, **scoring)))
-    for batch in batches.get("reasoning", {}).values():
-        correct = accuracy_reading(model, batch, chat, extract=extract, max_rows=max_rows, **writing)
-        readings.append(("correct", "reasoning", correct))
-        if batch.think != "open":
-            readings.append(("answer", "reasoning", answer_reading(model, batch, chat, max_rows)))
-    readings.append(("kl", "neutral", divergence_reading(model, texts, max_rows)))
+    openers = None if openers is None else tuple(openers)
+    asked = asked_of(
+        model,
+        chat,
+        prompts,
+        reasoning,
+        conditions,
+        neutral=neutral,
+        writing=writing,
+        openers=openers,
+        extract=extract,
+        max_rows=max_rows,
+        seed=seed,
+    )
     settings = {
         "heads": [list(head) for head in chosen],
         "set": set_name(chosen),
         "editor": editor_name(editor),
         "positions": told(positions),
-        "conditions": list(batches["harmful"]),
-        "neutral": neutral_is,
+        **asked.settings(),
         "controls": [[list(head) for head in control] for control in controls],
         "n_written": min(n_written, len(controls)),
         **writing,
-        "openers": scoring.get("openers") and list(scoring["openers"]),
+        "openers": openers and list(openers),
         "seed": seed,
-        "n": {kind: len(asked) for kind, asked in prompts.items()} | {"neutral": len(texts)},
-        "digests": {f"{kind} {batch.name}": batch.digest for _, kind, batch in _read(readings)},
         "chat_format": chat.name,
         "model": facts.to_dict(),
         "weights_digest": weights_digest(model),
@@ -212,45 +179,17 @@ def removal_effects(
         kept = ResultFolder(folder)
         kept.claim(settings, "removal/asked.json")
         remember = kept.lines("removal/readings.jsonl").get
-    lines: list[Line] = []
-    for measure, kind, reading in readings:
-        sets = controls[:n_written] if measure in ("written", "correct") else controls
-        found = head_effects(
-            reading,
-            [chosen, *sets],
-            remember=remember,
-            editor=editor,
-            positions=positions,
-            progress=progress,
-        )
-        before = np.asarray(found["baseline"].values)
-        edited = [before + found.values[:, place] for place in range(len(sets) + 1)]
-        line = Line(measure, kind, reading.batch.name, reading.units, reading.batch.prompts, before, edited)
-        lines += by_verdict(line, reading.batch) if measure == "written" else [line]
-    lines += specificities(lines, harmful, harmless, prompts)
-    return removal_tables(lines, controls, settings, seed)
-
-
-def _read(readings: Sequence[tuple[str, str, Reading]]) -> list[tuple[str, str, SpanBatch]]:
-    return [(measure, kind, reading.batch) for measure, kind, reading in readings if measure != "answer"]
-
-
-def _neutral(
-    chat: ChatFormat, batches: Mapping[str, Mapping[str, SpanBatch]], given: Sequence[str] | None
-) -> tuple[SpanBatch, str]:
-    """The neutral texts, and what they are."""
-    if given is not None:
-        if isinstance(given, str) or not len(given):
-            raise NotEnoughData(
-                "neutral= takes a list of texts, and at least one; None takes what is at hand."
-            )
-        return chat.render(named(list(given), "neutral"), think="off", label="text"), "given texts"
-    kind = "reasoning" if "reasoning" in batches else "harmless"
-    closed = {
-        name: batch for name, batch in batches[kind].items() if batch.think != "open" and not is_control(name)
-    }
-    thought = [name for name in closed if name != "off"] if kind == "reasoning" else []
-    name = next(iter([*thought, *(name for name in closed if name == "off"), *closed]), None)
-    if name is None:  # every closed condition is a control
-        return chat.render(batches[kind][next(iter(batches[kind]))].prompts, label="off"), f"{kind} in off"
-    return closed[name], f"{kind} in {name}"
+    lines = removal_lines(
+        asked,
+        lambda members: editor(members, positions=positions),
+        chosen,
+        controls,
+        n_written,
+        twins_of(harmful, harmless, prompts),
+        remember=remember,
+        progress=progress,
+        what="heads",
+    )
+    return RemovalEffects(
+        **effect_tables(lines, [set_name(control) for control in controls], "heads", seed), settings=settings
+    )

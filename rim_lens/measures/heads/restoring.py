@@ -21,12 +21,13 @@ from rim_lens.hooks.base import Component
 from rim_lens.hooks.positions import Positions, told
 from rim_lens.lens import Head, Model, verify, weights_digest
 from rim_lens.measures.controls import random_heads_per_layer
-from rim_lens.measures.heads.effects import Remember, measured, set_name
+from rim_lens.measures.edits import Remember, measured
+from rim_lens.measures.heads.effects import set_name
 from rim_lens.measures.heads.held_out import heads_to_edit
-from rim_lens.measures.heads.readings import Reading, refusal_reading, refused_reading
-from rim_lens.measures.heads.removal_table import DIFFERENCE, beside_random, mean_columns, shuffled, twins_of
 from rim_lens.measures.heads.result import RefusalHeads
+from rim_lens.measures.readings import Reading, refusal_reading, refused_reading
 from rim_lens.measures.refusal.rates import families_of
+from rim_lens.measures.removal_table import DIFFERENCE, beside_random, mean_columns, shuffled, twins_of
 from rim_lens.measures.stats import bootstrap_interval, sign_flip_test
 from rim_lens.measures.two_sides import named
 from rim_lens.prompts import Prompt

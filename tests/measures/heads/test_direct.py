@@ -23,7 +23,7 @@ from rim_lens.errors import (
 from rim_lens.lens import hooked, model_facts, wrap_hf
 from rim_lens.measures.heads.direct import direct_effects
 from rim_lens.measures.heads.effects import head_effects
-from rim_lens.measures.heads.readings import refusal_reading
+from rim_lens.measures.readings import refusal_reading
 from rim_lens.measures.refusal.openers import opener_ids
 from rim_lens.organisms.planted import DECOY_HEAD, READER, TOPIC_HEAD
 from rim_lens.organisms.toy.host import TOKEN, toy_tokenizer

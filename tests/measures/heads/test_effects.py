@@ -12,7 +12,7 @@ import rim_lens as rl
 from rim_lens.errors import AnswerError, ConditionError, ReferenceMismatch, StatisticsError, UnknownHead
 from rim_lens.hooks import AblateHeads, ScaleHeads
 from rim_lens.measures.heads.effects import head_effects
-from rim_lens.measures.heads.readings import (
+from rim_lens.measures.readings import (
     Reading,
     accuracy_reading,
     prefix_reading,

@@ -13,7 +13,7 @@ from rim_lens.errors import NotEnoughData, UnknownHead
 from rim_lens.measures.heads.effects import head_effects
 from rim_lens.measures.heads.finding import find_heads, scorer
 from rim_lens.measures.heads.pairs import PAIR_COLUMNS, pair_effects, pair_interactions, redundant_pairs
-from rim_lens.measures.heads.readings import Reading, refusal_reading
+from rim_lens.measures.readings import Reading, refusal_reading
 from rim_lens.organisms.planted import DECOY_HEAD, READER, TOPIC_HEAD
 from tests.families import FAMILIES
 from tests.measures.heads.redundant import COPY, with_two_readers

@@ -17,7 +17,7 @@ from rim_lens.hooks import ScaleHeads
 from rim_lens.lens import hooked, model_facts
 from rim_lens.measures.heads.direct import direct_effects
 from rim_lens.measures.heads.prefilter import gradient_scores, prefiltered
-from rim_lens.measures.heads.readings import Reading, refusal_reading
+from rim_lens.measures.readings import Reading, refusal_reading
 from rim_lens.measures.refusal.openers import opener_ids
 from rim_lens.organisms.planted import DECOY_HEAD, READER, TOPIC_HEAD
 from rim_lens.organisms.toy.host import TOKEN

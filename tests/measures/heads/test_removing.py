@@ -20,11 +20,11 @@ from rim_lens.errors import (
     UnknownHead,
 )
 from rim_lens.measures.controls import percentile_among
-from rim_lens.measures.heads.forced import answer_reading, divergence_reading, text_rows
-from rim_lens.measures.heads.readings import refusal_reading
+from rim_lens.measures.forced import answer_reading, divergence_reading, text_rows
 from rim_lens.measures.heads.removal import RemovalEffects
-from rim_lens.measures.heads.removal_table import written_reading
 from rim_lens.measures.heads.removing import removal_effects
+from rim_lens.measures.readings import refusal_reading
+from rim_lens.measures.removal_table import written_reading
 from rim_lens.measures.stats import bootstrap_interval, sign_flip_test
 from rim_lens.organisms.planted import DECOY_HEAD, READER, TOPIC_HEAD
 from tests.measures.refusal.test_direction import toy

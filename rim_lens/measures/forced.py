@@ -14,7 +14,7 @@ from rim_lens.chat import ChatFormat, SpanBatch
 from rim_lens.errors import AnswerError, ConditionError
 from rim_lens.hooks.base import Component, attached, bound, describe
 from rim_lens.lens import Model, all_logits, model_facts, require_eval, require_finite
-from rim_lens.measures.heads.readings import Reading
+from rim_lens.measures.readings import Reading
 
 TEXT = ("request", "cot", "answer")  # whose tokens are text; all others are scaffold
 _MOST_LOGITS = 2**26  # numbers of one pass, 256 MiB in float32

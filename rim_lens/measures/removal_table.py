@@ -1,10 +1,10 @@
-"""From numbers per prompt to the table of `removal_effects`: shares, intervals, tests and the place among random sets."""
+"""From numbers per prompt to the tables of `removal_effects` and `neuron_effects`: shares, intervals, tests and the place among random sets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -12,15 +12,16 @@ from jaxtyping import Float
 from rim_lens.chat import ChatFormat, SpanBatch
 from rim_lens.generation import generate
 from rim_lens.hooks.base import Component
-from rim_lens.lens import Head, Model
-from rim_lens.measures.controls import control_p, percentile_among
-from rim_lens.measures.heads.effects import set_name
-from rim_lens.measures.heads.readings import Reading
-from rim_lens.measures.heads.removal import RemovalEffects
+from rim_lens.lens import Model
+from rim_lens.measures.controls import Unit, control_p, percentile_among
+from rim_lens.measures.readings import Reading
 from rim_lens.measures.refusal.rates import VERDICTS, families_of, share_interval
 from rim_lens.measures.stats import bootstrap_interval, family_index, sign_flip_test
-from rim_lens.measures.two_sides import Side, twin_places
+from rim_lens.measures.two_sides import Side, families_by_swap, twin_places
 from rim_lens.prompts import Prompt
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = (
     *("measure", "kind", "condition", "unit", "n", "n_families"),
@@ -44,6 +45,12 @@ class Line:
     prompts: Sequence[Prompt]
     before: Values
     edited: Sequence[Values] = field(repr=False)
+    families: Sequence[str] = ()  # none given: the prompts' own
+
+    @property
+    def units_of_chance(self) -> Sequence[str]:
+        """The family of each prompt: what tests and intervals take for one witness."""
+        return self.families or families_of(self.prompts)
 
     @property
     def after(self) -> Values:
@@ -121,13 +128,9 @@ def twins_of(
 
 
 def specificities(
-    lines: Sequence[Line],
-    harmful: Sequence[Prompt | str],
-    harmless: Sequence[Prompt | str],
-    prompts: Mapping[str, list[Prompt]],
+    lines: Sequence[Line], places: Sequence[int] | None, prompts: Mapping[str, list[Prompt]]
 ) -> list[Line]:
-    """Scores of harmful requests minus those of their twins, where every one has its twin."""
-    places = twins_of(harmful, harmless, prompts)
+    """Scores of harmful requests minus those of their twins, where every one has its twin, see `twins_of`."""
     if places is None:
         return []
     scores = {(line.kind, line.condition): line for line in lines if line.measure == "score"}
@@ -145,21 +148,32 @@ def specificities(
                 line.prompts,
                 line.before - twins.before[places],
                 [own - other[places] for own, other in zip(line.edited, twins.edited, strict=True)],
+                families_by_swap(line.prompts, [prompts["harmless"][place] for place in places]),
             )
         )
     return found
 
 
-def removal_tables(
-    lines: Sequence[Line], controls: Sequence[Sequence[Head]], settings: dict[str, Any], seed: int
-) -> RemovalEffects:
-    """Make the tables: intervals over families, p corrected over conditions, the place among random sets."""
+def effect_tables(
+    lines: Sequence[Line], controls: Sequence[str], members: str, seed: int
+) -> dict[str, pd.DataFrame]:
+    """Make the tables: intervals over families, p corrected over conditions, the place among random sets.
+
+    Args:
+        lines: Rows to be.
+        controls: Random sets, in words.
+        members: What they are sets of, the name of their column.
+        seed: Of permutations and bootstrap.
+
+    Returns:
+        The frames table, sets and rows of `EffectTables`.
+    """
     import pandas as pd
 
     p = _corrected(lines, seed)
     table, sets, rows = [], [], []
     for line in lines:
-        families = families_of(line.prompts)
+        families = line.units_of_chance
         same = {"measure": line.measure, "kind": line.kind, "condition": line.condition}
         table.append(
             {
@@ -175,7 +189,7 @@ def removal_tables(
             }
         )
         sets += [
-            {"control": number, "heads": set_name(controls[number]), **same, "change": change}
+            {"control": number, members: controls[number], **same, "change": change}
             for number, change in enumerate(line.random)
         ]
         rows += [
@@ -184,12 +198,11 @@ def removal_tables(
                 line.prompts, families, line.before, line.after, strict=True
             )
         ]
-    return RemovalEffects(
-        table=pd.DataFrame(table, columns=list(COLUMNS)),
-        sets=pd.DataFrame(sets, columns=["control", "heads", "measure", "kind", "condition", "change"]),
-        rows=pd.DataFrame(rows),
-        settings=settings,
-    )
+    return {
+        "table": pd.DataFrame(table, columns=list(COLUMNS)),
+        "sets": pd.DataFrame(sets, columns=["control", members, "measure", "kind", "condition", "change"]),
+        "rows": pd.DataFrame(rows),
+    }
 
 
 def _corrected(lines: Sequence[Line], seed: int) -> dict[tuple[str, str, str], float]:
@@ -201,7 +214,7 @@ def _corrected(lines: Sequence[Line], seed: int) -> dict[tuple[str, str, str], f
     found = {}
     for (measure, kind), members in groups.items():
         changes = np.stack([line.after - line.before for line in members], axis=1)
-        test = sign_flip_test(changes, families=families_of(members[0].prompts), correction="max", seed=seed)
+        test = sign_flip_test(changes, families=members[0].units_of_chance, correction="max", seed=seed)
         for line, p in zip(members, np.atleast_1d(test.p).tolist(), strict=True):
             found[measure, kind, line.condition] = p
     return found
@@ -218,7 +231,7 @@ def _level(name: str, values: Values, families: Sequence[str], line: Line, seed:
     return mean_columns(name, values, families, seed)
 
 
-def shuffled(controls: list[list[Head]], seed: int) -> list[list[Head]]:
+def shuffled(controls: list[list[Unit]], seed: int) -> list[list[Unit]]:
     """Control sets in random order: where all there are come, they come by number, and the first are not any ones."""
     return [controls[place] for place in np.random.default_rng(seed).permutation(len(controls))]
 
