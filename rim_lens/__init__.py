@@ -97,6 +97,7 @@ _HOME: dict[str, str] = {
     "span_patching": "measures",
     "patching_table": "measures",
     "reciprocal_activation_shift": "measures",
+    "NeuronSet": "measures",
     "answer_row": "measures",
     "empty_block_span": "measures",
     "argmax_in": "measures",
