@@ -98,6 +98,7 @@ _HOME: dict[str, str] = {
     "patching_table": "measures",
     "reciprocal_activation_shift": "measures",
     "NeuronSet": "measures",
+    "pooled_activations": "measures",
     "answer_row": "measures",
     "empty_block_span": "measures",
     "argmax_in": "measures",

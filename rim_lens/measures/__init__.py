@@ -31,6 +31,7 @@ from rim_lens.measures.heads.restoring import restoring
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.heads.summary import head_statistics
 from rim_lens.measures.heads.table import HeadRule, head_table
+from rim_lens.measures.neurons.reading import pooled_activations
 from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.measures.patching import head_patching, patching_table, span_patching
 from rim_lens.measures.probes.after_ablation import ProbesAfterAblation, probe_after_ablation
@@ -118,6 +119,7 @@ __all__ = [
     "pair_interactions",
     "patching_table",
     "percentile_among",
+    "pooled_activations",
     "prefiltered",
     "prefix_reading",
     "probe",
