@@ -64,6 +64,8 @@ _HOME: dict[str, str] = {
     "removal_effects": "measures",
     "RemovalEffects": "measures",
     "restoring": "measures",
+    "neuron_effects": "measures",
+    "NeuronEffects": "measures",
     "compare_heads": "measures",
     "HeadComparison": "measures",
     "Contrast": "measures",

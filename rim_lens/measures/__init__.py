@@ -31,6 +31,7 @@ from rim_lens.measures.heads.restoring import restoring
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.heads.summary import head_statistics
 from rim_lens.measures.heads.table import HeadRule, head_table
+from rim_lens.measures.neurons.effects import NeuronEffects, neuron_effects
 from rim_lens.measures.neurons.reading import pooled_activations
 from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.measures.patching import head_patching, patching_table, span_patching
@@ -79,6 +80,7 @@ __all__ = [
     "Interval",
     "Judge",
     "Judgement",
+    "NeuronEffects",
     "NeuronSet",
     "PairedTest",
     "PrefixJudge",
@@ -115,6 +117,7 @@ __all__ = [
     "head_table",
     "judge_all",
     "mass_shift",
+    "neuron_effects",
     "opener_ids",
     "pair_interactions",
     "patching_table",
