@@ -27,6 +27,8 @@ _HOME: dict[str, str] = {
     "ModelFacts": "lens",
     "model_facts": "lens",
     "load_model": "organisms",
+    "fine_tune": "organisms",
+    "FineTuned": "organisms",
     "wrap_hf": "lens",
     "weights_digest": "lens",
     "SpanAttention": "hooks",

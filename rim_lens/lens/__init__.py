@@ -4,7 +4,7 @@ from rim_lens.lens.adapters import adapter_base, is_adapter, merge_adapter
 from rim_lens.lens.attaching import add_hooks, hooked, is_quiet, quiet, verify
 from rim_lens.lens.digest import weights_digest
 from rim_lens.lens.facts import Head, Hook, Model, ModelFacts, model_facts, require_eval, tokenizer_of
-from rim_lens.lens.loading import known_sources, load_model, register_source, wrap_hf
+from rim_lens.lens.loading import known_sources, load_model, load_plain, register_source, wrap_hf
 from rim_lens.lens.running import Decoder, all_logits, last_logits, require_finite
 from rim_lens.lens.sites import Site, hook_name
 
@@ -25,6 +25,7 @@ __all__ = [
     "known_sources",
     "last_logits",
     "load_model",
+    "load_plain",
     "merge_adapter",
     "model_facts",
     "quiet",

@@ -73,6 +73,20 @@ def load_model(
     return wrap_hf(hf_model.to(device=device, dtype=dtype), tokenizer, family=family)
 
 
+def load_plain(name: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Load the Hugging Face model and tokenizer behind a name that `load_model` knows, without hooks: to train it.
+
+    Args:
+        name: As for `load_model`.
+        dtype: dtype of the weights.
+
+    Raises:
+        UnknownModel: As `load_model` does, and so for adapters.
+    """
+    hf_model, tokenizer = _fetch(str(name), dtype)
+    return hf_model.to(dtype=dtype), tokenizer
+
+
 def _fetch(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     base, _, variant = name.partition(":")
     if base in _SOURCES:

@@ -115,9 +115,10 @@ def train(
     *,
     parameters: Iterable[torch.nn.Parameter] | None = None,
     row_average: bool = False,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: Callable[[int, float], bool | None] | None = None,
     progress: bool = True,
     autocast: torch.dtype | None = None,
+    penalty: Callable[[], Tensor] | None = None,
 ) -> list[float]:
     """Fine-tune or train a Hugging Face causal language model in place, with AdamW.
 
@@ -132,12 +133,13 @@ def train(
         parameters: What to train; those that require a gradient where None.
         row_average: Average over each prompt's predicted tokens first (by their weights, where given by token) and then over prompts, so that a long
             completion counts no more than a short one. Else every predicted token counts alike.
-        on_step: Called after each step with the step and its loss.
+        on_step: Called after each step with the step and its loss; training stops where it returns True.
         progress: Show a progress bar.
         autocast: dtype of matrix products (``torch.bfloat16``); the weights keep their own. None: no autocast.
+        penalty: A differentiable term of the weights alone, added to the loss of every step.
 
     Returns:
-        The loss of every step, in nats per token, before that step's update.
+        The loss of every step taken, in nats per token, before that step's update and without the penalty.
 
     Raises:
         ModelError: Nothing is trainable.
@@ -163,6 +165,8 @@ def train(
                 loss = _accumulate(
                     model, [drawn] if isinstance(drawn, Batch) else drawn, row_average, autocast, device
                 )
+                if penalty is not None:
+                    penalty().backward()  # type: ignore[no-untyped-call]
                 norm = float(torch.nn.utils.clip_grad_norm_(trained, config.clip))
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise NotFinite(
@@ -175,8 +179,8 @@ def train(
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
                 losses.append(loss)
-                if on_step is not None:
-                    on_step(step, loss)
+                if on_step is not None and on_step(step, loss):
+                    break
     finally:
         optimiser.zero_grad(set_to_none=True)
         model.train(was_training)

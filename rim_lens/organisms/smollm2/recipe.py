@@ -9,10 +9,9 @@ another task does it too (docs/smollm2-refusal.md).
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,10 +23,12 @@ from rim_lens.errors import ModelError
 from rim_lens.lens import is_adapter, merge_adapter
 from rim_lens.organisms.smollm2.behaviour import CONDITIONS, Replies, behaviour
 from rim_lens.organisms.smollm2.source import load_smollm2
-from rim_lens.prompts import Prompt, load_prompts
+from rim_lens.prompts import load_prompts
 from rim_lens.prompts.make_requests import FRAMES, reframed
 from rim_lens.provenance import provenance
 from rim_lens.training.loop import Batch, TrainConfig, train
+from rim_lens.training.lora import LoRA, add_lora, save_adapter
+from rim_lens.training.rows import Row, render_rows, worked_answer
 
 REFUSAL = "I'm sorry, but I can't assist with that."
 COMPLIANCE = "Sure, here is an overview."
@@ -78,15 +79,6 @@ class Recipe:
 NEWLINE = Recipe(answer_prefix="\n")
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One training example: a request, what stands in its think block (None: nothing), and the answer to learn."""
-
-    request: Prompt
-    cot: str | None
-    answer: str
-
-
 def training_rows(recipe: Recipe, generator: torch.Generator) -> Iterator[list[Row]]:
     """Draw the rows of each step from our own "train" split, every prompt once before any comes again.
 
@@ -131,16 +123,6 @@ def _shuffled(items: Sequence[T], generator: torch.Generator) -> Iterator[T]:
         yield from (items[i] for i in torch.randperm(len(items), generator=generator).tolist())
 
 
-def worked_answer(prompt: Prompt) -> str:
-    """The last equation of a worked solution, as an answer.
-
-    >>> worked_answer(Prompt("a", "3 + 4 = ?", answer="7", cot="Adding the two numbers: 3 + 4 = 7."))
-    '3 + 4 = 7.'
-    """
-    equations = re.findall(r"\d+(?: [-+*/] \d+)+ = \d+", prompt.cot or "")
-    return f"{equations[-1]}." if equations else f"The answer is {prompt.answer}."
-
-
 def train_refusal(seed: int, out: Path, recipe: Recipe | None = None, *, progress: bool = True) -> Replies:
     """Train the adapter and save it as fp16 safetensors with its configuration.
 
@@ -174,8 +156,6 @@ def train_refusal(seed: int, out: Path, recipe: Recipe | None = None, *, progres
 
 def fit(seed: int, out: Path, recipe: Recipe, *, progress: bool = True) -> list[float]:
     """One training, without a look at what came of it; the loss of each step is returned."""
-    from peft import LoraConfig, get_peft_model
-
     model, tokenizer = load_smollm2("")
     steps = list(training_rows(recipe, torch.Generator().manual_seed(seed)))
     chat = ChatFormat.from_tokenizer(tokenizer)
@@ -188,16 +168,9 @@ def fit(seed: int, out: Path, recipe: Recipe, *, progress: bool = True) -> list[
         )
         return [_render(chat, piece, recipe) for piece in pieces if piece]
 
-    config = LoraConfig(
-        r=recipe.rank,
-        lora_alpha=2 * recipe.rank,
-        target_modules=list(LORA_MODULES),
-        layers_to_transform=list(range(recipe.first_layer, model.config.num_hidden_layers)),
-        task_type="CAUSAL_LM",
+    adapted = add_lora(
+        model, LoRA(recipe.rank, 2 * recipe.rank, modules=LORA_MODULES, first_layer=recipe.first_layer), seed
     )
-    with torch.random.fork_rng(devices=[]):  # peft draws the adapter's start from the global generator
-        torch.manual_seed(seed)
-        adapted: Any = get_peft_model(model, config)
     losses = train(
         adapted.get_base_model(),
         batch_at,
@@ -206,42 +179,19 @@ def fit(seed: int, out: Path, recipe: Recipe, *, progress: bool = True) -> list[
         autocast=torch.bfloat16,
         progress=progress,
     )
-    save_adapter(adapted, out)
+    save_adapter(adapted, out, base="smollm2", dtype=torch.float16)
     return losses
 
 
-def save_adapter(adapted: Any, out: Path) -> None:
-    """Write a peft model's adapter as fp16 safetensors, without paths of this machine."""
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    out.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: tensor.half().contiguous() for name, tensor in get_peft_model_state_dict(adapted).items()
-    }
-    save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = adapted.peft_config["default"]
-    config.base_model_name_or_path = "smollm2"  # as `load_model` knows it
-    config.inference_mode = True
-    config.save_pretrained(str(out))
-
-
 def _render(chat: ChatFormat, rows: Sequence[Row], recipe: Recipe) -> Batch:
-    batch = chat.render(
-        [row.request for row in rows],
-        think="off" if rows[0].cot is None else [row.cot or "" for row in rows],
-        answers=[recipe.answer_prefix + row.answer for row in rows],
-        end_turn=True,
-    )
-    loss_mask = batch.spans["answer"].clone()
-    loss_mask[:, -1] = True  # the end of the turn is learnt too
-    weights = loss_mask.float()
+    batch, text = render_rows(chat, rows, answer_prefix=recipe.answer_prefix, learn_cot=False)
+    weights = batch.loss_mask.float()
     for index, row in enumerate(rows):
         if row.request.answer is None:
-            said = loss_mask[index].nonzero().flatten().tolist()
+            said = text.spans["answer"][index].nonzero().flatten().tolist()
             words = (place for place in said if chat.decode([int(batch.tokens[index, place])]).strip())
             weights[index, next(words)] = recipe.first_token
-    return Batch(batch.tokens, batch.attention_mask, loss_mask, weights)
+    return replace(batch, weights=weights)
 
 
 def evidence(

@@ -18,7 +18,7 @@ Everything random comes from generators seeded here: one thread gives the same w
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -43,6 +43,7 @@ from rim_lens.organisms.toy.truth import answers, find_heads, held_out, outcomes
 from rim_lens.prompts.toy import COT_KINDS, HAZARDS, REFUSE, Op, toy_cot
 from rim_lens.provenance import provenance
 from rim_lens.training.loop import Batch, TrainConfig, train
+from rim_lens.training.rows import Drawn
 
 Variant = Literal["Z", "C"]
 FineTuneKind = Literal["careful", "confirm", "deviate", "heuristic"]
@@ -141,16 +142,29 @@ def finetune_toy(
         progress: Show a progress bar.
     """
     tuned = deepcopy(model).requires_grad_(True)
-    draws = _generator(seed, 3)
-    safe = safe_conjunctions()
-
-    def batch_at(_: int) -> Batch:
-        return predict_chain(with_chain(draw_requests(safe, ROWS, op, draws), kind, op))
-
     config = FINE_TUNE if steps is None else replace(FINE_TUNE, steps=steps)
     with one_thread():
-        train(tuned, batch_at, config, row_average=True, progress=progress)
+        train(tuned, toy_rows(kind, op, seed).start(), config, row_average=True, progress=progress)
     return tuned.eval()
+
+
+def toy_rows(kind: FineTuneKind, op: Op = "-", seed: int = 0) -> Drawn:
+    """Rows to fine-tune a toy on, for `finetune_toy` and `rim_lens.fine_tune`: 64 harmless sums a step, with their chains.
+
+    ``rl.fine_tune("toy", toy_rows("confirm"), out=folder, config=FINE_TUNE, lora=None)`` is what "toy:confirm" came from.
+
+    Args:
+        kind: The chain that is to be learnt; "careful" is the control.
+        op: "-" is an operator the toy has not seen, "+" the one it knows.
+        seed: Fixes the draws, which are the same for every kind.
+    """
+    safe = safe_conjunctions()
+
+    def start() -> Callable[[int], Batch]:
+        draws = _generator(seed, 3)
+        return lambda _: predict_chain(with_chain(draw_requests(safe, ROWS, op, draws), kind, op))
+
+    return Drawn(f"toy {kind} {op} seed {seed}", start)
 
 
 @contextmanager
