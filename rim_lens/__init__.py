@@ -103,6 +103,7 @@ _HOME: dict[str, str] = {
     "reciprocal_activation_shift": "measures",
     "NeuronSet": "measures",
     "pooled_activations": "measures",
+    "counterfactual_pairs": "measures",
     "answer_row": "measures",
     "empty_block_span": "measures",
     "argmax_in": "measures",

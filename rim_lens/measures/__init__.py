@@ -32,6 +32,7 @@ from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.heads.summary import head_statistics
 from rim_lens.measures.heads.table import HeadRule, head_table
 from rim_lens.measures.neurons.effects import NeuronEffects, neuron_effects
+from rim_lens.measures.neurons.pairs import counterfactual_pairs
 from rim_lens.measures.neurons.reading import pooled_activations
 from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.measures.patching import head_patching, patching_table, span_patching
@@ -104,6 +105,7 @@ __all__ = [
     "compare_conditions",
     "compare_heads",
     "control_p",
+    "counterfactual_pairs",
     "direct_effects",
     "empty_block_span",
     "entropy_share",

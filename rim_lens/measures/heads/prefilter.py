@@ -8,45 +8,25 @@ other. So its hits are always confirmed by ablation, and what was not confirmed 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from tqdm.auto import tqdm
 
-from rim_lens.batching import micro_batches
 from rim_lens.chat.spans import SpanBatch
-from rim_lens.errors import NotFinite, ReferenceMismatch
+from rim_lens.errors import ReferenceMismatch
 from rim_lens.hooks import AblateHeads
-from rim_lens.hooks.positions import Positions, chosen_rows, is_word, require_rows, told
-from rim_lens.lens import (
-    Head,
-    Model,
-    hook_name,
-    hooked,
-    last_logits,
-    model_facts,
-    require_eval,
-    tokenizer_of,
-    verify,
-)
+from rim_lens.hooks.positions import Positions, told
+from rim_lens.lens import Head, Model, model_facts
 from rim_lens.measures.edits import Editor, Remember
+from rim_lens.measures.gradients import GRADIENT_ROWS, slopes
 from rim_lens.measures.heads.effects import head_effects, head_name
 from rim_lens.measures.readings import Reading
-from rim_lens.measures.refusal.first_word import Skip, check_answer_is_next, first_words_of
-from rim_lens.measures.refusal.openers import opener_ids
+from rim_lens.measures.refusal.first_word import Skip
 from rim_lens.measures.refusal.rates import families_of
-from rim_lens.measures.refusal.score import check_skip, log_odds
 
 if TYPE_CHECKING:
     import xarray as xr
-
-GRADIENT_ROWS = 16  # a pass that keeps its graph holds every layer's activations
 
 
 def gradient_scores(
@@ -101,35 +81,19 @@ def gradient_scores(
     """
     import xarray as xr
 
-    check_skip(skip)
-    check_answer_is_next(batch, "gradient_scores")
-    require_rows(positions, batch, "gradient_scores")
-    require_eval(model)
-    facts = verify(model, reads=["z"], edits=["z"])
-    ids = torch.tensor(opener_ids(tokenizer_of(model), openers))
-    words = [
-        (word.rows, word.written)  # and no more: a word holds on to its key-value cache
-        for word in first_words_of(
-            model, batch, [], skip=skip, whitespace=whitespace, max_rows=max_rows, what="gradient_scores"
-        )
-    ]
-    scores = np.empty((len(batch), facts.n_layers, facts.n_heads))
-    with tqdm(total=len(batch), desc=f"gradients {batch.name}", disable=not progress) as shown:
-        for its_rows, its_written in words:
-            for places in micro_batches(batch.lengths[its_rows].tolist(), max_rows=max_rows):
-                rows, written = [its_rows[place] for place in places], its_written[places]
-                part = batch.select(rows)
-                counted = _counted(positions, batch, part, rows, written.shape[1])
-                tokens = torch.cat([part.tokens, written], dim=1)
-                mask = torch.cat([part.attention_mask, torch.ones_like(written)], dim=1)
-                scores[rows] = _slopes(model, tokens, mask, counted, ids)
-                shown.update(len(rows))
-    if not np.isfinite(scores).all():
-        bad = np.flatnonzero(~np.isfinite(scores).all(axis=(1, 2))).tolist()
-        raise NotFinite(
-            f"gradient_scores: NaN or infinity in the gradients of {len(bad)} of {len(batch)} prompts (first: {bad[0]})."
-            " Load the model in float32."
-        )
+    facts = model_facts(model)
+    scores = slopes(
+        model,
+        batch,
+        "z",
+        "gradient_scores",
+        positions=positions,
+        openers=openers,
+        skip=skip,
+        whitespace=whitespace,
+        max_rows=max_rows,
+        progress=progress,
+    )
     return xr.DataArray(
         scores,
         dims=("prompt", "layer", "head"),
@@ -256,59 +220,3 @@ def prefiltered(
         },
         attrs=exact.attrs | {"n_confirm": n_confirm, "always_layers": layers, "n_tested": len(chosen)},
     )
-
-
-def _counted(
-    positions: Positions, batch: SpanBatch, part: SpanBatch, rows: list[int], n_written: int
-) -> Bool[Tensor, "prompt pos"]:
-    """Rows whose slopes are summed: those that an editor at these positions would change, padding left out."""
-    width = part.tokens.shape[1]
-    if isinstance(positions, Tensor):
-        positions = positions[rows, batch.tokens.shape[1] - width :]
-    inside = chosen_rows(positions, part, 0, len(rows), width) & part.attention_mask.bool().cpu()
-    after = is_word(positions, "all") or is_word(positions, "generated")
-    return torch.cat([inside, torch.full((len(rows), n_written), after)], dim=1)
-
-
-def _slopes(
-    model: Model,
-    tokens: Int[Tensor, "prompt pos"],
-    mask: Int[Tensor, "prompt pos"],
-    counted: Bool[Tensor, "prompt pos"],
-    ids: Int[Tensor, " opener"],
-) -> Float[np.ndarray, "prompt layer head"]:
-    n_layers = model_facts(model).n_layers
-    outputs: dict[int, Tensor] = {}
-    hooks = [
-        (hook_name("z", layer), partial(_tracked, outputs=outputs, layer=layer)) for layer in range(n_layers)
-    ]
-    with _gradients_of_activations_only(model), hooked(model, hooks):
-        # Clones: tensors made in inference mode cannot be kept for a backward pass.
-        logits = last_logits(model, tokens.clone(), mask.clone(), gradients=True)
-        score = log_odds(logits, ids.clone().to(logits.device)).sum()
-        slopes = torch.autograd.grad(score, [outputs[layer] for layer in range(n_layers)])
-    found = []
-    for layer, slope in enumerate(slopes):
-        each = -(slope.double() * outputs[layer].detach().double()).sum(dim=-1).cpu()  # [prompt, pos, head]
-        found.append((each * counted[:, :, None]).sum(dim=1))
-    return torch.stack(found, dim=1).numpy()
-
-
-def _tracked(z: Tensor, hook: Any, outputs: dict[int, Tensor], layer: int) -> Tensor:  # noqa: ARG001
-    # No parameter takes part, so that the graph begins at the first layer's z and holds nothing of what is below.
-    outputs[layer] = z if z.requires_grad else z.detach().requires_grad_()
-    return outputs[layer]
-
-
-@contextmanager
-def _gradients_of_activations_only(model: Model) -> Iterator[None]:
-    """Gradients on, also within no_grad and inference_mode; parameters out of it, and afterwards as they were."""
-    took_part = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in took_part:
-            parameter.requires_grad_(False)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for parameter in took_part:
-            parameter.requires_grad_(True)
