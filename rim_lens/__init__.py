@@ -113,6 +113,8 @@ _HOME: dict[str, str] = {
     "head_statistics": "measures",
     "split_half": "measures",
     "receiver_kurtosis": "measures",
+    "entanglement": "measures.entanglement.entangling",  # the room bears the same name
+    "Entanglement": "measures.entanglement.result",
     "Study": "study",
     "StudyResult": "study",
     "Settings": "study",
