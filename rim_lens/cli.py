@@ -49,6 +49,7 @@ Gate = Annotated[bool, typer.Option(help="Stop where the model does not refuse i
 # A toy study is over in a minute or two; on a real model the same questions are asked of fewer requests.
 TOY_TUNED = ("toy:careful", "toy:confirm", "toy:deviate")
 REAL_REQUESTS = 24
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @app.command()
@@ -139,6 +140,10 @@ def heads(
         bool, typer.Option(help="Remove the found heads, and edit them under chains of thought.")
     ] = True,
     probes: Annotated[bool, typer.Option(help="Train and ablate probes as well.")] = True,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")] = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights, and never chosen for you: " + ", ".join(DTYPES) + ".")
+    ] = "float32",
     plan: PlanOnly = False,
     as_json: AsJson = False,
     gate: Gate = True,
@@ -170,6 +175,8 @@ def heads(
                 if asked
             ),
         ),
+        device=_device(device),
+        dtype=_dtype(dtype),
         conditions=conditions,
         n_test=n_test,
     )
@@ -340,9 +347,13 @@ def _study(
     files: dict[str, Path | None] | None = None,
     both_kinds: Path | None = None,
     parts: Sequence[str] = ("heads", "neurons"),
+    device: str = "cpu",
+    dtype: str = "float32",
     **settings: Any,
 ) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import torch
+
     from rim_lens.prompts import load_file
     from rim_lens.study import Settings, Study
 
@@ -354,7 +365,16 @@ def _study(
     asked = Settings(
         max_new_tokens=max_new_tokens, gate=gate, progress=not as_json and errors.is_terminal, **settings
     )
-    question = Study(model, tuned=tuned, n_requests=requests, settings=asked, parts=parts, **given)
+    question = Study(
+        model,
+        tuned=tuned,
+        n_requests=requests,
+        settings=asked,
+        parts=parts,
+        device=device,
+        dtype=getattr(torch, dtype),
+        **given,
+    )
     planned = question.plan()
     if as_json and plan_only:
         console.print_json(json.dumps(planned.to_dict()))
@@ -367,6 +387,24 @@ def _study(
     _show(result, as_json)
     if not result.gate["passed"] and gate:
         raise typer.Exit(GATE_EXIT)
+
+
+def _dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise typer.BadParameter(f"--dtype {name}: there are {', '.join(DTYPES)}")
+    return name
+
+
+def _device(name: str) -> str:
+    """The device, tried before a model is read onto it."""
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise typer.BadParameter(f"--device {name} cannot be used here: {reason}") from None
+    return name
 
 
 def _conditions(think: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -37,11 +37,9 @@ class ResultFolder:
                     f"{self.path} was written in format {found.get('format_version')}, this version writes"
                     f" {FORMAT_VERSION}. Give an empty folder."
                 )
-            other = found.get("design")
-            if other != json.loads(json.dumps(design)):
-                changed = sorted(
-                    key for key in design if json.loads(json.dumps(design[key])) != (other or {}).get(key)
-                )
+            asked, other = json.loads(json.dumps(design)), found.get("design") or {}
+            if other != asked:
+                changed = sorted(key for key in {*asked, *other} if asked.get(key) != other.get(key))
                 raise StudyFolderError(
                     f"{self.path} holds another study (different: {', '.join(changed)}). Give an empty folder; what is"
                     " there stays untouched."

@@ -6,11 +6,13 @@ import json
 import re
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import rim_lens as rl
 from rim_lens import cli
 from rim_lens.organisms.toy import toy_model, toy_tokenizer
+from rim_lens.views.reproduce import command, python
 
 run = CliRunner().invoke
 SMALL = ["--requests", "6", "--max-new-tokens", "10"]
@@ -140,3 +142,21 @@ def test_errors_say_what_is_wrong_and_exit_with_1(tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(("text", "seeds"), [("0-2", [0, 1, 2]), ("4", [4]), ("0,3", [0, 3])])
 def test_seeds(text, seeds):
     assert cli._seeds(text) == seeds
+
+
+def test_a_model_goes_where_it_is_wanted_and_in_the_dtype_asked_for(tmp_path):
+    """Said again in how to run it, and refused where it cannot be."""
+    out = tmp_path / "run"
+    asked = ["heads", "toy", "--no-removing", "--no-probes", "--n-test", "2", "--out", str(out), *SMALL]
+    result = run(cli.app, [*asked, "--dtype", "bfloat16", "--think", "off,open"])
+    assert result.exit_code == 0, result.output
+    study = rl.load_study(out)
+    assert study.design["facts"]["dtype"] == "torch.bfloat16"
+    assert study.design["model"] == "toy"
+    assert study.design["weights_digest"] != rl.weights_digest(rl.load_model("toy"))
+    assert command(study).endswith("--dtype bfloat16")
+    assert "dtype=torch.bfloat16" in python(study)
+    for wrong in (["--dtype", "int8"], ["--device", "nowhere"], ["--device", "cuda:99"]):
+        assert run(cli.app, [*asked, *wrong]).exit_code == 2
+    with pytest.raises(ValueError, match="it stays as it is"):
+        rl.Study(rl.load_model("toy"), dtype=torch.bfloat16)

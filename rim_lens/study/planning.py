@@ -12,7 +12,10 @@ import torch
 from rim_lens.chat.conditions import is_control, leaves_open
 from rim_lens.lens import model_facts
 from rim_lens.measures.heads.contrasts import CHAIN, PAPER
+from rim_lens.measures.heads.refusing import too_few_families
+from rim_lens.measures.heads.table import HeadRule
 from rim_lens.measures.probes.groups import CONTRASTS
+from rim_lens.measures.two_sides import families_by_swap
 from rim_lens.study import removing
 from rim_lens.study.probing import n_sets, probed_conditions, with_thoughts
 from rim_lens.study.removing import WRITTEN_SETS
@@ -57,11 +60,13 @@ class Plan:
         seconds: Estimated time of all on this machine: floating-point work at the speed of a matrix product
             just timed, and hook overhead. It says whether to wait or to come back, and no more.
         facts: The model's.
+        notes: What the study will not be able to tell, and why.
     """
 
     steps: tuple[Step, ...]
     seconds: float
     facts: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per stage."""
@@ -71,7 +76,11 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
-        return {"seconds": self.seconds, "steps": [vars(step) for step in self.steps]}
+        return {
+            "seconds": self.seconds,
+            "steps": [vars(step) for step in self.steps],
+            "notes": list(self.notes),
+        }
 
     def __str__(self) -> str:
         head = f"{'stage':<10} {'rows':>7} {'passes':>8} {'tokens':>10}  what"
@@ -80,7 +89,14 @@ class Plan:
             f"{step.what} → {step.files}"
             for step in self.steps
         ]
-        return "\n".join([head, *lines, f"about {_duration(self.seconds)} in all"])
+        return "\n".join(
+            [
+                head,
+                *lines,
+                f"about {_duration(self.seconds)} in all",
+                *(f"note: {note}" for note in self.notes),
+            ]
+        )
 
 
 def make_plan(bench: Bench, n_tuned: int, parts: Sequence[str] = ("heads", "neurons")) -> Plan:
@@ -212,9 +228,14 @@ def make_plan(bench: Bench, n_tuned: int, parts: Sequence[str] = ("heads", "neur
     parameters = sum(parameter.numel() for parameter in bench.model.parameters())
     flops = 2.0 * parameters * sum(step.tokens for step in steps)
     overhead = sum(step.passes for step in steps) * facts.n_layers * HOOK_SECONDS * 4
-    return Plan(
-        tuple(steps), flops / _flops_per_second(facts.device, facts.dtype) + overhead, facts.to_dict()
-    )
+    seconds = flops / _flops_per_second(facts.device, facts.dtype) + overhead
+    return Plan(tuple(steps), seconds, facts.to_dict(), _notes(bench))
+
+
+def _notes(bench: Bench) -> tuple[str, ...]:
+    families = families_by_swap(bench.evaluate.harmful, bench.evaluate.twins)
+    few = too_few_families(families, HeadRule().alpha)
+    return (f"no head can get a verdict: {few}. Everything else is measured.",) if few else ()
 
 
 def _removal_steps(

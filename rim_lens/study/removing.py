@@ -99,5 +99,7 @@ def run_comparing(bench: Bench, base: RefusalHeads, name: str, model: Model) -> 
 
 
 def compared(bench: Bench, names: Sequence[str]) -> None:
-    """Note that the heads of these models are all there."""
-    bench.folder.once("tuned/compared.json", lambda: list(names))
+    """Note that the heads of these models are there, beside those noted before."""
+    before = bench.folder.once("tuned/compared.json", list)
+    if not set(names) <= set(before):
+        bench.folder.write("tuned/compared.json", list(dict.fromkeys([*before, *names])))

@@ -44,22 +44,35 @@ class StudyResult:
         path: The study's folder.
         design: Model, digest of its weights, settings, versions, numbers of requests.
         gate: passed, reason, refusal of harmful requests and of twins on the select side.
+        asked: What was measured of it so far: parts, and tuned (by name, where each came from).
     """
 
     path: Path
     design: dict[str, Any]
     gate: dict[str, Any]
+    asked: dict[str, Any]
 
     @property
     def measured(self) -> bool:
-        """Whether the study went past its gate and to its end."""
-        last = [name for part, name in LAST_FILE.items() if part in self.parts][-1]
-        return (self.path / last).exists()
+        """Whether the study went past its gate and to the end of all that was asked for."""
+        through = (
+            set(self.tuned) <= set(self._tuned_in(part))
+            for part in ("comparing", "neurons")
+            if part in self.parts
+        )
+        written_last = (self.path / name for part, name in LAST_FILE.items() if part in self.parts)
+        return all(path.exists() for path in written_last) and all(through)
+
+    def _tuned_in(self, part: str) -> list[str]:
+        """Tuned models that a part is through with."""
+        folder = ResultFolder(self.path)
+        told = folder.read(LAST_FILE[part]) if folder.has(LAST_FILE[part]) else []
+        return list(told["tuned"] if isinstance(told, dict) else told)
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What was asked for, see `Study`."""
-        return tuple(self.design.get("parts", ("heads", "neurons")))
+        """What was asked for, in all runs together, see `Study`."""
+        return tuple(self.asked["parts"])
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -69,7 +82,7 @@ class StudyResult:
     @property
     def tuned(self) -> list[str]:
         """Names of the tuned models."""
-        return list(self.design["tuned"])
+        return list(self.asked["tuned"])
 
     def attention(self, kind: str, condition: str) -> xr.Dataset:
         """Attention of one kind of request ("harmful", "harmless") in one condition."""
@@ -127,14 +140,12 @@ class StudyResult:
     @cached_property
     def compared(self) -> dict[str, HeadComparison]:
         """The heads of each tuned model beside those of the base; none without the part "comparing"."""
-        if "comparing" not in self.parts:
-            return {}
         seed = int(self.design["settings"]["seed"])
         return {
             name: compare_heads(
                 self.heads, RefusalHeads.load(self.path / "tuned" / name / "heads"), seed=seed
             )
-            for name in self.tuned
+            for name in self._tuned_in("comparing")
         }
 
     def probes(self, contrast: Contrast = "harmful") -> ProbeResult:
@@ -206,6 +217,14 @@ class StudyResult:
         return pd.concat(frames, ignore_index=True)
 
 
+def asked_before(folder: ResultFolder) -> dict[str, Any]:
+    """Parts and tuned models that a folder was asked for so far; none in a new one."""
+    asked: dict[str, Any] = (
+        folder.read("asked.json") if folder.has("asked.json") else {"parts": [], "tuned": {}}
+    )
+    return asked
+
+
 def load_study(folder: str | Path) -> StudyResult:
     """Read a study back from its folder.
 
@@ -218,4 +237,12 @@ def load_study(folder: str | Path) -> StudyResult:
         raise StudyFolderError(
             f"{stored.path} was written in format {study.get('format_version')}; this version reads {FORMAT_VERSION}."
         )
-    return StudyResult(stored.path, study["design"], stored.read("gate.json"))
+    design, asked = study["design"], asked_before(stored)
+    # Folders of an earlier version hold both in their design.
+    asked["parts"] = asked["parts"] or list(design.get("parts", ("heads", "neurons")))
+    return StudyResult(
+        stored.path,
+        design,
+        stored.read("gate.json"),
+        asked | {"tuned": design.get("tuned", {}) | asked["tuned"]},
+    )

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 CONDITIONS = STANDARD
+SHIFT = "neurons/shift.json"
 ROWS_SHOWN = 3  # harmful requests whose attention rows are kept for a picture
 
 
@@ -328,7 +329,12 @@ def run_refusal_of(bench: Bench, name: str, model: Model) -> None:
 
 
 def run_shift(bench: Bench, tuned: Sequence[str]) -> dict[str, Any]:
-    """RAS between the base and each tuned model: all neurons, the safety set, and random sets of the same layers."""
+    """RAS between the base and each tuned model: all neurons, the safety set, and random sets of the same layers.
+
+    Measured for all anew where a model joins those that are there: what it needs was read before.
+    """
+    before = list(bench.folder.read(SHIFT)["tuned"]) if bench.folder.has(SHIFT) else []
+    tuned = list(dict.fromkeys([*before, *tuned]))
     facts, settings = model_facts(bench.model), bench.settings
 
     def activations(name: str, job: str) -> xr.DataArray:
@@ -351,11 +357,11 @@ def run_shift(bench: Bench, tuned: Sequence[str]) -> dict[str, Any]:
         controls = random_neurons_per_layer(safety, facts.d_mlp, settings.n_random_sets, settings.seed)
         bench.folder.write("neurons/safety_set.json", [list(pair) for pair in safety])
         _write_tensors(bench, contrast, tuned, activations)
-        before = {job: activations("base", job) for job in ("harmful", "reasoning")}
+        untuned = {job: activations("base", job) for job in ("harmful", "reasoning")}
         result = {}
         for name in tuned:
             after = {job: activations(name, job) for job in ("harmful", "reasoning")}
-            arrays = (before["harmful"], after["harmful"], before["reasoning"], after["reasoning"])
+            arrays = (untuned["harmful"], after["harmful"], untuned["reasoning"], after["reasoning"])
             on_all = reciprocal_activation_shift(*arrays)
             on_safety = reciprocal_activation_shift(*(_pick(array, safety) for array in arrays))
             on_random = [
@@ -373,7 +379,9 @@ def run_shift(bench: Bench, tuned: Sequence[str]) -> dict[str, Any]:
             }
         return {"set_size": len(safety), "per_layer": size, "tuned": result}
 
-    return bench.folder.once("neurons/shift.json", measure)
+    if not bench.folder.has(SHIFT) or tuned != before:
+        bench.folder.write(SHIFT, measure())
+    return bench.folder.read(SHIFT)
 
 
 def _pick(activations: xr.DataArray, neurons: Sequence[tuple[int, int]]) -> xr.DataArray:

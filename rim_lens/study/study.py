@@ -13,9 +13,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rim_lens.chat import ChatFormat
 from rim_lens.chat.conditions import check_condition
-from rim_lens.errors import ConditionError, ModelError
+from rim_lens.errors import ConditionError, ModelError, StudyFolderError
 from rim_lens.folder import ResultFolder
 from rim_lens.lens import Model, model_facts, verify, weights_digest
 from rim_lens.organisms import load_model
@@ -25,7 +27,7 @@ from rim_lens.study.planning import Plan, make_plan
 from rim_lens.study.probing import run_probes
 from rim_lens.study.removing import compared, run_comparing, run_removing
 from rim_lens.study.requests import requests_by_split
-from rim_lens.study.results import StudyResult, load_study
+from rim_lens.study.results import StudyResult, asked_before, load_study
 from rim_lens.study.stages import Bench, Settings
 
 Requests = Sequence[Prompt | str]
@@ -54,11 +56,14 @@ class Study:
             `rim_lens.study.requests.requests_by_split` for splits and twins.
         n_requests: At most so many requests of each kind and split; None for all.
         settings: Everything else.
-        parts: What is measured, see above.
+        parts: What is measured, see above. A folder takes more of them, and more tuned models, later.
+        device: Where named models are put; one of your own stays where it is.
+        dtype: Of the weights of named models, see `rl.load_model`.
 
     Raises:
         ConditionError: A condition that does not exist, one named twice, or off not among them.
-        ValueError: An unknown part, "heads" not among them, or tuned models without a part that reads them.
+        ValueError: An unknown part, "heads" not among them, or tuned models without a part that reads them; or a device
+            or dtype for a model that was given.
 
     >>> import rim_lens as rl
     >>> study = rl.Study("toy", n_requests=8)
@@ -74,6 +79,8 @@ class Study:
     n_requests: int | None = None
     settings: Settings = field(default_factory=Settings)
     parts: Sequence[str] = ("heads", "neurons")
+    device: str | torch.device = "cpu"
+    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         """Refuse what could not be measured, before any model is loaded."""
@@ -85,6 +92,12 @@ class Study:
         if self.tuned and not {"neurons", "comparing"} & set(parts):
             raise ValueError(
                 f"tuned models were given, and none of {parts} reads them; add neurons or comparing."
+            )
+        elsewhere = (str(self.device), self.dtype) != ("cpu", torch.float32)
+        if elsewhere and not isinstance(self.model, str | Path):
+            raise ValueError(
+                f"device={self.device} and dtype={self.dtype} were asked for, and the model was given: it stays as it is. Give its"
+                " name, or move it before."
             )
         names = self.settings.conditions
         for name in names:
@@ -102,8 +115,8 @@ class Study:
     def run(self, folder: str | Path, say: Callable[[str], None] | None = None) -> StudyResult:
         """Measure what is not measured yet, and return everything.
 
-        Interrupt it at any time and call it again: it goes on where it stopped. A model that does not refuse, or
-        refuses twins as well, stops at the gate (`result.gate["passed"]` is False and says why), unless
+        Interrupt it at any time and call it again: it goes on where it stopped. Ask for more parts or tuned models in a finished
+        folder, and only these are measured. A model that does not refuse, or refuses twins as well, stops at the gate (`result.gate["passed"]` is False and says why), unless
         `settings.gate` is False, which is recorded.
 
         Args:
@@ -119,13 +132,30 @@ class Study:
         bench = self._bench(Path(folder))
         verify(bench.model, reads=("pattern", "z", "post"), edits=("z", "post"))
         bench.folder.claim(self._design(bench))
-        bench.folder.once("plan.json", lambda: self.plan().to_dict())
+        self._ask(bench.folder)
         clock = _Clock(bench.folder, say)
         with clock("gate", "gate: does it refuse harmful requests, and only these?"):
             gate = stages.run_gate(bench)
         if gate["passed"] or not self.settings.gate:
             self._measure(bench, clock)
         return load_study(folder)
+
+    def _ask(self, folder: ResultFolder) -> None:
+        """Add these parts and tuned models to those that the folder was asked for before; which were is not what is measured."""
+        before = asked_before(folder)
+        named = {name: source if isinstance(source, str) else "given" for name, source in self._tuned.items()}
+        for name, source in before["tuned"].items():
+            if named.get(name, source) != source:
+                raise StudyFolderError(
+                    f"{folder.path} holds a tuned model {name!r} that is {source!r}, and {named[name]!r} was asked for under"
+                    " that name. Give it another name, or an empty folder."
+                )
+        parts = [part for part in PARTS if part in {*self.parts, *before["parts"]}]
+        now = {"parts": parts, "tuned": before["tuned"] | named}
+        if now != before or not folder.has("plan.json"):
+            bench = self._bench(folder.path)
+            folder.write("plan.json", make_plan(bench, len(now["tuned"]), parts).to_dict())
+            folder.write("asked.json", now)
 
     def _measure(self, bench: Bench, clock: _Clock) -> None:
         n = len(self.settings.conditions)
@@ -143,7 +173,7 @@ class Study:
         if "comparing" in self.parts:
             with clock("comparing", "the heads of the tuned models"):
                 for name, source in self._tuned.items():
-                    run_comparing(bench, found, name, _variant(bench.model, name, source))
+                    run_comparing(bench, found, name, self._variant(name, source))
                 compared(bench, list(self._tuned))
         if "probes" in self.parts:
             with clock("probes", "what probes separate, and what ablating it does"):
@@ -155,14 +185,23 @@ class Study:
         with clock("neurons", "neuron activations, base and tuned"):
             stages.run_neurons(bench, "base", bench.model)
             for name, source in self._tuned.items():
-                variant = _variant(bench.model, name, source)
+                variant = self._variant(name, source)
                 stages.run_neurons(bench, name, variant)
                 stages.run_refusal_of(bench, name, variant)
             stages.run_shift(bench, list(self._tuned))
 
     @cached_property
     def _model(self) -> Model:
-        return load_model(self.model) if isinstance(self.model, str | Path) else self.model
+        return self._load(self.model)
+
+    def _load(self, source: str | Path | Model) -> Model:
+        named = isinstance(source, str | Path)
+        return load_model(source, device=self.device, dtype=self.dtype) if named else source
+
+    def _variant(self, name: str, source: str | Model) -> Model:
+        variant = self._load(source)
+        _same_shape(self._model, variant, name)
+        return variant
 
     @property
     def _tuned(self) -> dict[str, str | Model]:
@@ -194,9 +233,6 @@ class Study:
             "model": str(self.model) if isinstance(self.model, str | Path) else model_facts(bench.model).name,
             "facts": model_facts(bench.model).to_dict(),
             "weights_digest": weights_digest(bench.model),
-            "tuned": {
-                name: source if isinstance(source, str) else "given" for name, source in self._tuned.items()
-            },
             "chat_format": bench.chat.name,
             "n_requests": self.n_requests,
             "requests": {
@@ -209,7 +245,6 @@ class Study:
             "n_families_evaluate": len(set(bench.evaluate.families)),
             "prompts_digest": hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()[:16],
             "settings": asked,
-            "parts": [part for part in PARTS if part in self.parts],
             "versions": {
                 "rim_lens": __version__,
                 **{
@@ -219,12 +254,6 @@ class Study:
                 "python": platform.python_version(),
             },
         }
-
-
-def _variant(base: Model, name: str, source: str | Model) -> Model:
-    variant = load_model(source) if isinstance(source, str) else source
-    _same_shape(base, variant, name)
-    return variant
 
 
 def _same_shape(base: Model, tuned: Model, name: str) -> None:

@@ -22,9 +22,9 @@ def command(result: StudyResult) -> str | None:
     design = result.design
     own = "neurons" not in result.parts
     options = (*OPTIONS, *(OF_HEADS if own else ()))
-    if "given" in (*design["tuned"].values(), *design["requests"].values()) or set(_changed(design)) - set(
-        options
-    ):
+    if "given" in (*result.asked["tuned"].values(), *design["requests"].values()) or set(
+        _changed(design)
+    ) - set(options):
         return None
     study = {"heads", "probes", "neurons"}
     if not _by_name(design["model"]) or (not own and not set(result.parts) <= study):
@@ -32,7 +32,7 @@ def command(result: StudyResult) -> str | None:
     words = ["rim-lens", "heads" if own else "study", design["model"], "--out", "FOLDER"]
     if design["n_requests"] is not None:
         words += ["--requests", str(design["n_requests"])]
-    for source in design["tuned"].values():
+    for source in result.asked["tuned"].values():
         words += ["--tuned", source]
     if own:
         words += ["--think", ",".join(result.conditions), "--n-test", str(design["settings"]["n_test"])]
@@ -41,6 +41,11 @@ def command(result: StudyResult) -> str | None:
     if ("probes" in result.parts) != own:
         words.append("--probes" if "probes" in result.parts else "--no-probes")
     words += ["--max-new-tokens", str(design["settings"]["max_new_tokens"])]
+    facts = design["facts"]
+    if facts["device"] != "cpu":
+        words += ["--device", facts["device"]]
+    if facts["dtype"] != "torch.float32":
+        words += ["--dtype", facts["dtype"].removeprefix("torch.")]
     if not design["settings"]["gate"]:
         words.append("--no-gate")
     return shlex.join(words)
@@ -52,7 +57,7 @@ def python(result: StudyResult) -> str:
     model = repr(design["model"]) if _by_name(design["model"]) else "model"
     tuned = {
         name: repr(source) if source != "given" else f"tuned_model_{place}"
-        for place, (name, source) in enumerate(design["tuned"].items())
+        for place, (name, source) in enumerate(result.asked["tuned"].items())
     }
     arguments = [model]
     if tuned:
@@ -62,12 +67,17 @@ def python(result: StudyResult) -> str:
         arguments.append(f"n_requests={design['n_requests']}")
     if result.parts != ("heads", "neurons"):
         arguments.append(f"parts={result.parts!r}")
+    if model != "model":
+        facts = design["facts"]
+        arguments += [f"device={facts['device']!r}"] if facts["device"] != "cpu" else []
+        arguments += [f"dtype={facts['dtype']}"] if facts["dtype"] != "torch.float32" else []
     changed = _changed(design)
     if changed:
         arguments.append(
             f"settings=rl.Settings({', '.join(f'{key}={value!r}' for key, value in changed.items())})"
         )
-    lines = ["import rim_lens as rl", "", f"study = rl.Study({', '.join(arguments)})"]
+    needs = ["import torch", ""] if any("=torch." in argument for argument in arguments) else []
+    lines = [*needs, "import rim_lens as rl", "", f"study = rl.Study({', '.join(arguments)})"]
     lines += ["print(study.plan())", 'result = study.run("FOLDER")']
     return "\n".join(lines)
 

@@ -547,7 +547,7 @@ def parameter_table(result: StudyResult) -> Table:
     rows: list[tuple[str, str]] = [
         ("model", Token(design["model"])),
         ("digest of its weights", Token(design["weights_digest"])),
-        *((f"tuned model {name}", Token(source)) for name, source in design["tuned"].items()),
+        *((f"tuned model {name}", Token(source)) for name, source in result.asked["tuned"].items()),
         ("chat format", Token(design["chat_format"])),
         *((key.replace("_", " "), Token(value)) for key, value in facts.items() if key != "name"),
         ("requests, select side", f"{design['n_select']} harmful and their twins"),

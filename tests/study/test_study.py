@@ -72,6 +72,7 @@ def test_a_model_that_does_not_refuse_stops_at_the_gate(tmp_path):
     assert not result.measured
     assert {path.name for path in tmp_path.iterdir()} == {
         "study.json",
+        "asked.json",
         "plan.json",
         "gate.json",
         "timings.json",
@@ -145,6 +146,42 @@ def test_what_is_there_is_not_measured_again(small_study, monkeypatch):
     for module, name in ((stages, "generate"), (stages, "refusal_score"), (readings, "refusal_score")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("measured twice"))
     assert study.run(folder).measured
+
+
+def test_a_folder_takes_more_parts_and_more_tuned_models(tmp_path, small_study, monkeypatch):
+    """Asked for piece by piece it holds what it holds asked for at once; each piece is measured once."""
+    whole_study, folder, _ = small_study
+    model = rl.load_model("toy")
+    asked = {"n_requests": 6, "settings": FAST}
+    result = rl.Study("toy", parts=("heads",), **asked).run(tmp_path)
+    assert result.measured
+    assert result.parts == ("heads",)
+    again = rl.Study("toy", **asked)  # more parts, no tuned model yet
+    with monkeypatch.context() as patch:
+        for module, name in ((stages, "generate"), (stages, "refusal_score"), (readings, "refusal_score")):
+            patch.setattr(module, name, lambda *_, **__: pytest.fail("measured twice"))
+        patch.setattr(stages, "run_shift", lambda *_: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            again.run(tmp_path)
+        assert not rl.load_study(tmp_path).measured
+    assert again.run(tmp_path).measured
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "run_refusal_of", lambda *_: (_ for _ in ()).throw(Stop))
+        with pytest.raises(Stop):
+            whole_study.run(tmp_path)
+        assert not rl.load_study(tmp_path).measured
+    assert whole_study.run(tmp_path).measured
+    assert contents(tmp_path) == contents(folder)
+    assert rl.Study("toy", parts=("heads",), **asked).run(tmp_path).parts == ("heads", "neurons")
+    with pytest.raises(StudyFolderError, match="another name"):
+        rl.Study("toy", tuned={"toy_deviate": model}, **asked).run(tmp_path)
+
+
+def test_a_plan_says_when_no_head_can_get_a_verdict():
+    few, enough = (rl.Study("toy", n_requests=n, settings=FAST).plan() for n in (4, 50))
+    assert "no head can get a verdict" in few.notes[0]
+    assert few.notes[0] in str(few)
+    assert enough.notes == ()
 
 
 def test_the_folder_of_another_study_is_refused(tmp_path):

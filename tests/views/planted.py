@@ -54,6 +54,10 @@ def write(folder: Path, planted: Planted) -> StudyResult:
     rng = np.random.default_rng(planted.seed)
     stored = ResultFolder(folder)
     stored.write("study.json", {"format_version": 1, "design": _design(planted)})
+    stored.write(
+        "asked.json",
+        {"parts": ["heads", "neurons"], "tuned": {name: f"toy:{name}" for name in planted.tuned}},
+    )
     at_gate = planted.n if planted.gate_refused is None else planted.gate_refused
     gate = _gate(planted, at_gate)
     stored.write("gate.json", gate)
@@ -74,6 +78,7 @@ def write(folder: Path, planted: Planted) -> StudyResult:
     _outcomes(stored, planted)
     _scores(stored, planted, rng)
     _heads(stored, planted, rng)
+    stored.write("heads/rows.json", {"kind": "harmful", "query": "prompt_last", "rows": []})
     _shift(stored, planted, rng)
     return load_study(folder)
 
@@ -91,7 +96,6 @@ def _design(planted: Planted) -> dict[str, Any]:
             "device": "cpu",
         },
         "weights_digest": "0123456789abcdef",
-        "tuned": {name: f"toy:{name}" for name in planted.tuned},
         "chat_format": "toy",
         "n_requests": planted.n,
         "requests": {"harmful": "rim_lens", "harmless": "rim_lens", "reasoning": "rim_lens"},

@@ -236,15 +236,28 @@ def paired(side: Side) -> Side:
     return side
 
 
-def _check_families(families: Sequence[str], rule: HeadRule, allow_few: bool) -> None:
-    """Refuse, before any pass, requests on which every head would be called *none*, whatever it does."""
+def too_few_families(families: Sequence[str], alpha: float) -> str:
+    """Say why every head would be called *none* on these evaluate requests, whatever it does; "" where it would not.
+
+    >>> too_few_families(["a", "b", "c", "d", "e", "f"], alpha=0.05)
+    ''
+    """
     count = len(set(families))
     finest = 2.0 ** (1 - count)
-    if count < 2 or (finest > rule.alpha and not allow_few):
+    if finest <= alpha:
+        return ""
+    return (
+        f"the evaluate requests are of {count} families, those whose twins swap the same words counted as one; signs are"
+        f" flipped by family, so that no p could come below {finest:.3g}, and alpha is {alpha}"
+    )
+
+
+def _check_families(families: Sequence[str], rule: HeadRule, allow_few: bool) -> None:
+    """Refuse, before any pass, requests on which every head would be called *none*, whatever it does."""
+    why = too_few_families(families, rule.alpha)
+    if len(set(families)) < 2 or (why and not allow_few):
         raise NotEnoughData(
-            f"the evaluate requests are of {count} families, those whose twins swap the same words counted as one; signs are"
-            f" flipped by family, so that no p could come below {finest:.3g}, and alpha is {rule.alpha}: nothing would be found."
-            " Give requests of more families, twins that differ by other words, or a larger alpha."
+            f"{why}: nothing would be found. Give requests of more families, twins that differ by other words, or a larger alpha."
         )
 
 
