@@ -127,6 +127,8 @@ __all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
+    if name == "views":  # a room by its own name: rl.views.circuitsvis_heads(...)
+        return importlib.import_module("rim_lens.views")
     if name not in _HOME:
         raise AttributeError(f"module 'rim_lens' has no attribute {name!r}")
     return getattr(importlib.import_module(f"rim_lens.{_HOME[name]}"), name)

@@ -187,3 +187,10 @@ class GateNotPassed(RimLensError):
 
 class StudyFolderError(RimLensError, ValueError):
     """A study folder is corrupt, or holds another study."""
+
+
+# --- views -------------------------------------------------------------------------------------------
+
+
+class ViewTooLarge(RimLensError, ValueError):
+    """A page would be larger, or slower to draw, than a browser can take."""
