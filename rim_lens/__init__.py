@@ -68,6 +68,7 @@ _HOME: dict[str, str] = {
     "restoring": "measures",
     "neuron_effects": "measures",
     "NeuronEffects": "measures",
+    "direct_to_logits": "measures",
     "compare_heads": "measures",
     "HeadComparison": "measures",
     "Contrast": "measures",

@@ -35,6 +35,7 @@ from rim_lens.measures.neurons.effects import NeuronEffects, neuron_effects
 from rim_lens.measures.neurons.pairs import counterfactual_pairs
 from rim_lens.measures.neurons.reading import pooled_activations
 from rim_lens.measures.neurons.sets import NeuronSet
+from rim_lens.measures.neurons.writers import direct_to_logits
 from rim_lens.measures.patching import head_patching, patching_table, span_patching
 from rim_lens.measures.probes.after_ablation import ProbesAfterAblation, probe_after_ablation
 from rim_lens.measures.probes.cliff import Cliff, refusal_cliff
@@ -107,6 +108,7 @@ __all__ = [
     "control_p",
     "counterfactual_pairs",
     "direct_effects",
+    "direct_to_logits",
     "empty_block_span",
     "entropy_share",
     "find_heads",

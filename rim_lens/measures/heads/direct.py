@@ -1,37 +1,27 @@
-"""What heads write into the last row for all to see: by how much the refusal log-odds change when that alone is taken out.
-
-A head's output is a vector in the residual stream. Taken out of the final stream, with the final norm and the unembedding
-computed anew, it leaves a change that no later layer has had a hand in: the head's *direct* effect.
-"""
+"""What heads write into the last row for all to see: by how much the refusal log-odds change when that alone is taken out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from typing_extensions import override
 
 from rim_lens.batching import MAX_ROWS
 from rim_lens.chat.spans import SpanBatch
-from rim_lens.errors import ImpossibleEdit, UnknownLayer, UnsupportedModel, WrongHookShape
-from rim_lens.hooks.base import Component, Edit, attached
-from rim_lens.lens import Head, Model, ModelFacts, Site, hook_name, model_facts, require_eval, tokenizer_of
+from rim_lens.errors import ImpossibleEdit, UnknownLayer, WrongHookShape
+from rim_lens.lens import Head, Model, ModelFacts, model_facts
+from rim_lens.measures.ending import LastRow, read_ending, require_close
 from rim_lens.measures.probes.fitting import Probe
 from rim_lens.measures.refusal.direction import RefusalDirection
-from rim_lens.measures.refusal.first_word import Skip, check_answer_is_next, first_words_of
-from rim_lens.measures.refusal.openers import opener_ids
+from rim_lens.measures.refusal.first_word import Skip
 from rim_lens.measures.refusal.rates import families_of
-from rim_lens.measures.refusal.score import check_skip, log_odds
 
 if TYPE_CHECKING:
     import xarray as xr
-
-_MOST_LOGITS = 2**25  # numbers of one unembedding, 128 MiB in float32
 
 
 def direct_effects(
@@ -96,42 +86,27 @@ def direct_effects(
     """
     import xarray as xr
 
-    check_skip(skip)
-    check_answer_is_next(batch, "direct_effects")
-    require_eval(model)
     facts = model_facts(model)
     chosen = facts.check_heads(facts.heads() if heads is None else heads)
     unit, below = _unit(facts, direction, layer)
-    ids = torch.tensor(opener_ids(tokenizer_of(model), openers))
-    last = _LastRow()
-    baseline = np.empty(len(batch))
-    logits = torch.empty(len(batch), facts.d_vocab)
-    with attached(model, [last], batch, writes=skip == "forced"):
-        words = first_words_of(
-            model, batch, [last], skip=skip, whitespace=whitespace, max_rows=max_rows, what="direct_effects"
-        )
-        for word in words:
-            baseline[word.rows] = log_odds(word.logits, ids)
-            logits[word.rows] = word.logits.float()
-    _require_close(
-        last.kept["stream", facts.n_layers - 1],
-        last.kept["sum", 0],
+    ending = read_ending(
+        model,
         facts,
-        "the final residual stream is not the sum of what the layers write into it (a multiplier, or a norm between layers)",
+        batch,
+        openers,
+        skip=skip,
+        whitespace=whitespace,
+        max_rows=max_rows,
+        what="direct_effects",
     )
-    kept = _unembedded(model, last.kept["stream", facts.n_layers - 1].to(facts.dtype))
-    _require_close(
-        kept, logits, facts, "the logits are not final norm and unembedding of the residual stream alone"
-    )
+    last = ending.last
 
     shape = (len(batch), facts.n_layers, facts.n_heads)
     effect, projection = np.full(shape, np.nan), np.full(shape, np.nan)
     for number in sorted({its_layer for its_layer, _ in chosen}):
         index = [head for its_layer, head in chosen if its_layer == number]
         written = _written(model, facts, last, number)[:, index]
-        effect[:, number, index] = (
-            _without(model, facts, last, written, ids) - log_odds(kept, ids).numpy()[:, None]
-        )
+        effect[:, number, index] = ending.effects(written)
         if unit is not None and number < below:
             projection[:, number, index] = (written.double() @ unit).numpy()
     data: dict[str, Any] = {
@@ -140,7 +115,7 @@ def direct_effects(
             effect,
             {"units": "nats", "sign": "removed − kept", "row": "the answer's first word"},
         ),
-        "baseline": (("prompt",), baseline, {"units": "nats"}),
+        "baseline": (("prompt",), ending.baseline, {"units": "nats"}),
     }
     if unit is not None:
         data["projection"] = (
@@ -164,52 +139,8 @@ def direct_effects(
     )
 
 
-class _LastRow(Component):
-    """Keeps, for each prompt, what stood in the last row of the last pass that read it: the row of its first word.
-
-    Attributes:
-        kept: By (what, layer), [prompt, ...] in float32: "z" and "attn_out" of each layer, the final "stream", and the
-            "sum" of all that was written into it.
-    """
-
-    reads: ClassVar[tuple[Site, ...]] = ("z", "attn_out", "mlp_out", "resid_pre", "resid_post")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: dict[tuple[str, int], Tensor] = {}
-        self._total = 0
-
-    @override
-    def check_prompts(self, batch: SpanBatch) -> None:
-        self._total = len(batch)
-
-    @override
-    def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
-        hooks: list[tuple[str, Edit]] = [(hook_name("resid_pre", 0), partial(self._keep, "sum", 0))]
-        for layer in range(facts.n_layers):
-            hooks += [
-                (hook_name("z", layer), partial(self._keep, "z", layer)),
-                (hook_name("attn_out", layer), partial(self._add_and_keep, layer)),
-                (hook_name("mlp_out", layer), self._add),
-            ]
-        last = facts.n_layers - 1
-        return [*hooks, (hook_name("resid_post", last), partial(self._keep, "stream", last))]
-
-    def _keep(self, what: str, layer: int, tensor: Tensor) -> None:
-        row = tensor[:, -1].detach().float().cpu()
-        place = self.kept.setdefault((what, layer), torch.zeros(self._total, *row.shape[1:]))
-        place[self._members] = row
-
-    def _add(self, tensor: Tensor) -> None:
-        self.kept["sum", 0][self._members] += tensor[:, -1].detach().float().cpu()
-
-    def _add_and_keep(self, layer: int, tensor: Tensor) -> None:
-        self._keep("attn_out", layer, tensor)
-        self._add(tensor)
-
-
 def _written(
-    model: Model, facts: ModelFacts, last: _LastRow, layer: int
+    model: Model, facts: ModelFacts, last: LastRow, layer: int
 ) -> Float[Tensor, "prompt head d_model"]:
     """What each head of a layer writes into the stream; proven to be all that the layer's attention writes."""
     block = model.blocks[layer]
@@ -224,48 +155,13 @@ def _written(
         if norm is not None:  # what the norm gives with the head, minus what it gives without it
             after = norm(whole[:, None])
             each, whole = after - norm(whole[:, None] - each), after[:, 0]
-    _require_close(
+    require_close(
         whole.float().cpu(),
         last.kept["attn_out", layer],
         facts,
         f"what the heads of layer {layer} write is not z W_O (something stands between them and the residual stream)",
     )
     return each.float().cpu()
-
-
-def _without(
-    model: Model,
-    facts: ModelFacts,
-    last: _LastRow,
-    written: Float[Tensor, "prompt head d_model"],
-    ids: Tensor,
-) -> Float[np.ndarray, "prompt head"]:
-    stream = (last.kept["stream", facts.n_layers - 1][:, None] - written).flatten(0, 1).to(facts.dtype)
-    rows = max(1, _MOST_LOGITS // facts.d_vocab)
-    scores = [
-        log_odds(_unembedded(model, stream[start : start + rows]), ids)
-        for start in range(0, len(stream), rows)
-    ]
-    return torch.cat(scores).view(written.shape[:2]).numpy()
-
-
-def _unembedded(model: Model, stream: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-    with torch.no_grad():
-        device = model.blocks[-1].attn.W_O.device
-        logits = model.unembed(model.ln_final(stream[:, None].to(device)))[:, 0].float().cpu()
-    cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0  # Gemma 2; "none" is None, 0 or -1
-    return cap * torch.tanh(logits / cap) if cap > 0 else logits
-
-
-def _require_close(found: Tensor, expected: Tensor, facts: ModelFacts, otherwise: str) -> None:
-    """Refuse a model in which a sum does not come out to the precision of its weights."""
-    allowed = max(1e-4, 16 * torch.finfo(facts.dtype).eps) * float(expected.abs().max())
-    error = float((found - expected).abs().max())
-    if not error <= allowed:
-        raise UnsupportedModel(
-            f"direct effects were asked for, but in this {facts.architecture or 'model'} {otherwise}: they differ by"
-            f" {error:.3g}. Use exact ablations (rl.head_effects) instead."
-        )
 
 
 def _unit(
