@@ -6,8 +6,10 @@ makes a page of one that works offline.
 """
 
 from rim_lens.views.plots.attention import attention_by_head, attention_map
+from rim_lens.views.plots.entanglement import entanglement_rivals
 from rim_lens.views.plots.heads import head_bubbles, head_effects, head_scan, head_set
 from rim_lens.views.plots.looking import argmax_positions, attention_pattern, head_pattern
+from rim_lens.views.plots.neurons import neuron_sweep, neurons_by_layer
 from rim_lens.views.plots.probes import probe_curves, probes_without_heads, refusal_cliff
 from rim_lens.views.plots.refusal import outcomes, scores
 from rim_lens.views.plots.shift import activation_shift, tuned_outcomes
@@ -18,11 +20,14 @@ __all__ = [
     "attention_by_head",
     "attention_map",
     "attention_pattern",
+    "entanglement_rivals",
     "head_bubbles",
     "head_effects",
     "head_pattern",
     "head_scan",
     "head_set",
+    "neuron_sweep",
+    "neurons_by_layer",
     "outcomes",
     "probe_curves",
     "probes_without_heads",
