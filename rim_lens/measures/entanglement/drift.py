@@ -134,7 +134,7 @@ def weight_drift(base: Model | str | Path, tuned: Model) -> WeightDrift:
             f"the tuned model has {len(moved)} weights that the base lacks (first: {next(iter(moved))!r}); weight drift is"
             " between models of one architecture in one TransformerLens family."
         )
-    table = pd.DataFrame(lines)
+    table = pd.DataFrame(lines).sort_values("name", ignore_index=True)
     table["relative"] = (table["moved_norm"] / table["base_norm"]).where(table["base_norm"] > 0)
     total = math.sqrt(float((table["base_norm"] ** 2).sum()))
     return WeightDrift(math.sqrt(float((table["moved_norm"] ** 2).sum())) / total, table)

@@ -38,6 +38,7 @@ from rim_lens.measures.entanglement.reading import (
     write_responses,
 )
 from rim_lens.measures.entanglement.result import Entanglement
+from rim_lens.measures.held_out import refuse_used
 from rim_lens.measures.shift import Average
 from rim_lens.prompts import Prompt
 
@@ -139,7 +140,7 @@ def entanglement(
         StudyFolderError: The folder holds another question.
         ConditionError: A response or condition that cannot be had.
         NotFinite: A model gives NaN or infinity; what was read before stays.
-        StatisticsError: An option is unknown or out of range.
+        StatisticsError: An option is unknown or out of range, or a request chose the neurons.
 
     >>> import rim_lens as rl
     >>> asked = {
@@ -162,6 +163,9 @@ def entanglement(
         raise NotEnoughData(
             "entanglement of an empty set of neurons was asked for; give at least one neuron."
         )
+    made_by = getattr(neurons, "made_by", {})
+    if "select_texts" in made_by:
+        refuse_used(made_by, [*harmful, *(harmless or [])], "neurons")
     asked = (harmful, harmless or [], reasoning)
     writing: dict[str, Any] = {
         "think": think,
