@@ -105,6 +105,7 @@ _HOME: dict[str, str] = {
     "NeuronSet": "measures",
     "pooled_activations": "measures",
     "counterfactual_pairs": "measures",
+    "safety_neurons": "measures",
     "answer_row": "measures",
     "empty_block_span": "measures",
     "argmax_in": "measures",

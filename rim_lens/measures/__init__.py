@@ -34,6 +34,7 @@ from rim_lens.measures.heads.table import HeadRule, head_table
 from rim_lens.measures.neurons.effects import NeuronEffects, neuron_effects
 from rim_lens.measures.neurons.pairs import counterfactual_pairs
 from rim_lens.measures.neurons.reading import pooled_activations
+from rim_lens.measures.neurons.safety import safety_neurons
 from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.measures.neurons.writers import direct_to_logits
 from rim_lens.measures.patching import head_patching, patching_table, span_patching
@@ -150,6 +151,7 @@ __all__ = [
     "removal_effects",
     "resampled_requests",
     "restoring",
+    "safety_neurons",
     "scorer",
     "sentence_effects",
     "share_interval",

@@ -76,7 +76,7 @@ def slopes(
             for places in micro_batches(batch.lengths[its_rows].tolist(), max_rows=max_rows):
                 rows, written = [its_rows[place] for place in places], its_written[places]
                 part = batch.select(rows)
-                counted = _counted(positions, batch, part, rows, written.shape[1])
+                counted = counted_rows(positions, batch, part, rows, written.shape[1])
                 tokens = torch.cat([part.tokens, written], dim=1)
                 mask = torch.cat([part.attention_mask, torch.ones_like(written)], dim=1)
                 scores[rows] = _slopes(model, site, facts.n_layers, tokens, mask, counted, ids)
@@ -90,7 +90,7 @@ def slopes(
     return scores
 
 
-def _counted(
+def counted_rows(
     positions: Positions, batch: SpanBatch, part: SpanBatch, rows: list[int], n_written: int
 ) -> Bool[Tensor, "prompt pos"]:
     """Rows whose slopes are summed: those that an editor at these positions would change, padding left out."""
