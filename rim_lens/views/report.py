@@ -1,63 +1,34 @@
-"""A study's report: one self-contained page, and the same for machines as Markdown and JSON.
-
-The page loads nothing: plotly stands in it once, its content security policy allows no request, and only the two
-scripts whose digests it names run. Text from models and prompts is escaped wherever it stands.
-"""
+"""A study's report: one self-contained page, and the same for machines as Markdown and JSON."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-import math
-import os
-import re
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rim_lens.chat.conditions import controls_of, is_control, leaves_open
 from rim_lens.measures.probes.groups import CONTRASTS
 from rim_lens.views import numbers, plots, reproduce, tables, verdict
-from rim_lens.views.plots.style import template
-from rim_lens.views.tables import Table, Token
-from rim_lens.views.text import markdown_block, markdown_code, markdown_text, visible
+from rim_lens.views.page import (
+from rim_lens.views.text import visible
+    Figure,
+    Page,
+    Section,
+    finite,
+    frame,
+    now,
+    page_html,
+    page_markdown,
+    write_text,
+)
 
 if TYPE_CHECKING:
-    import plotly.graph_objects as go
-
     from rim_lens.measures.heads.result import RefusalHeads
     from rim_lens.measures.probes.result import ProbeResult
     from rim_lens.study import StudyResult
     from rim_lens.views.verdict import Finding
 
 FORMAT_VERSION = 1
-_NUMBER = re.compile(
-    r"^(p [=<] )?[≤−+\[]?[\d.,]+( nats| s| min| %| B| kB| MB)?( ?[\[/(].*| of .*)?$|^\[.*\]$|^–$"
-)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture with what to look for, and what it does not show."""
-
-    key: str
-    figure: go.Figure
-    look: str
-    not_shown: str
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report."""
-
-    key: str
-    title: str
-    paragraphs: tuple[str, ...] = ()
-    figures: list[Figure] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    code: tuple[tuple[str, str], ...] = ()
 
 
 def write_report(result: StudyResult, path: str | Path | None = None) -> Path:
@@ -76,9 +47,17 @@ def write_report(result: StudyResult, path: str | Path | None = None) -> Path:
     target = Path(path) if path is not None else result.path / "report.html"
     said = verdict.findings(result)
     sections = _sections(result, said)
-    _write(target, _page(result, said, sections))
-    _write(target.with_suffix(".md"), _markdown(result, said, sections))
-    _write(target.with_suffix(".json"), _json(result, said, sections))
+    page = Page(
+        "study",
+        result.design["model"],
+        verdict.question(result),
+        said,
+        sections,
+        result.design["versions"]["rim_lens"],
+    )
+    write_text(target, page_html(page))
+    write_text(target.with_suffix(".md"), page_markdown(page))
+    write_text(target.with_suffix(".json"), _json(result, said, sections))
     return target
 
 
@@ -90,7 +69,7 @@ def study_html(result: StudyResult) -> str:
     """
     said = verdict.findings(result)
     shown = [tables.outcome_table(result), *tables.head_tables(result.heads)[:1]] if result.measured else []
-    return _frame(
+    return frame(
         "study",
         result.design["model"],
         verdict.question(result),
@@ -104,7 +83,7 @@ def heads_html(heads: RefusalHeads) -> str:
     settings = heads.settings
     asked = {"n_select": settings["n_select"], "settings": settings}
     model = settings["model"].get("name", "the model")
-    return _frame(
+    return frame(
         "heads",
         model,
         f"Which attention heads does refusal depend on in {model}?",
@@ -116,30 +95,13 @@ def heads_html(heads: RefusalHeads) -> str:
 def probes_html(result: ProbeResult) -> str:
     """What `rl.probe` found, for a notebook: each ablated direction with its effect, and what was asked."""
     model = result.settings["model"].get("name", "the model")
-    return _frame(
+    return frame(
         "probes",
         model,
         f"What tells {' from '.join(CONTRASTS[result.settings['contrast']])} requests apart in {model}, and does refusal depend"
         " on it?",
         [],
         [tables.probe_table(result), tables.asked_table(result.settings)],
-    )
-
-
-def _frame(what: str, model: str, question: str, said: list[Finding], shown: list[Table]) -> str:
-    """A page in a frame that can run nothing and reach nothing."""
-    import html
-
-    page = _render(
-        "summary.html",
-        title=visible(model),
-        question=visible(question),
-        findings=said,
-        tables=[_cells(table) for table in shown],
-    )
-    return (
-        f'<iframe sandbox srcdoc="{html.escape(page)}" title="rim_lens {what}"'
-        ' style="width:100%;height:34em;border:1px solid #8884;border-radius:6px"></iframe>'
     )
 
 
@@ -537,134 +499,7 @@ def _reproduce(result: StudyResult) -> Section:
 # --- the page ----------------------------------------------------------------------------------------
 
 
-def _page(result: StudyResult, said: list[Finding], sections: list[Section]) -> str:
-    figures = {
-        figure.key: _bare(figure.figure.to_json()) for section in sections for figure in section.figures
-    }
-    library = _plotly() if figures else ""
-    script = (Path(__file__).parent / "templates" / "report.js").read_text(encoding="utf-8")
-    scripts = [text for text in (library, script) if text]
-    return _render(
-        "report.html",
-        title=visible(result.design["model"]),
-        question=visible(verdict.question(result)),
-        findings=said,
-        sections=sections,
-        cells=_cells,
-        policy=_policy(scripts if figures else []),
-        library=library,
-        script=script,
-        data=_harmless_json(
-            {"figures": figures, "templates": {theme: template(theme) for theme in ("light", "dark")}}
-        )
-        if figures
-        else "",
-        written=_now(),
-        version=result.design["versions"]["rim_lens"],
-    )
-
-
-def _policy(scripts: list[str]) -> str:
-    """No request at all, and no script but these."""
-    digests = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts
-    )
-    # Plotly sets styles of its own, and draws maps as images made in the page.
-    return (
-        f"default-src 'none'; script-src {digests or chr(39) + 'none' + chr(39)}; style-src 'unsafe-inline'; img-src data:;"
-        " base-uri 'none'; form-action 'none'"
-    )
-
-
-def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
-
-    # A digest is taken of what the browser reads, and it reads line ends as newlines.
-    library = str(get_plotlyjs()).replace("\r\n", "\n").replace("\r", "\n")
-    return re.sub(r"</(script)", r"<\\/\1", library, flags=re.IGNORECASE)
-
-
-def _bare(figure: str) -> Any:
-    """A figure without its template: the page sets that by its theme, once for all."""
-    plain = json.loads(figure)
-    plain["layout"].pop("template", None)
-    return plain
-
-
-def _harmless_json(value: Any) -> str:
-    """JSON that can stand in a page: no character opens or closes a tag."""
-    text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _render(name: str, **values: Any) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(name).render(**values)
-
-
-def _cells(table: Table) -> dict[str, Any]:
-    """A table whose cells know how they are shown."""
-    return {
-        "table": table,
-        "rows": [
-            [
-                {
-                    "text": visible(cell),
-                    "token": isinstance(cell, Token),
-                    "number": len(row) > 2 and not isinstance(cell, Token) and bool(_NUMBER.match(cell)),
-                }
-                for cell in row
-            ]
-            for row in table.rows
-        ],
-    }
-
-
 # --- for machines ------------------------------------------------------------------------------------
-
-
-def _markdown(result: StudyResult, said: list[Finding], sections: list[Section]) -> str:
-    lines = [f"# rim_lens study: {markdown_text(result.design['model'])}", ""]
-    lines += [markdown_text(verdict.question(result)), "", "## Verdict", ""]
-    lines += [
-        f"- **{markdown_text(finding.topic)}** ({finding.status}): {markdown_text(finding.text)}"
-        for finding in said
-    ]
-    for section in sections:
-        lines += ["", f"## {section.title}", ""]
-        for paragraph in section.paragraphs:
-            lines += [markdown_text(paragraph), ""]
-        for language, code in section.code:
-            lines += [markdown_block(code, language.lower()), ""]
-        for table in section.tables:
-            lines += _markdown_table(table)
-    lines += ["", f"Written {_now()} by rim\\_lens {result.design['versions']['rim_lens']}.", ""]
-    return "\n".join(lines)
-
-
-def _markdown_table(table: Table) -> list[str]:
-    rows = [
-        " | ".join(markdown_code(cell) if isinstance(cell, Token) else markdown_text(cell) for cell in row)
-        for row in table.rows
-    ]
-    head = " | ".join(markdown_text(column) for column in table.columns)
-    return [
-        f"**{markdown_text(table.title)}**",
-        "",
-        f"| {head} |",
-        f"|{' --- |' * len(table.columns)}",
-        *(f"| {row} |" for row in rows),
-        "",
-        *([markdown_text(table.note), ""] if table.note else []),
-    ]
 
 
 def _json(result: StudyResult, said: list[Finding], sections: list[Section]) -> str:
@@ -739,28 +574,6 @@ def _json(result: StudyResult, said: list[Finding], sections: list[Section]) -> 
         "reproduce": {"command": reproduce.command(result), "python": reproduce.python(result)},
         "files": [{"path": name, "bytes": n_bytes} for name, n_bytes in numbers.files_of(result)],
         "sections": [section.key for section in sections],
-        "written": _now(),
+        "written": now(),
     }
-    return json.dumps(_finite(whole), indent=1, allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity as null: JSON has no other word for them."""
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(unfinished, path)
+    return json.dumps(finite(whole), indent=1, allow_nan=False) + "\n"
