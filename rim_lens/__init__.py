@@ -69,6 +69,8 @@ _HOME: dict[str, str] = {
     "neuron_effects": "measures",
     "NeuronEffects": "measures",
     "direct_to_logits": "measures",
+    "dose_curve": "measures",
+    "restore_by_neurons": "measures",
     "compare_heads": "measures",
     "HeadComparison": "measures",
     "Contrast": "measures",

@@ -31,9 +31,11 @@ from rim_lens.measures.heads.restoring import restoring
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.heads.summary import head_statistics
 from rim_lens.measures.heads.table import HeadRule, head_table
+from rim_lens.measures.neurons.dose import dose_curve
 from rim_lens.measures.neurons.effects import NeuronEffects, neuron_effects
 from rim_lens.measures.neurons.pairs import counterfactual_pairs
 from rim_lens.measures.neurons.reading import pooled_activations
+from rim_lens.measures.neurons.restoring import restore_by_neurons
 from rim_lens.measures.neurons.safety import safety_neurons
 from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.measures.neurons.writers import direct_to_logits
@@ -110,6 +112,7 @@ __all__ = [
     "counterfactual_pairs",
     "direct_effects",
     "direct_to_logits",
+    "dose_curve",
     "empty_block_span",
     "entropy_share",
     "find_heads",
@@ -150,6 +153,7 @@ __all__ = [
     "refused_reading",
     "removal_effects",
     "resampled_requests",
+    "restore_by_neurons",
     "restoring",
     "safety_neurons",
     "scorer",

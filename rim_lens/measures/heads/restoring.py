@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from jaxtyping import Float
-from tqdm.auto import tqdm
-
 from rim_lens.batching import MAX_ROWS
-from rim_lens.chat import ChatFormat, SpanBatch, render_conditions
-from rim_lens.errors import ConditionError, ImpossibleEdit, NotEnoughData, StatisticsError
+from rim_lens.chat import ChatFormat, render_conditions
+from rim_lens.errors import ConditionError, NotEnoughData, StatisticsError
 from rim_lens.folder import ResultFolder
 from rim_lens.hooks import BlockAttention, MoveAttention, PatchHeads, record
 from rim_lens.hooks.alignment import Align
-from rim_lens.hooks.base import Component
 from rim_lens.hooks.positions import Positions, told
 from rim_lens.lens import Head, Model, verify, weights_digest
 from rim_lens.measures.controls import random_heads_per_layer
@@ -25,26 +19,25 @@ from rim_lens.measures.edits import Remember, measured
 from rim_lens.measures.heads.effects import set_name
 from rim_lens.measures.heads.held_out import heads_to_edit
 from rim_lens.measures.heads.result import RefusalHeads
-from rim_lens.measures.readings import Reading, refusal_reading, refused_reading
+from rim_lens.measures.readings import refusal_reading, refused_reading
 from rim_lens.measures.refusal.rates import families_of
-from rim_lens.measures.removal_table import DIFFERENCE, beside_random, mean_columns, shuffled, twins_of
-from rim_lens.measures.stats import bootstrap_interval, sign_flip_test
-from rim_lens.measures.two_sides import named
+from rim_lens.measures.removal_table import DIFFERENCE, shuffled, twins_of
+from rim_lens.measures.restored import (
+    COLUMNS,
+    Edited,
+    MakeEdit,
+    Values,
+    edited_by,
+    minus_twins,
+    restored_lines,
+)
+from rim_lens.measures.two_sides import families_by_swap, named
 from rim_lens.prompts import Prompt
 
 if TYPE_CHECKING:
     import pandas as pd
 
 EDITS = ("block", "move", "patch")
-COLUMNS = (
-    *("edit", "kind", "measure", "unit", "condition", "n", "n_families", "off", "baseline", "edited"),
-    *("effect", "effect_low", "effect_high", "p", "restored", "restored_low", "restored_high"),
-    *("random", "random_low", "random_high", "percentile", "p_controls", "n_controls", "state"),
-)
-MEASURED = "measured"
-Values = Float[np.ndarray, " prompt"]
-# heads → their editor
-MakeEdit = Callable[[Sequence[Head]], Component]
 
 
 def restoring(
@@ -190,7 +183,7 @@ def restoring(
         kept.claim(settings, "restoring/asked.json")
         remember = kept.lines("restoring/readings.jsonl").get
     lines: list[dict[str, Any]] = []
-    scores: dict[str, tuple[Values, Values, dict[str, _Edited]]] = {}
+    scores: dict[str, tuple[Values, Values, dict[str, Edited]]] = {}
     for kind, its in batches.items():
         off, under = its["off"], its[condition]
         layers = sorted({layer for layer, _ in chosen})
@@ -215,17 +208,18 @@ def restoring(
             level = measured(in_off, [], remember)
             baseline = measured(in_condition, [], remember)
             found = {
-                edit: _edited(in_condition, make[edit], chosen, sets, remember, f"{edit} {kind}", progress)
+                edit: edited_by(in_condition, make[edit], chosen, sets, remember, f"{edit} {kind}", progress)
                 for edit in edits
             }
-            lines += _lines(level, baseline, found, under, kind, measure, seed)
+            lines += restored_lines(level, baseline, found, families_of(under.prompts), kind, measure, seed)
             if measure == "score":
                 scores[kind] = level, baseline, found
     places = twins_of(harmful, harmless, asked)
     if places is not None:
-        under = batches["harmful"][condition]
-        difference = _difference(scores["harmful"], scores["harmless"], places)
-        lines += _lines(*difference, under, DIFFERENCE, "specificity", seed)
+        twins = [asked["harmless"][place] for place in places]
+        families = families_by_swap(asked["harmful"], twins)
+        difference = minus_twins(scores["harmful"], scores["harmless"], places)
+        lines += restored_lines(*difference, families, DIFFERENCE, "specificity", seed)
     import pandas as pd
 
     order = {edit: place for place, edit in enumerate(edits)}
@@ -234,115 +228,3 @@ def restoring(
     table["condition"] = condition
     table.attrs = settings
     return table
-
-
-@dataclass(frozen=True)
-class _Edited:
-    """Numbers per prompt with an edit of the heads, and of each random set; or why there are none."""
-
-    values: Values | None
-    random: list[Values | None]
-    state: str
-
-
-def _edited(
-    reading: Reading,
-    make: MakeEdit,
-    heads: Sequence[Head],
-    controls: Sequence[Sequence[Head]],
-    remember: Remember,
-    what: str,
-    progress: bool,
-) -> _Edited:
-    try:
-        values = measured(reading, [make(heads)], remember)
-    except ImpossibleEdit as problem:
-        return _Edited(None, [], str(problem))
-    random: list[Values | None] = []
-    for control in tqdm(controls, desc=f"random sets, {what}, {reading.batch.name}", disable=not progress):
-        try:
-            random.append(measured(reading, [make(control)], remember))
-        except ImpossibleEdit:
-            random.append(None)
-    return _Edited(values, random, MEASURED)
-
-
-def _lines(
-    level: Values,
-    baseline: Values,
-    found: dict[str, _Edited],
-    batch: SpanBatch,
-    kind: str,
-    measure: str,
-    seed: int,
-) -> list[dict[str, Any]]:
-    families = families_of(batch.prompts)
-    there = {edit: its.values - baseline for edit, its in found.items() if its.values is not None}
-    p: dict[str, float] = {}
-    if there:
-        stacked = np.stack(list(there.values()), axis=1)
-        test = sign_flip_test(stacked, families=families, correction="max", seed=seed)
-        p = dict(zip(there, np.atleast_1d(test.p).tolist(), strict=True))
-    lines = []
-    for edit, its in found.items():
-        line: dict[str, Any] = dict.fromkeys(COLUMNS, float("nan"))
-        line |= {
-            "edit": edit,
-            "kind": kind,
-            "measure": measure,
-            "unit": "share" if measure == "refuse" else "nats",
-            "n": len(baseline),
-            "n_families": len(set(families)),
-            "off": float(level.mean()),
-            "baseline": float(baseline.mean()),
-            "n_controls": 0,
-            "state": its.state,
-        }
-        if its.values is not None:
-            effect = there[edit]
-            line |= {"edited": float(its.values.mean()), "p": p[edit]}
-            line |= mean_columns("effect", effect, families, seed)
-            line |= _restored(effect, level - baseline, families, seed)
-            line |= beside_random(
-                float(effect.mean()),
-                [float((values - baseline).mean()) for values in its.random if values is not None],
-            )
-        lines.append(line)
-    return lines
-
-
-def _difference(
-    harmful: tuple[Values, Values, dict[str, _Edited]],
-    harmless: tuple[Values, Values, dict[str, _Edited]],
-    places: Sequence[int],
-) -> tuple[Values, Values, dict[str, _Edited]]:
-    """Numbers of harmful requests minus those of their twins."""
-
-    def minus(own: Values | None, twins: Values | None) -> Values | None:
-        return None if own is None or twins is None else own - twins[places]
-
-    found = {}
-    for edit, its in harmful[2].items():
-        theirs = harmless[2][edit]
-        random = [minus(own, twins) for own, twins in zip(its.random, theirs.random, strict=False)]
-        state = its.state if its.state != MEASURED else theirs.state
-        found[edit] = _Edited(minus(its.values, theirs.values), random, state)
-    return harmful[0] - harmless[0][places], harmful[1] - harmless[1][places], found
-
-
-def _restored(effect: Values, gap: Values, families: Sequence[str], seed: int) -> dict[str, float]:
-    """Share of the gap that an edit closes; NaN where there is none to close."""
-    shown = mean_columns("gap", gap, families, seed)
-    if not shown["gap_low"] > 0:
-        return dict.fromkeys(("restored", "restored_low", "restored_high"), float("nan"))
-
-    def share(rows: np.ndarray) -> Any:
-        moved, whole = rows.mean(axis=0)
-        return moved / whole if whole > 0 else np.nan
-
-    found = bootstrap_interval(np.stack([effect, gap], axis=1), list(families), share, seed=seed)
-    return {
-        "restored": float(found.estimate),
-        "restored_low": float(found.low),
-        "restored_high": float(found.high),
-    }
