@@ -10,7 +10,6 @@ from rim_lens.chat.conditions import controls_of, is_control, leaves_open
 from rim_lens.measures.probes.groups import CONTRASTS
 from rim_lens.views import numbers, plots, reproduce, tables, verdict
 from rim_lens.views.page import (
-from rim_lens.views.text import visible
     Figure,
     Page,
     Section,
@@ -21,6 +20,7 @@ from rim_lens.views.text import visible
     page_markdown,
     write_text,
 )
+from rim_lens.views.text import visible
 
 if TYPE_CHECKING:
     from rim_lens.measures.heads.result import RefusalHeads
