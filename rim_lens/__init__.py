@@ -104,6 +104,8 @@ _HOME: dict[str, str] = {
     "span_patching": "measures",
     "patching_table": "measures",
     "reciprocal_activation_shift": "measures",
+    "compare": "measures",
+    "Comparison": "measures",
     "NeuronSet": "measures",
     "pooled_activations": "measures",
     "counterfactual_pairs": "measures",

@@ -1,5 +1,7 @@
 """Measures: refusal, heads, the shift between a base and a tuned model, and the statistics under them."""
 
+from rim_lens.measures.checkpoints.comparing import compare
+from rim_lens.measures.checkpoints.result import Comparison
 from rim_lens.measures.conditions import compare_conditions
 from rim_lens.measures.controls import (
     control_p,
@@ -77,6 +79,7 @@ __all__ = [
     "Accuracy",
     "Agreement",
     "Cliff",
+    "Comparison",
     "Contrast",
     "EndpointJudge",
     "HeadComparison",
@@ -106,6 +109,7 @@ __all__ = [
     "argmax_shift",
     "benjamini_hochberg",
     "bootstrap_interval",
+    "compare",
     "compare_conditions",
     "compare_heads",
     "control_p",

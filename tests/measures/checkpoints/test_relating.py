@@ -1,0 +1,293 @@
+"""Correlations, equal drift and forecasts on arrays made by hand: against SciPy, against loops, and on nulls."""
+
+from __future__ import annotations
+
+import math
+from itertools import permutations
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from rim_lens.errors import StatisticsError
+from rim_lens.measures.checkpoints import relating
+from tests.chance import assert_level_held
+
+stats = pytest.importorskip("scipy.stats")
+
+
+def drawn(n_runs, n_steps, seed, trend, link=0.0):
+    """Metric and outcome [run, step] that share a course over steps; `link` ties them run by run."""
+    rng = np.random.default_rng(seed)
+    course = np.linspace(0.2, 1, n_steps) * trend
+    own = rng.normal(size=(n_runs, 1)) + 0.3 * rng.normal(size=(n_runs, n_steps))
+    other = rng.normal(size=(n_runs, 1)) + 0.3 * rng.normal(size=(n_runs, n_steps))
+    return course + own, course + link * own + (1 - link) * other
+
+
+def made(n_runs=5, n_steps=4, seed=0, trend=1.0, link=0.0):
+    metric, lost = drawn(n_runs, n_steps, seed, trend, link)
+    return pd.DataFrame(
+        {
+            "run": np.repeat([f"r{place}" for place in range(n_runs)], n_steps + 1),
+            "step": np.tile(np.arange(n_steps + 1) * 10, n_runs),
+            "ras": np.concatenate([[0.0, *row] for row in metric]),
+            "lost": np.concatenate([[0.0, *row] for row in lost]),
+        }
+    )
+
+
+def blocks(table, how):
+    tuned = table[table["step"] > 0]
+    x, y = ([rows[name].to_numpy() for _, rows in tuned.groupby("run")] for name in ("ras", "lost"))
+    if how == "across":
+        return [np.array([one.mean()]) for one in x], [np.array([one.mean()]) for one in y]
+    if how == "within":
+        return [one - one.mean() for one in x], [one - one.mean() for one in y]
+    return x, y
+
+
+@pytest.mark.parametrize("how", ["pooled", "within", "across"])
+def test_correlations_are_scipys_and_p_counts_every_exchange_of_courses(how):
+    table = made()
+    found = relating.correlations(table, "ras").set_index("how").loc[how]
+    x, y = blocks(table, how)
+    assert found["pearson"] == pytest.approx(stats.pearsonr(np.concatenate(x), np.concatenate(y))[0])
+    values = [
+        stats.pearsonr(np.concatenate(x), np.concatenate([y[place] for place in way]))[0]
+        for way in permutations(range(5))
+    ]
+    assert found["p_pearson"] == pytest.approx(np.mean(np.abs(values) >= abs(found["pearson"]) - 1e-9))
+    if how != "within":
+        ranked = [
+            stats.spearmanr(np.concatenate(x), np.concatenate([y[place] for place in way]))[0]
+            for way in permutations(range(5))
+        ]
+        assert found["spearman"] == pytest.approx(ranked[0])
+        assert found["p_spearman"] == pytest.approx(np.mean(np.abs(ranked) >= abs(ranked[0]) - 1e-9))
+    without = [
+        stats.pearsonr(np.concatenate(x[:run] + x[run + 1 :]), np.concatenate(y[:run] + y[run + 1 :]))[0]
+        for run in range(5)
+    ]
+    assert (found["low"], found["high"]) == (pytest.approx(min(without)), pytest.approx(max(without)))
+    assert found["exact"]
+    assert found["n_permutations"] == 120
+    assert found["n"] == (5 if how == "across" else 20)
+
+
+def test_within_ranks_each_run_by_itself():
+    table = made()
+    x, y = blocks(table, "pooled")
+    by_hand = stats.pearsonr(
+        *(np.concatenate([stats.rankdata(one) - 2.5 for one in side]) for side in (x, y))
+    )[0]
+    found = relating.correlations(table, "ras").set_index("how").loc["within", "spearman"]
+    assert found == pytest.approx(by_hand)
+
+
+def test_a_run_alone_has_its_correlation_and_no_p():
+    table = made()
+    found = relating.correlations(table, "ras")
+    rows = found[found["how"] == "run"]
+    tuned = table[(table["run"] == "r2") & (table["step"] > 0)]
+    line = rows[rows["run"] == "r2"].iloc[0]
+    assert line["pearson"] == pytest.approx(stats.pearsonr(tuned["ras"], tuned["lost"])[0])
+    assert line["spearman"] == pytest.approx(stats.spearmanr(tuned["ras"], tuned["lost"])[0])
+    assert rows["p_pearson"].isna().all()
+    assert rows["reason"].str.contains("no test").all()
+
+
+def test_a_shared_course_alone_correlates_and_is_not_significant():
+    """What every run does at every step correlates to nearly 1 and says nothing of entanglement: the p stays level."""
+    found = [
+        relating.correlations(made(6, 4, seed, trend=8.0), "ras").set_index("how").loc["pooled"]
+        for seed in range(12)
+    ]
+    assert np.mean([one["pearson"] for one in found]) > 0.8
+    assert np.mean([one["p_pearson"] <= 0.05 for one in found]) <= 0.25
+
+
+@pytest.mark.parametrize("how", ["pooled", "within", "across"])
+def test_exchanging_courses_holds_its_level_on_null_runs(how):
+    p = []
+    for seed in range(2000):
+        metric, lost = drawn(4, 3, seed, trend=3.0)
+        courses = {str(run): (np.arange(3), metric[run], lost[run]) for run in range(4)}
+        p.append(relating._permuted(courses, how, None, "two-sided", 999, 0)["p_pearson"])
+    assert_level_held(p)
+    assert min(p) == pytest.approx(1 / 24)
+
+
+def test_a_true_link_between_runs_is_found():
+    p = [
+        relating.correlations(made(6, 4, seed, link=0.95), "ras").set_index("how").loc["across", "p_pearson"]
+        for seed in range(12)
+    ]
+    assert np.mean(np.array(p) <= 0.05) > 0.9
+
+
+def test_groups_exchange_only_among_themselves_and_drawn_ways_agree_with_all():
+    table = made(6, 3)
+    groups = {f"r{place}": "ab"[place % 2] for place in range(6)}
+    grouped = relating.correlations(table, "ras", groups=groups).set_index("how").loc["pooled"]
+    assert grouped["n_permutations"] == 36
+    x, y = blocks(table, "pooled")
+    values = [
+        stats.pearsonr(
+            np.concatenate(x),
+            np.concatenate([y[{0: even, 1: odd}[place % 2][place // 2]] for place in range(6)]),
+        )[0]
+        for even in permutations((0, 2, 4))
+        for odd in permutations((1, 3, 5))
+    ]
+    assert grouped["p_pearson"] == pytest.approx(np.mean(np.abs(values) >= abs(grouped["pearson"]) - 1e-9))
+    courses, _ = relating._courses(made(8, 3), "ras", "lost")
+    every, drawn = (
+        relating._permuted(courses, "pooled", None, "greater", n, 1)["p_pearson"] for n in (40320, 4000)
+    )
+    assert drawn == pytest.approx(every, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda table: table[table["run"].isin(["r0", "r1", "r2"])], "3 runs can be paired in 6 ways"),
+        (lambda table: table[~((table["run"] == "r0") & (table["step"] == 10))], "different steps"),
+        (lambda table: table.assign(ras=1.0), "does not vary"),
+    ],
+)
+def test_where_nothing_can_be_tested_no_p_is_given_and_the_reason_is(change, reason):
+    found = relating.correlations(change(made()), "ras").set_index("how").loc["pooled"]
+    assert math.isnan(found["p_pearson"])
+    assert reason in found["reason"]
+
+
+def test_what_is_not_a_number_is_left_out_and_counted():
+    table = made()
+    table.loc[2, "ras"] = np.nan
+    found = relating.correlations(table, "ras").set_index("how").loc["pooled"]
+    tuned = table[(table["step"] > 0) & table["ras"].notna()]
+    assert (found["n"], found["n_left_out"]) == (19, 1)
+    assert found["pearson"] == pytest.approx(stats.pearsonr(tuned["ras"], tuned["lost"])[0])
+    with pytest.raises(StatisticsError, match="there are run, step"):
+        relating.correlations(table, "raz")
+
+
+def test_a_correlation_stands_among_those_of_random_sets():
+    table = made(4, 3, link=0.9)
+    rng = np.random.default_rng(1)
+    tuned = table[table["step"] > 0]
+    random = pd.concat(
+        [tuned[["run", "step"]].assign(set=number, ras=rng.normal(size=len(tuned))) for number in range(9)]
+    )
+    found = relating.correlations(table, "ras", random=random).set_index("how").loc["pooled"]
+    others = [
+        stats.pearsonr(rows.sort_values(["run", "step"])["ras"], tuned["lost"])[0]
+        for _, rows in random.groupby("set")
+    ]
+    assert found["random"] == pytest.approx(np.mean(others))
+    assert found["n_random"] == 9
+    assert found["p_random"] == pytest.approx((1 + sum(np.abs(others) >= abs(found["pearson"]))) / 10)
+
+
+def drifting():
+    table = pd.DataFrame(
+        {
+            "run": ["t"] * 3 + ["c"] * 4,
+            "step": [0, 10, 20, 0, 10, 20, 30],
+            "weight_drift": [0.0, 0.3, 0.9, 0.0, 0.2, 0.4, 0.8],
+            "lost": [0.0, 4.0, 6.0, 0.0, 1.0, 2.0, 4.0],
+            "accuracy": [0.5, 0.6, 0.7, 0.5, np.nan, 0.7, 0.9],
+        }
+    )
+    base = np.array([5.0, 6.0, 7.0, 8.0])
+    prompts = [
+        {
+            "run": run,
+            "step": step,
+            "kind": "harmful",
+            "prompt": str(place),
+            "family": f"f{place // 2}",
+            "score": score,
+        }
+        for run, step, lost in zip(table["run"], table["step"], table["lost"], strict=True)
+        for place, score in enumerate(
+            base - lost - (np.array([0.0, 1.0, 0.0, -1.0]) if run == "t" and lost else 0)
+        )
+    ]
+    return table, pd.DataFrame(prompts)
+
+
+def test_equal_drift_is_interpolated_by_hand():
+    table, prompts = drifting()
+    found = relating.drift_matched(table, prompts, "t", "c", columns=["lost", "accuracy"]).set_index("step")
+    first = found.loc[10]  # drift 0.3, half way from 0.2 to 0.4
+    assert first["control_step"] == pytest.approx(15)
+    assert first["lost_control"] == pytest.approx(1.5)
+    assert first["lost_difference"] == pytest.approx(2.5)
+    assert math.isnan(first["accuracy_control"])
+    # by family the target lost 2.5 + (0, .5) … of four requests in two families: 3.0 and 2.0
+    assert first["lost_low"] == pytest.approx(2.0)
+    assert first["lost_high"] == pytest.approx(3.0)
+    last = found.loc[20]
+    assert math.isnan(last["lost_control"])
+    assert "reaches 0.8" in last["reason"]
+    with pytest.raises(StatisticsError, match="there are t, c"):
+        relating.drift_matched(table, prompts, "t", "x")
+
+
+def test_a_run_against_itself_differs_by_nothing():
+    table, prompts = drifting()
+    found = relating.drift_matched(table, prompts, "c", "c", columns=["lost"])
+    np.testing.assert_allclose(found["control_step"], [10, 20, 30])
+    np.testing.assert_allclose(found["lost_difference"], 0, atol=1e-12)
+    np.testing.assert_allclose(found[["lost_low", "lost_high"]], 0, atol=1e-12)
+
+
+def test_a_forecast_fits_its_line_without_the_run_it_predicts():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=6)
+    y = 2 * x + 0.3 * rng.normal(size=6)
+    early, final = ({str(place): value for place, value in enumerate(side)} for side in (x, y))
+    found = relating.forecast(early, final)
+    errors, of_mean = [], []
+    for run in range(6):
+        known = np.arange(6) != run
+        slope, start = np.polyfit(x[known], y[known], 1)
+        assert found["predicted"][str(run)] == pytest.approx(slope * x[run] + start)
+        errors.append((slope * x[run] + start - y[run]) ** 2)
+        of_mean.append((y[known].mean() - y[run]) ** 2)
+    assert found["rmse"] == pytest.approx(np.sqrt(np.mean(errors)))
+    assert found["rmse_mean"] == pytest.approx(np.sqrt(np.mean(of_mean)))
+    assert found["skill"] == pytest.approx(1 - np.sum(errors) / np.sum(of_mean))
+    assert found["p"] <= 0.05
+
+
+def test_a_forecast_holds_out_whole_groups():
+    x, y = np.arange(6.0), np.array([0.0, 1.5, 2.0, 2.5, 4.5, 5.0])
+    early, final = ({str(place): value for place, value in enumerate(side)} for side in (x, y))
+    found = relating.forecast(early, final, groups={str(place): str(place // 2) for place in range(6)})
+    slope, start = np.polyfit(x[2:], y[2:], 1)
+    assert found["predicted"]["0"] == pytest.approx(start)
+    assert found["predicted"]["1"] == pytest.approx(slope + start)
+
+
+def test_a_forecast_of_noise_holds_its_level_and_says_when_it_cannot_be_made():
+    rng = np.random.default_rng(0)
+    p = []
+    for _ in range(2000):
+        early, final = (
+            {str(place): value for place, value in enumerate(rng.normal(size=4))} for _ in range(2)
+        )
+        p.append(relating.forecast(early, final)["p"])
+    assert_level_held(p)
+    assert "at least 4 runs" in relating.forecast({"a": 1.0}, {"a": 2.0})["reason"]
+    runs = "abcd"
+    assert (
+        "does not vary"
+        in relating.forecast(dict.fromkeys(runs, 1.0), dict(zip(runs, range(4), strict=True)))["reason"]
+    )
+    assert (
+        "end alike"
+        in relating.forecast(dict(zip(runs, range(4), strict=True)), dict.fromkeys(runs, 1.0))["reason"]
+    )
