@@ -1,21 +1,25 @@
 """Pictures, words and pages of what was measured. Nothing here measures a model."""
 
 from rim_lens.views.circuitsvis import circuitsvis_heads, circuitsvis_pattern, circuitsvis_tokens
-from rim_lens.views.explorer import head_patterns
+from rim_lens.views.explorer import HeadView, explorer_html, head_patterns, head_view, write_explorer
 from rim_lens.views.report import heads_html, probes_html, study_html, write_report
 from rim_lens.views.terminal import print_study
 from rim_lens.views.verdict import Finding, findings
 
 __all__ = [
     "Finding",
+    "HeadView",
     "circuitsvis_heads",
     "circuitsvis_pattern",
     "circuitsvis_tokens",
+    "explorer_html",
     "findings",
     "head_patterns",
+    "head_view",
     "heads_html",
     "print_study",
     "probes_html",
     "study_html",
+    "write_explorer",
     "write_report",
 ]

@@ -1,0 +1,696 @@
+// The head explorer: one module for a standalone page and for a Jupyter widget. No text is ever read as HTML.
+const CSS = `
+.rlx { color: var(--ink); background: var(--paper); font: 14px/1.45 var(--font); padding: 14px 18px; container-type: inline-size; }
+.rlx * { box-sizing: border-box; }
+.rlx h2 { font-size: 20px; margin: 0 0 2px; overflow-wrap: anywhere; } .rlx h3 { font-size: 15px; margin: 0 0 6px; }
+.rlx p { margin: 0 0 8px; } .rlx .soft { color: var(--soft); font-size: 13px; }
+.rlx .bar { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; margin: 8px 0 12px; }
+.rlx label { display: inline-flex; gap: 6px; align-items: center; color: var(--soft); }
+.rlx select, .rlx button, .rlx input { font: inherit; color: var(--ink); background: var(--paper); border: 1px solid var(--axis); border-radius: 5px; padding: 3px 8px; max-width: 22em; }
+.rlx button { cursor: pointer; } .rlx button[aria-pressed=true] { background: var(--blue); border-color: var(--blue); color: #fff; }
+.rlx button:disabled { opacity: .5; cursor: default; } .rlx input { width: 5.5em; }
+.rlx .two { display: grid; grid-template-columns: minmax(0, 1fr); gap: 18px; }
+.rlx .pair { display: grid; grid-template-columns: minmax(0, 1fr); gap: 18px; }
+@container (min-width: 1000px) { .rlx .two { grid-template-columns: minmax(300px, 420px) minmax(0, 1fr); } }
+@container (min-width: 720px) { .rlx .pair { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+.rlx canvas { display: block; max-width: 100%; outline-offset: 2px; } .rlx :focus-visible { outline: 2px solid var(--blue); }
+.rlx .map { cursor: pointer; }
+.rlx .tokens { line-height: 1.75; max-height: 22em; overflow: auto; border: 1px solid var(--grid); border-radius: 6px; padding: 6px 8px; margin: 8px 0; font: 13px/1.75 var(--mono); overflow-wrap: anywhere; }
+.rlx .token { unicode-bidi: isolate; white-space: pre-wrap; cursor: pointer; border-bottom: 3px solid transparent; border-radius: 2px; }
+.rlx .token.query { outline: 2px solid var(--ink); outline-offset: -1px; }
+.rlx table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: 4px 0 10px; }
+.rlx th, .rlx td { padding: 2px 10px 2px 0; text-align: left; border-bottom: 1px solid var(--grid); vertical-align: top; }
+.rlx td.n, .rlx th.n { text-align: right; } .rlx .scroll { overflow-x: auto; }
+.rlx .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 5px; vertical-align: -1px; }
+.rlx .legend { display: flex; flex-wrap: wrap; gap: 2px 12px; font-size: 12.5px; color: var(--soft); }
+.rlx .tip { position: fixed; z-index: 9; pointer-events: none; background: var(--paper); color: var(--ink); border: 1px solid var(--axis); border-radius: 5px; padding: 4px 8px; font-size: 13px; max-width: 30em; overflow-wrap: anywhere; white-space: pre-line; box-shadow: 0 2px 8px #0003; }
+.rlx code, .rlx pre { font-family: var(--mono); font-size: 12.5px; unicode-bidi: isolate; }
+.rlx pre { overflow: auto; background: var(--code); padding: 8px 10px; border-radius: 6px; max-height: 16em; }
+.rlx .live { border-top: 1px solid var(--grid); margin-top: 14px; padding-top: 12px; }
+.rlx .wrong { color: var(--found); }
+`;
+const MONO = 'ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace';
+
+// --- small things -------------------------------------------------------------------------------------
+
+function make(tag, given = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(given)) {
+    if (name === "text") element.textContent = value;
+    else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (value !== undefined && value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.filter((child) => child !== null));
+  return element;
+}
+
+const exact = (value) => (Number.isFinite(value) ? Number(value.toPrecision(7)).toString() : "–");
+const short = (value) => (Number.isFinite(value) ? value.toFixed(4).replace(/^-(?=.*[1-9])/, "−").replace("-", "") : "–");
+const signed = (value) => (value >= 0.00005 ? "+" : "") + short(value);
+const minus = (text) => text.replace(/^-/, "−");
+
+function decoded(text) {
+  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
+  const raw = atob(text), bytes = new Uint8Array(raw.length);
+  for (let place = 0; place < raw.length; place++) bytes[place] = raw.charCodeAt(place);
+  return bytes;
+}
+
+// Floats [start, stop) of an array that came as base64 text or as bytes; only that part is decoded.
+function floats(stored, start, stop) {
+  if (typeof stored !== "string") {
+    const bytes = new Uint8Array(stored.buffer, stored.byteOffset + 4 * start, 4 * (stop - start));
+    return new Float32Array(bytes.slice().buffer);
+  }
+  const first = Math.floor((4 * start) / 3), last = Math.ceil((4 * stop) / 3);
+  const bytes = decoded(stored.slice(4 * first, 4 * last));
+  const skip = 4 * start - 3 * first;
+  return new Float32Array(bytes.slice(skip, skip + 4 * (stop - start)).buffer);
+}
+
+function rgb(hex) {
+  return [1, 3, 5].map((place) => parseInt(hex.slice(place, place + 2), 16));
+}
+
+function scaleOf(stops) {
+  const table = new Uint8ClampedArray(3 * 257);
+  for (let step = 0; step <= 256; step++) {
+    const at = step / 256;
+    let right = stops.findIndex(([place]) => place >= at);
+    right = Math.max(1, right);
+    const [low, from] = stops[right - 1], [high, to] = stops[right];
+    const share = (at - low) / (high - low), a = rgb(from), b = rgb(to);
+    for (let channel = 0; channel < 3; channel++) table[3 * step + channel] = a[channel] + share * (b[channel] - a[channel]);
+  }
+  return (share) => {
+    const step = 3 * Math.round(256 * Math.min(1, Math.max(0, share)));
+    return [table[step], table[step + 1], table[step + 2]];
+  };
+}
+
+const css = ([red, green, blue]) => `rgb(${red},${green},${blue})`;
+const inkOn = ([red, green, blue]) => (0.299 * red + 0.587 * green + 0.114 * blue > 140 ? "#111" : "#fff");
+
+// --- the explorer -------------------------------------------------------------------------------------
+
+export function mount(root, view, arrays, kernel = null) {
+  const { n_layers: nLayers, n_heads: nHeads } = view.model;
+  const stored = (ref) => arrays(ref);
+  const grid = (ref) => floats(stored(ref), 0, nLayers * nHeads);
+  const state = {
+    prompt: 0, a: 0, b: view.conditions.length > 1 ? 1 : 0, stat: "", span: "", layer: 0, head: 0,
+    query: [null, null], mode: "tokens", ticked: new Set(), steps: [], history: [],
+  };
+  const fetched = new Map(), gridMemo = new Map();
+  root.replaceChildren();
+  const style = make("style"); style.textContent = CSS;
+  const box = make("div", { class: "rlx" });
+  const tip = make("div", { class: "tip", hidden: true, role: "status" });
+  root.append(style, box);
+  let colours;
+
+  function theme() {
+    const jupyter = document.body.dataset.jpThemeLight;
+    const dark = jupyter ? jupyter === "false" : matchMedia("(prefers-color-scheme: dark)").matches;
+    const palette = view.palette[dark ? "dark" : "light"];
+    colours = { ...palette, sequential: scaleOf(palette.sequential), diverging: scaleOf(palette.diverging) };
+    const named = { ink: palette.ink, paper: palette.paper, grid: palette.grid, axis: palette.axis, soft: dark ? "#a3abb5" : "#57606a",
+      code: dark ? "#2a2f36" : "#eef0f3", blue: view.palette.blue, found: view.palette.found, font: view.palette.font, mono: MONO };
+    for (const [name, value] of Object.entries(named)) box.style.setProperty("--" + name, value);
+    colours.soft = named.soft;
+    box.dataset.theme = dark ? "dark" : "light";
+  }
+
+  // --- numbers ---
+
+  function massGrid(condition, span) {
+    const key = condition + "/" + span;
+    if (!gridMemo.has(key)) {
+      const { spans, mass } = view.conditions[condition];
+      const place = spans.indexOf(span);
+      if (place < 0) gridMemo.set(key, new Float32Array(nLayers * nHeads).fill(NaN));
+      else gridMemo.set(key, floats(stored(mass), place * nLayers * nHeads, (place + 1) * nLayers * nHeads));
+    }
+    return gridMemo.get(key);
+  }
+
+  function shownGrid() {
+    const nameA = view.conditions[state.a].name, nameB = view.conditions[state.b].name;
+    const over = view.n_prompts === 1 ? "1 prompt" : `mean of ${view.n_prompts} prompts`;
+    if (state.stat.startsWith("effect")) {
+      const effect = view.effects[Number(state.stat.slice(6))];
+      return { values: grid(effect.values), diverging: true, unit: effect.unit, title: effect.name, missing: "not tested" };
+    }
+    if (state.stat === "shift") {
+      const first = massGrid(state.a, state.span), second = massGrid(state.b, state.span);
+      return { values: first.map((value, place) => value - second[place]), diverging: true, unit: "share", missing: `no ${state.span} in one of the conditions`,
+        title: `mass on ${state.span}: ${nameA} − ${nameB}, ${over}` };
+    }
+    const condition = state.stat === "massB" ? state.b : state.a;
+    return { values: massGrid(condition, state.span), diverging: false, unit: "share", title: `mass on ${state.span}, ${view.conditions[condition].name}, ${over}`,
+      missing: `no ${state.span} in ${view.conditions[condition].name}` };
+  }
+
+  const part = (side) => view.prompts[state.prompt].conditions[side === 0 ? state.a : state.b];
+  const nameOf = (side) => view.conditions[side === 0 ? state.a : state.b].name;
+
+  // Entry (from, to) of this head's table of groups; the last `from` is the last prompt token.
+  function summaryOf(one) {
+    const n = one.groups.length, size = (n + 1) * n, at = state.layer * nHeads + state.head;
+    return floats(stored(one.summary), at * size, (at + 1) * size);
+  }
+
+  // Full rows of this head, where the page or the kernel has them.
+  function rowsOf(side) {
+    const condition = side === 0 ? state.a : state.b;
+    const live = fetched.get([state.prompt, condition, state.layer, state.head].join("."));
+    const kept = live || part(side).rows[state.layer + "." + state.head];
+    if (!kept) return null;
+    const n = part(side).tokens.length, first = kept.first;
+    const start = (query) => (query * (query + 1) - first * (first + 1)) / 2;
+    kept.floats ??= floats(live ? live.values : stored(kept.values), 0, start(n));
+    return { first, n, row: (query) => (query < first ? null : kept.floats.subarray(start(query), start(query + 1))) };
+  }
+
+  function chosen(side) {
+    const one = part(side);
+    const query = state.query[side] ?? one.last;
+    const rows = rowsOf(side), row = rows && rows.row(query);
+    const masses = new Map();
+    if (row) {
+      row.forEach((value, key) => masses.set(one.atoms[key], (masses.get(one.atoms[key]) ?? 0) + value));
+      return { query, row, masses, exactly: true };
+    }
+    const table = summaryOf(one), n = one.groups.length, from = query === one.last ? n : one.group_of[query];
+    one.groups.forEach((group, to) => masses.set(group.span, (masses.get(group.span) ?? 0) + table[from * n + to]));
+    const perGroup = table.subarray(from * n, (from + 1) * n);
+    return { query, row: null, perGroup, masses, exactly: query === one.last };
+  }
+
+  // --- tooltip ---
+
+  function showTip(event, text) {
+    if (!text) { tip.hidden = true; return; }
+    tip.textContent = text;
+    tip.hidden = false;
+    const left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8);
+    const top = event.clientY + 18 + tip.offsetHeight > innerHeight ? event.clientY - tip.offsetHeight - 10 : event.clientY + 18;
+    tip.style.left = Math.max(4, left) + "px";
+    tip.style.top = top + "px";
+  }
+  const noTip = () => { tip.hidden = true; };
+
+  function canvasOf(canvas, width, height) {
+    const ratio = devicePixelRatio || 1;
+    canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio);
+    canvas.style.width = width + "px"; canvas.style.height = height + "px";
+    const pen = canvas.getContext("2d");
+    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+    pen.clearRect(0, 0, width, height);
+    pen.font = "11px " + view.palette.font;
+    return pen;
+  }
+
+  function hatch(pen, x, y, width, height) {
+    pen.save();
+    pen.beginPath(); pen.rect(x, y, width, height); pen.clip();
+    pen.strokeStyle = colours.axis; pen.lineWidth = 1; pen.beginPath();
+    for (let place = -height; place < width; place += 5) { pen.moveTo(x + place, y + height); pen.lineTo(x + place + height, y); }
+    pen.stroke(); pen.restore();
+  }
+
+  // --- the map ---
+
+  const map = make("canvas", { class: "map", tabindex: 0, role: "application", "data-what": "map",
+    "aria-label": "Layers by heads. Arrow keys move, Enter ticks a head where a kernel is at hand." });
+  const mapTitle = make("p", { class: "soft" }), mapLegend = make("canvas"), said = make("p", { "aria-live": "polite", "data-what": "said" });
+  let cells = { left: 34, top: 18, width: 10, height: 10 };
+
+  function drawMap() {
+    const shown = shownGrid(), finite = [...shown.values].filter(Number.isFinite);
+    const most = Math.max(1e-9, ...finite.map(Math.abs));
+    const room = Math.max(220, (map.parentElement.clientWidth || 400));
+    const width = Math.min(34, (room - 42) / nHeads), height = Math.max(7, Math.min(26, width, 560 / nLayers));
+    cells = { left: 34, top: 18, width, height };
+    const pen = canvasOf(map, Math.floor(cells.left + width * nHeads + 4), cells.top + height * nLayers + 4);
+    pen.fillStyle = colours.soft; pen.textAlign = "center"; pen.textBaseline = "alphabetic";
+    const everyHead = Math.ceil(24 / width), everyLayer = Math.ceil(14 / height);
+    for (let head = 0; head < nHeads; head += everyHead) pen.fillText(String(head), cells.left + (head + 0.5) * width, 12);
+    pen.textAlign = "right"; pen.textBaseline = "middle";
+    for (let layer = 0; layer < nLayers; layer += everyLayer) pen.fillText("L" + layer, cells.left - 5, cells.top + (layer + 0.5) * height);
+    for (let layer = 0; layer < nLayers; layer++) for (let head = 0; head < nHeads; head++) {
+      const value = shown.values[layer * nHeads + head], x = cells.left + head * width, y = cells.top + layer * height;
+      const tall = Math.max(1, height - 1), wide = Math.max(1, width - 1);
+      if (!Number.isFinite(value)) { hatch(pen, x, y, wide, tall); continue; }
+      pen.fillStyle = css(shown.diverging ? colours.diverging(0.5 + value / most / 2) : colours.sequential(value / most));
+      pen.fillRect(x, y, wide, tall);
+      if (part(0).rows[layer + "." + head] && width > 6) {
+        pen.fillStyle = colours.paper; pen.fillRect(x + wide - 5, y + tall - 5, 5, 5);
+        pen.fillStyle = colours.ink; pen.fillRect(x + wide - 4, y + tall - 4, 3, 3);
+      }
+    }
+    pen.strokeStyle = colours.grid; pen.lineWidth = 1;
+    pen.strokeRect(cells.left - 1.5, cells.top - 1.5, width * nHeads + 2, height * nLayers + 2);
+    pen.lineWidth = 2;
+    for (const name of state.ticked) {
+      const [layer, head] = name.split(".").map(Number);
+      pen.strokeStyle = view.palette.found; pen.setLineDash([3, 2]);
+      pen.strokeRect(cells.left + head * width, cells.top + layer * height, width - 1, height - 1);
+    }
+    pen.setLineDash([]);
+    pen.strokeStyle = colours.paper; pen.lineWidth = 4;
+    pen.strokeRect(cells.left + state.head * width - 1, cells.top + state.layer * height - 1, width + 1, height + 1);
+    pen.strokeStyle = colours.ink; pen.lineWidth = 2;
+    pen.strokeRect(cells.left + state.head * width - 1, cells.top + state.layer * height - 1, width + 1, height + 1);
+    mapTitle.textContent = shown.title + ` (${shown.unit})`;
+    const value = shown.values[state.layer * nHeads + state.head];
+    said.textContent = `Layer ${state.layer}, head ${state.head}: ${Number.isFinite(value) ? minus(exact(value)) + " " + shown.unit : shown.missing}`;
+    drawLegend(shown, most, finite.length < shown.values.length);
+  }
+
+  function drawLegend(shown, most, missing) {
+    const pen = canvasOf(mapLegend, 330, 34), wide = 150;
+    for (let x = 0; x < wide; x++) {
+      pen.fillStyle = css(shown.diverging ? colours.diverging(x / (wide - 1)) : colours.sequential(x / (wide - 1)));
+      pen.fillRect(x, 2, 1, 12);
+    }
+    pen.strokeStyle = colours.axis; pen.strokeRect(0.5, 2.5, wide - 1, 11);
+    pen.fillStyle = colours.soft; pen.textBaseline = "top";
+    pen.textAlign = "left"; pen.fillText(shown.diverging ? "−" + most.toPrecision(2) : "0", 0, 19);
+    if (shown.diverging) { pen.textAlign = "center"; pen.fillText("0", wide / 2, 19); }
+    pen.textAlign = "right"; pen.fillText((shown.diverging ? "+" : "") + most.toPrecision(2), wide, 19);
+    pen.textAlign = "left";
+    if (missing) { hatch(pen, wide + 16, 2, 14, 12); pen.fillText(shown.missing, wide + 36, 2); }
+    if (kernel) return;
+    const y = missing ? 19 : 2;
+    pen.fillStyle = colours.ink; pen.fillRect(wide + 21, y + 4, 4, 4); pen.fillStyle = colours.soft; pen.fillText("full rows in this page", wide + 36, y);
+  }
+
+  function cellAt(event) {
+    const place = map.getBoundingClientRect();
+    const zoom = place.width / parseFloat(map.style.width);
+    const head = Math.floor(((event.clientX - place.left) / zoom - cells.left) / cells.width);
+    const layer = Math.floor(((event.clientY - place.top) / zoom - cells.top) / cells.height);
+    return head >= 0 && head < nHeads && layer >= 0 && layer < nLayers ? [layer, head] : null;
+  }
+  map.addEventListener("click", (event) => { const cell = cellAt(event); if (cell) select(...cell); });
+  map.addEventListener("mousemove", (event) => {
+    const cell = cellAt(event), shown = shownGrid();
+    if (!cell) return noTip();
+    const value = shown.values[cell[0] * nHeads + cell[1]];
+    showTip(event, `layer ${cell[0]}, head ${cell[1]}\n${Number.isFinite(value) ? minus(exact(value)) + " " + shown.unit : shown.missing}`);
+  });
+  map.addEventListener("mouseleave", noTip);
+  map.addEventListener("keydown", (event) => {
+    const moves = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
+    if (event.key in moves) {
+      const [down, right] = moves[event.key];
+      select(Math.min(nLayers - 1, Math.max(0, state.layer + down)), Math.min(nHeads - 1, Math.max(0, state.head + right)));
+    } else if ((event.key === "Enter" || event.key === " ") && kernel) tick();
+    else return;
+    event.preventDefault(); event.stopPropagation();
+  });
+
+  function select(layer, head) {
+    state.layer = layer; state.head = head;
+    draw();
+  }
+
+  // --- one condition's side ---
+
+  const sides = [0, 1].map((side) => {
+    const one = { title: make("h3"), note: make("p", { class: "soft" }), canvas: make("canvas", { "data-what": "pattern" + side, role: "img" }),
+      tokens: make("div", { class: "tokens", tabindex: 0, "data-what": "tokens" + side, "aria-label": "Tokens; left and right arrow keys choose the query" }), spans: [], shown: null, at: null };
+    one.box = make("div", {}, one.title, one.canvas, one.note, one.tokens);
+    one.tokens.addEventListener("click", (event) => {
+      const key = one.spans.indexOf(event.target.closest(".token"));
+      if (key >= 0) choose(side, key);
+    });
+    one.tokens.addEventListener("keydown", (event) => {
+      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (!step) return;
+      choose(side, Math.min(part(side).tokens.length - 1, Math.max(0, chosen(side).query + step)));
+      one.spans[chosen(side).query].scrollIntoView({ block: "nearest" });
+      event.preventDefault(); event.stopPropagation();
+    });
+    one.tokens.addEventListener("mousemove", (event) => {
+      const key = one.spans.indexOf(event.target.closest(".token"));
+      if (key < 0) return noTip();
+      const now = chosen(side), of = part(side), group = of.groups[of.group_of[key]];
+      let what = "after the query: not visible to it";
+      if (now.row) { if (key < now.row.length) what = `attention ${exact(now.row[key])}`; }
+      else if (key <= now.query) what = `all of ${group.name}: ${exact(now.perGroup[of.group_of[key]])}`;
+      showTip(event, `${of.tokens[key]}  (token ${key}, ${of.atoms[key]})\n${what}`);
+    });
+    one.tokens.addEventListener("mouseleave", noTip);
+    one.canvas.addEventListener("mousemove", (event) => showTip(event, one.at ? one.at(event) : ""));
+    one.canvas.addEventListener("mouseleave", noTip);
+    one.canvas.addEventListener("click", (event) => { const query = one.pick && one.pick(event); if (query !== null && query !== undefined) choose(side, query); });
+    return one;
+  });
+
+  function choose(side, query) {
+    state.query[side] = query;
+    drawSides();
+  }
+
+  function fillTokens(side) {
+    const one = sides[side], of = part(side);
+    if (one.shown === of) return;
+    one.shown = of;
+    one.spans = of.tokens.map((token, key) => {
+      const element = make("span", { class: "token", dir: "auto", text: token });
+      element.style.borderBottomColor = view.palette.spans[of.atoms[key]];
+      return element;
+    });
+    const pieces = [];
+    of.tokens.forEach((token, key) => { pieces.push(one.spans[key]); if (token.endsWith("\\n")) pieces.push(make("br")); else pieces.push(document.createElement("wbr")); });
+    one.tokens.replaceChildren(...pieces);
+  }
+
+  function runsOf(of) {
+    const runs = [];
+    of.atoms.forEach((atom, key) => {
+      if (runs.length && runs.at(-1).atom === atom) runs.at(-1).stop = key + 1;
+      else runs.push({ atom, start: key, stop: key + 1 });
+    });
+    return runs;
+  }
+
+  function drawTokensPattern(side, rows) {
+    const one = sides[side], of = part(side), n = of.tokens.length, first = rows.first, count = n - first;
+    const strip = 9, left = strip + 3, label = 16, room = Math.max(200, one.box.clientWidth);
+    const wide = room - left, cell = Math.min(22, wide / n), width = cell * n;
+    const height = Math.max(Math.min(count * cell, 420), Math.min(count * 8, 60));
+    const pen = canvasOf(one.canvas, left + width, height + strip + label + 3);
+    const top = strip + label + 3, ratio = devicePixelRatio || 1;
+    const columns = Math.min(n, Math.max(1, Math.floor(width * ratio))), lines = Math.min(count, Math.max(1, Math.floor(height * ratio)));
+    const most = new Float32Array(columns * lines).fill(-1);  // the largest entry under each pixel, so that thin stripes stay
+    for (let query = first; query < n; query++) {
+      const row = rows.row(query), line = Math.floor(((query - first) * lines) / count) * columns;
+      for (let key = 0; key < row.length; key++) {
+        const place = line + Math.floor((key * columns) / n);
+        if (row[key] > most[place]) most[place] = row[key];
+      }
+    }
+    const picture = new ImageData(columns, lines), empty = rgb(colours.grid);
+    for (let place = 0; place < most.length; place++) {
+      const colour = most[place] < 0 ? empty : colours.sequential(Math.sqrt(most[place]));
+      picture.data.set([...colour, most[place] < 0 ? 110 : 255], 4 * place);
+    }
+    const sheet = make("canvas"); sheet.width = columns; sheet.height = lines;
+    sheet.getContext("2d").putImageData(picture, 0, 0);
+    pen.imageSmoothingEnabled = false;
+    pen.drawImage(sheet, left, top, width, height);
+    pen.textBaseline = "alphabetic"; pen.textAlign = "left";
+    for (const { atom, start, stop } of runsOf(of)) {
+      pen.fillStyle = view.palette.spans[atom];
+      pen.fillRect(left + start * cell, label, Math.max(1, (stop - start) * cell - (cell > 4 ? 1 : 0)), strip);
+      const from = Math.max(start, first) - first, to = stop - first;
+      if (to > 0) pen.fillRect(0, top + (from * height) / count, strip, Math.max(1, ((to - from) * height) / count - (cell > 4 ? 1 : 0)));
+    }
+    const taken = [];  // long spans are named first; what has no room is in the legend
+    for (const { atom, start, stop } of runsOf(of).sort((a, b) => b.stop - b.start - a.stop + a.start)) {
+      const long = pen.measureText(atom).width;
+      const at = Math.min(Math.max(0, left + ((start + stop) / 2) * cell - long / 2), left + width - long);
+      if ((stop - start) * cell < 8 || at < 0 || taken.some(([from, to]) => at < to + 6 && at + long + 6 > from)) continue;
+      taken.push([at, at + long]);
+      pen.fillStyle = colours.soft; pen.fillText(atom, at, 11);
+    }
+    const now = chosen(side).query;
+    if (now >= first) {
+      pen.strokeStyle = colours.ink; pen.lineWidth = 1.5;
+      pen.strokeRect(left, top + ((now - first) * height) / count, width, Math.max(2, height / count));
+    }
+    const placed = (event) => {
+      const box = one.canvas.getBoundingClientRect(), zoom = box.width / parseFloat(one.canvas.style.width);
+      const key = Math.floor(((event.clientX - box.left) / zoom - left) / cell);
+      const query = first + Math.floor((((event.clientY - box.top) / zoom - top) * count) / height);
+      return query >= first && query < n && key >= 0 && key < n ? [query, key] : null;
+    };
+    one.at = (event) => {
+      const at = placed(event);
+      if (!at) return "";
+      const [query, key] = at;
+      return `from ${of.tokens[query]} (${query}, ${of.atoms[query]})\nto ${of.tokens[key]} (${key}, ${of.atoms[key]})\n` + (key > query ? "after the query" : `attention ${exact(rows.row(query)[key])}`);
+    };
+    one.pick = (event) => placed(event)?.[0];
+    one.canvas.setAttribute("aria-label", `Attention pattern, ${nameOf(side)}, layer ${state.layer} head ${state.head}`);
+    const part_ = first === 0 ? "" : ` Rows ${first} to ${n - 1} of ${n} are in this page.`;
+    one.note.textContent = `Rows: queries, columns: keys. Colour: square root of attention, 0 to 1.${part_}`;
+  }
+
+  function drawGroups(side, reason) {
+    const one = sides[side], of = part(side), n = of.groups.length, table = summaryOf(of);
+    const names = of.groups.map((group) => group.name), froms = [...names, "last token"];
+    const room = Math.max(240, one.box.clientWidth), left = 112, top = 64;
+    const width = Math.min(34, (room - left - 8) / n), height = Math.max(12, Math.min(20, width));
+    const pen = canvasOf(one.canvas, room, top + height * (n + 1) + 4);
+    pen.textBaseline = "middle";
+    names.forEach((name, to) => {
+      if (width < 9 && to % Math.ceil(11 / width)) return;
+      pen.save(); pen.translate(left + (to + 0.5) * width, top - 6); pen.rotate(-0.95);
+      pen.fillStyle = colours.soft; pen.textAlign = "left"; pen.fillText(cut(pen, name, 62), 0, 0); pen.restore();
+    });
+    froms.forEach((name, from) => {
+      const y = top + from * height;
+      pen.fillStyle = from < n ? view.palette.spans[of.groups[from].span] : colours.ink;
+      pen.fillRect(left - 8, y, 6, height - 1);
+      pen.fillStyle = colours.soft; pen.textAlign = "right";
+      pen.fillText(cut(pen, name, left - 14), left - 12, y + height / 2);
+      for (let to = 0; to < n; to++) {
+        pen.fillStyle = css(colours.sequential(Math.sqrt(table[from * n + to])));
+        pen.fillRect(left + to * width, y, Math.max(1, width - 1), height - 1);
+      }
+    });
+    pen.strokeStyle = colours.grid; pen.lineWidth = 1;
+    pen.strokeRect(left - 0.5, top - 0.5, width * n, height * (n + 1));
+    const placed = (event) => {
+      const box = one.canvas.getBoundingClientRect(), zoom = box.width / parseFloat(one.canvas.style.width);
+      const to = Math.floor(((event.clientX - box.left) / zoom - left) / width), from = Math.floor(((event.clientY - box.top) / zoom - top) / height);
+      return from >= 0 && from <= n && to >= 0 && to < n ? [from, to] : null;
+    };
+    one.at = (event) => {
+      const at = placed(event);
+      if (!at) return "";
+      const [from, to] = at, of_ = (place) => (of.groups[place].sentence ? `${names[place]}: ${of.groups[place].sentence}` : names[place]);
+      return `from ${from < n ? of_(from) + " (mean of its rows)" : "the last prompt token"}\nto ${of_(to)}\nmass ${exact(table[from * n + to])}`;
+    };
+    one.pick = (event) => { const at = placed(event); return !at ? null : at[0] === n ? of.last : of.group_of.indexOf(at[0]); };
+    one.canvas.setAttribute("aria-label", `Attention between spans and sentences, ${nameOf(side)}, layer ${state.layer} head ${state.head}`);
+    one.note.textContent = `Mean over the row's tokens of the attention summed over the column's. Colour: square root, 0 to 1.${reason}`;
+  }
+
+  function cut(pen, text, most) {
+    let shown = text;
+    while (shown.length > 2 && pen.measureText(shown).width > most) shown = shown.slice(0, -2) + "…";
+    return shown;
+  }
+
+  function drawTokens(side, top) {
+    const one = sides[side], of = part(side), now = chosen(side);
+    one.spans.forEach((element, key) => {
+      const visible = key <= now.query;
+      const value = !visible ? 0 : now.row ? now.row[key] : now.perGroup[of.group_of[key]];
+      const colour = colours.sequential(Math.sqrt(value / top));
+      element.style.backgroundColor = visible ? css(colour) : "transparent";
+      element.style.color = visible ? inkOn(colour) : colours.soft;
+      element.classList.toggle("query", key === now.query);
+    });
+  }
+
+  const headTitle = make("h3"), massTable = make("table", { "data-what": "masses" }), tokenNote = make("p", { class: "soft" });
+
+  function drawSides() {
+    headTitle.textContent = `Layer ${state.layer}, head ${state.head}`;
+    const now = [0, 1].map(chosen);
+    const tops = now.map((one) => Math.max(...(one.row ?? one.perGroup)));
+    const top = Math.max(1e-9, ...tops);
+    sides.forEach((one, side) => {
+      one.box.hidden = side === 1 && state.a === state.b;
+      if (one.box.hidden) return;
+      const rows = rowsOf(side), of = part(side);
+      one.title.replaceChildren(swatch(view.conditions[side === 0 ? state.a : state.b].colour), document.createTextNode(`${nameOf(side)}, ${of.tokens.length} tokens`));
+      fillTokens(side);
+      if (state.mode === "tokens" && rows) drawTokensPattern(side, rows);
+      else drawGroups(side, state.mode === "tokens" ? (kernel ? " Fetching the rows …" : " This head's rows are not in this page.") : "");
+      drawTokens(side, top);
+    });
+    if (state.mode === "tokens" && kernel && !rowsOf(0)) fetchRows();
+    const whole = now.every((one) => one.row);
+    tokenNote.textContent = (whole ? `Token colour: attention from the framed query token, 0 to ${short(top)} (square root); click a token, or use the arrow keys, for another query.`
+      : `Rows of this head${now.some((one) => one.row) ? " at one of these queries" : ""} are not in this page: tokens are coloured by the mass of their whole span or sentence.`) + " Underlines: spans.";
+    drawMasses(now);
+  }
+
+  function swatch(colour) {
+    const mark = make("span", { class: "swatch" });
+    mark.style.backgroundColor = colour;
+    return mark;
+  }
+
+  function drawMasses(now) {
+    const both = state.a !== state.b;
+    const spans = [...new Set([0, 1].flatMap((side) => part(side).groups.map((group) => group.span)))];
+    spans.sort((a, b) => view.atoms.indexOf(a) - view.atoms.indexOf(b));
+    const from = (side) => `${nameOf(side)}, from ${part(side).tokens[now[side].query]} (${now[side].query})${now[side].exactly ? "" : ", mean of its span"}`;
+    const head = make("tr", {}, make("th", { text: "mass on" }), make("th", { class: "n", text: from(0) }));
+    if (both) head.append(make("th", { class: "n", text: from(1) }), make("th", { class: "n", text: "difference" }));
+    const line = (name, colour, values) => {
+      const row = make("tr", { "data-span": name }, make("td", {}, colour ? swatch(colour) : "", document.createTextNode(name)));
+      values.slice(0, both ? 2 : 1).forEach((value) => row.append(make("td", { class: "n", text: short(value), title: exact(value) })));
+      if (both) { const gap = values[0] - values[1]; row.append(make("td", { class: "n", text: signed(gap), title: exact(gap) })); }
+      return row;
+    };
+    const value = (side, span) => (part(side).atoms.includes(span) ? now[side].masses.get(span) ?? 0 : NaN);
+    const rows = spans.map((span) => line(span, view.palette.spans[span], [value(0, span), value(1, span)]));
+    for (const [name, parts] of Object.entries(view.composites)) {
+      const sum = (side) => { const held = parts.filter((span) => part(side).atoms.includes(span)); return held.length ? held.reduce((total, span) => total + value(side, span), 0) : NaN; };
+      rows.push(line(name, null, [sum(0), sum(1)]));
+    }
+    massTable.replaceChildren(make("thead", {}, head), make("tbody", {}, ...rows));
+  }
+
+  // --- controls ---
+
+  function menu(what, label, options, value, changed) {
+    const select_ = make("select", { "data-what": what, onchange: () => { changed(select_.value); draw(); } },
+      ...options.map(([key, text]) => make("option", { value: key, text })));
+    select_.value = value;
+    return make("label", {}, document.createTextNode(label), select_);
+  }
+
+  function controls() {
+    const names = view.conditions.map((one, place) => [String(place), one.name]);
+    const stats = [["massA", "mass, first condition"]];
+    if (names.length > 1) stats.push(["massB", "mass, second condition"], ["shift", "mass: first − second"]);
+    view.effects.forEach((effect, place) => stats.push(["effect" + place, effect.name]));
+    state.stat ||= view.start.stat; state.span ||= view.start.span;
+    [state.layer, state.head] = view.start.head;
+    const parts = [];
+    if (view.prompts.length > 1) parts.push(menu("prompt", "prompt", view.prompts.map((one, place) => [String(place), one.id]), "0", (value) => { state.prompt = Number(value); state.query = [null, null]; }));
+    parts.push(menu("a", "condition", names, String(state.a), (value) => { state.a = Number(value); state.query = [null, null]; }));
+    if (names.length > 1) parts.push(menu("b", "beside", names, String(state.b), (value) => { state.b = Number(value); state.query = [null, null]; }));
+    parts.push(menu("stat", "map", stats, state.stat, (value) => { state.stat = value; }));
+    parts.push(menu("span", "span", view.spans.map((name) => [name, name]), state.span, (value) => { state.span = value; }));
+    return make("div", { class: "bar" }, ...parts);
+  }
+
+  const modes = [["tokens", "Tokens"], ["groups", "Spans and sentences"]].map(([mode, text]) =>
+    make("button", { type: "button", text, "data-what": "mode-" + mode, onclick: () => { state.mode = mode; drawSides(); pressed(); } }));
+  function pressed() {
+    modes.forEach((button, place) => button.setAttribute("aria-pressed", String(state.mode === ["tokens", "groups"][place])));
+    if (kernel) tickButton.textContent = state.ticked.has(state.layer + "." + state.head) ? "Untick this head" : "Tick this head";
+  }
+
+  // --- a live kernel ---
+
+  let tickButton, scores, history, code, status;
+  async function fetchRows() {
+    const asked = { kind: "rows", prompt: state.prompt, head: [state.layer, state.head] };
+    const key = [asked.prompt, state.layer, state.head].join(".");
+    if (fetched.has(key)) return;
+    fetched.set(key, true);
+    try {
+      const reply = await kernel(asked);
+      reply.conditions.forEach((one, condition) => fetched.set([asked.prompt, condition, ...asked.head].join("."), { first: one.first, values: reply.buffers[one.values] }));
+      if (state.layer === asked.head[0] && state.head === asked.head[1]) drawSides();
+    } catch (wrong) { fetched.delete(key); say(wrong, true); }
+  }
+  function say(text, wrong = false) {
+    status.textContent = String(text instanceof Error ? text.message : text);
+    status.className = wrong ? "wrong" : "soft";
+  }
+  function tick() {
+    const name = state.layer + "." + state.head;
+    if (!state.ticked.delete(name)) state.ticked.add(name);
+    drawMap(); pressed();
+  }
+  async function apply(steps) {
+    box.querySelectorAll(".live button").forEach((button) => { button.disabled = true; });
+    say("Running the model …");
+    try {
+      const reply = await kernel({ kind: "apply", steps, prompt: state.prompt });
+      state.steps = steps;
+      showScores(reply);
+      say(steps.length ? `${steps.length} ${steps.length === 1 ? "edit" : "edits"} in force.` : "No edit: the model as it is.");
+    } catch (wrong) { say(wrong, true); }
+    box.querySelectorAll(".live button").forEach((button) => { button.disabled = false; });
+    box.dataset.applied = String(Number(box.dataset.applied ?? 0) + 1);
+  }
+  function edit(operation, factor) {
+    if (!state.ticked.size) return say("No head is ticked: choose one in the map and tick it, then ablate or scale.", true);
+    const heads = [...state.ticked].map((name) => name.split(".").map(Number)).sort((a, b) => a[0] - b[0] || a[1] - b[1]);
+    return apply([...state.steps, { operation, heads, factor }]);
+  }
+  function showScores(reply) {
+    const head = make("tr", {}, ...["condition", "refusal score (nats)", "as it is", "effect", "likeliest first tokens", "continuation"].map((text, place) => make("th", { text, class: place > 0 && place < 4 ? "n" : null })));
+    scores.replaceChildren(make("thead", {}, head), make("tbody", {}, ...reply.conditions.map((one) => {
+      const tokens = make("td");
+      one.tokens.forEach((token, place) => tokens.append(place ? ", " : "", make("code", { text: token.token }), ` ${token.probability.toFixed(3)}`));
+      if (one.note) tokens.append(one.note);
+      return make("tr", { "data-condition": one.name }, make("td", { text: one.name }), make("td", { class: "n", text: short(one.score ?? NaN), title: exact(one.score ?? NaN), "data-what": "score" }),
+        make("td", { class: "n", text: short(one.baseline ?? NaN) }), make("td", { class: "n", text: one.score === null ? "–" : signed(one.score - one.baseline) }), tokens, make("td", { text: one.continuation }));
+    })));
+    history.replaceChildren(...reply.history.map((text) => make("li", { text })));
+    code.textContent = reply.code;
+  }
+  function live() {
+    const factor = make("input", { type: "number", step: "0.25", value: "0.5", "aria-label": "factor", "data-what": "factor" });
+    const button = (what, text, onclick) => make("button", { type: "button", text, onclick, "data-what": what });
+    tickButton = button("tick", "Tick this head", tick);
+    scores = make("table", { "data-what": "scores" }); history = make("ol"); code = make("pre", { "data-what": "code" }); status = make("p", { class: "soft", "data-what": "status", role: "status" });
+    const bar = make("div", { class: "bar" }, tickButton, button("ablate", "Ablate ticked", () => edit("ablate", null)), button("scale", "Scale ticked by", () => edit("scale", Number(factor.value))), factor,
+      button("undo", "Undo", () => apply(state.steps.slice(0, -1))), button("reset", "Reset", () => apply([])));
+    setTimeout(() => apply([]), 0);
+    return make("div", { class: "live" }, make("h3", { text: "Edit heads and see refusal move" }), bar, status, make("div", { class: "scroll" }, scores), make("p", { class: "soft", text: "Edits in force, oldest first; as code:" }), history, code);
+  }
+
+  // --- all of it ---
+
+  function draw() { drawMap(); drawSides(); pressed(); }
+  const legend = make("div", { class: "legend" }, ...view.atoms.filter((atom) => view.prompts.some((one) => one.conditions.some((c) => c.atoms.includes(atom)))).map((atom) => make("span", {}, swatch(view.palette.spans[atom]), document.createTextNode(atom))));
+  theme();
+  box.append(
+    make("h2", { text: view.title }), make("p", { class: "soft", text: view.about }), controls(),
+    make("div", { class: "two" },
+      make("div", {}, make("h3", { text: "All heads" }), mapTitle, map, mapLegend, said, make("p", { class: "soft", text: "Click a head, or move with the arrow keys. Layer 0 is at the top." })),
+      make("div", {}, make("div", { class: "bar" }, headTitle, ...modes, make("button", { type: "button", text: "Query: last prompt token", "data-what": "last", onclick: () => { state.query = [null, null]; drawSides(); } })),
+        legend, make("div", { class: "pair" }, ...sides.map((one) => one.box)), tokenNote, make("div", { class: "scroll" }, massTable))),
+    kernel ? live() : "", make("p", { class: "soft", text: view.caveat }), tip,
+  );
+  draw();
+  const again = () => { theme(); draw(); };
+  const media = matchMedia("(prefers-color-scheme: dark)");
+  media.addEventListener("change", again);
+  let seen = box.clientWidth;
+  const watch = new ResizeObserver(() => { if (Math.abs(box.clientWidth - seen) > 8) { seen = box.clientWidth; draw(); } });
+  watch.observe(box);
+  box.dataset.drawn = "yes";
+  return () => { media.removeEventListener("change", again); watch.disconnect(); };
+}
+
+// --- in Jupyter, through anywidget ------------------------------------------------------------------------
+
+export function render({ model, el }) {
+  const waiting = new Map();
+  let count = 0;
+  const heard = (message, buffers) => {
+    const answer = waiting.get(message.id);
+    if (!answer) return;
+    waiting.delete(message.id);
+    if (message.error) answer.reject(new Error(message.error));
+    else answer.resolve({ ...message, buffers });
+  };
+  model.on("msg:custom", heard);
+  const kernel = (message) => new Promise((resolve, reject) => {
+    const id = ++count;
+    waiting.set(id, { resolve, reject });
+    model.send({ id, ...message });
+  });
+  const arrays = model.get("arrays");
+  const leave = mount(el, model.get("view"), (ref) => arrays[ref], kernel);
+  return () => { model.off("msg:custom", heard); leave(); };
+}
+
+export default { render };
