@@ -95,7 +95,7 @@ def test_what_was_not_removed_is_not_tested(view: HeadView) -> None:
 
 def test_a_long_thought_is_cut_into_few_groups(toy: Any) -> None:
     model, chat, requests = toy
-    thought = " ".join(["3 4 > 0 6 > 6"] * 2)
+    thought = "3 4 > 0 6 > 6 > 1"
 
     def steps(text: str) -> list[str]:
         pieces = text.split(" >")
@@ -104,14 +104,14 @@ def test_a_long_thought_is_cut_into_few_groups(toy: Any) -> None:
     view = head_view(model, chat, requests[:1], {"long": thought}, max_sentences=2, split=steps)
     (shown,) = view.data["prompts"][0]["conditions"]
     groups = [group for group in shown["groups"] if group["span"] == "cot"]
-    assert [group["name"] for group in groups] == ["cot 1–3", "cot 4–5"]
-    assert groups[0]["sentence"] == "3 4 > 0 6 > 6 3 4 >"
+    assert [group["name"] for group in groups] == ["cot 1–2", "cot 3–4"]
+    assert groups[0]["sentence"] == "3 4 > 0 6 >"
     inside = [
         token
         for token, of in zip(shown["tokens"], shown["group_of"], strict=True)
         if shown["groups"][of] is groups[0]
     ]
-    assert "".join(inside).split() == ["3", "4", ">", "0", "6", ">", "6", "3", "4", ">"]
+    assert "".join(inside).split() == ["3", "4", ">", "0", "6", ">"]
 
 
 def test_a_window_keeps_the_last_rows_and_the_budget_is_held_before_any_pass(toy: Any) -> None:
