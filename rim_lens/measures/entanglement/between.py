@@ -18,7 +18,7 @@ from rim_lens.errors import (
     UnknownNeuron,
 )
 from rim_lens.measures.controls import control_p, percentile_among, random_neurons_per_layer
-from rim_lens.measures.entanglement.matching import alike_sets
+from rim_lens.measures.entanglement.matching import alike_sets, exchanged_sets
 from rim_lens.measures.entanglement.reading import (
     ModelReading,
     check_comparable,
@@ -58,6 +58,8 @@ def entangled(
     controls: Sequence[Iterable[Neuron]] | None = None,
     n_random_sets: int = 100,
     matched: Literal["activity"] | None = "activity",
+    difference: Float[np.ndarray, "pair layer neuron"] | None = None,
+    difference_families: Sequence[str] | None = None,
     average: Average = "prompts_first",
     floor: float | Literal["auto"] | None = "auto",
     n_boot: int = 1000,
@@ -73,6 +75,9 @@ def entangled(
         controls: Control sets of your own instead of random ones (sets chosen on exchanged labels, say).
         n_random_sets: Random sets at most; all of them where fewer exist.
         matched: "activity" or None (number per layer alone); see `rim_lens.measures.entanglement.entangling`.
+        difference: Activations of the base model on the more refused minus the less refused side of the pairs that chose the
+            neurons, for the sets on exchanged labels. None: of the readings' own harmful requests and their twins.
+        difference_families: One label per pair of `difference`.
         average: "prompts_first" or "after", see `reciprocal_activation_shift`.
         floor: Of the floored RAS, in the unit of the activations; "auto": 1 % of the base's mean positive activation;
             None: no floored variant.
@@ -104,6 +109,10 @@ def entangled(
     else:
         sets, told = _random_sets(chosen, sides, (n_layers, width), n_random_sets, matched, seed)
         notes += [told] if told else []
+    labels, told = _exchanged(
+        base, chosen, (n_layers, width), difference, difference_families, n_random_sets, seed
+    )
+    notes += [told] if told else []
     limit = _floor(sides, floor)
     families = {kind: base.families(kind) for kind in kinds}
     weights = family_weights({kind: families[kind] for kind in ("harmful", "reasoning")}, n_boot, seed)
@@ -115,7 +124,8 @@ def entangled(
         notes.append("Both readings are of the same weights: nothing moved.")
 
     everyone = np.arange(n_layers * width)
-    members = [_places(one, width) for one in (chosen, *sets)]
+    members = [_places(one, width) for one in (chosen, *sets, *labels)]
+    random, exchanged = slice(2, 2 + len(sets)), slice(2 + len(sets), None)
     numbers = shifts_of(sides, [everyone, *members], average, limit)
     numbers["cka_ratio"] = np.array(_ratios(base, tuned, [everyone, *members]))
     lines: list[dict[str, Any]] = []
@@ -128,11 +138,11 @@ def entangled(
             value = float(numbers[metric][place])
             low, high = interval(drawn[metric], level) if drawn else (np.nan, np.nan)
             reason = _reason(metric, numbers, place, limit) if np.isnan(value) else ""
-            others = numbers[metric][2:] if of == "set" else None
+            others = (numbers[metric][random], numbers[metric][exchanged]) if of == "set" else None
             lines.append(_line(metric, of, Estimate(value, low, high, reason), others))
         where = everyone if of == "all" else members[0]
         found = _ratio_of(base, tuned, where, families, n_boot, level, seed)
-        others = numbers["cka_ratio"][2:] if of == "set" else None
+        others = (numbers["cka_ratio"][random], numbers["cka_ratio"][exchanged]) if of == "set" else None
         lines.append(_line("cka_ratio", of, found, others))
     columns, estimates = _between(base, tuned, kinds, families, n_boot, level, seed)
     estimates |= _moved(base, tuned, families, n_boot, level, seed)
@@ -147,6 +157,7 @@ def entangled(
             "neurons": [list(one) for one in chosen],
             "n_neurons": len(chosen),
             "controls": [[list(one) for one in control] for control in sets],
+            "n_exchanged": len(labels),
             "controls_are": "given"
             if own
             else f"random, matched per layer{' and in activity' if matched else ''}",
@@ -294,36 +305,62 @@ def _reason(
 
 
 def _line(
-    metric: str, of: str, found: Estimate, others: Float[np.ndarray, " control"] | None
+    metric: str, of: str, found: Estimate, others: tuple[np.ndarray, np.ndarray] | None
 ) -> dict[str, Any]:
-    """A row of the table; `others` are the random sets' values, of which undefined ones are left out."""
-    line: dict[str, Any] = {
+    """A row of the table; `others` are random sets' and exchanged labels' values, of which undefined ones are left out."""
+    there, exchanged = [one[~np.isnan(one)] for one in others] if others is not None else [np.array([])] * 2
+    reasons = [found.reason] if found.reason else []
+    if others is not None and len(there) < len(others[0]):
+        reasons.append(f"undefined in {len(others[0]) - len(there)} of {len(others[0])} random sets")
+    here = not np.isnan(found.value)
+    low, high = np.quantile(there, [0.025, 0.975]) if len(there) else (np.nan, np.nan)
+    return {
         "metric": metric,
         "of": of,
         "value": found.value,
         "unit": UNITS.get(metric, "activation" if metric in SHIFTS else ""),
         "low": found.low,
         "high": found.high,
-        "p": np.nan,
-        "percentile": np.nan,
-        "random": np.nan,
-        "random_low": np.nan,
-        "random_high": np.nan,
-        "n_controls": 0,
-        "reason": found.reason,
+        "p": control_p(found.value, exchanged, "greater") if here and len(exchanged) else np.nan,
+        "exchanged": float(exchanged.mean()) if len(exchanged) else np.nan,
+        "n_exchanged": len(exchanged),
+        "p_random": control_p(found.value, there, "greater") if here and len(there) else np.nan,
+        "percentile": percentile_among(found.value, there).percentile if here and len(there) else np.nan,
+        "random": float(there.mean()) if len(there) else np.nan,
+        "random_low": float(low),
+        "random_high": float(high),
+        "n_controls": len(there),
+        "reason": "; ".join(reasons),
     }
-    there = np.array([]) if others is None else others[~np.isnan(others)]
-    if len(there):
-        line["n_controls"] = len(there)
-        line["random"] = float(there.mean())
-        line["random_low"], line["random_high"] = map(float, np.quantile(there, [0.025, 0.975]))
-        if not np.isnan(found.value):
-            line["p"] = control_p(found.value, there, "greater")
-            line["percentile"] = percentile_among(found.value, there).percentile
-    if others is not None and len(there) < len(others):
-        told = f"undefined in {len(others) - len(there)} of {len(others)} random sets"
-        line["reason"] = "; ".join(filter(None, (line["reason"], told)))
-    return line
+
+
+def _exchanged(
+    base: ModelReading,
+    chosen: list[Neuron],
+    shape: tuple[int, int],
+    difference: Float[np.ndarray, "pair layer neuron"] | None,
+    families: Sequence[str] | None,
+    n_sets: int,
+    seed: int,
+) -> tuple[list[list[Neuron]], str]:
+    """Sets chosen on exchanged labels, or why there are none."""
+    if difference is not None:
+        given = np.asarray(difference, dtype=np.float64)
+        if given.ndim != 3 or given.shape[1:] != shape or not len(given):
+            raise ReferenceMismatch(
+                f"difference has shape {given.shape}; give [pair, {shape[0]} layers, {shape[1]} neurons] of the base model."
+            )
+        return exchanged_sets(given, chosen, n_sets, families, seed), ""
+    pairs = base.settings.get("twins") or []
+    if not pairs or "harmless" not in base.activations:
+        return [], (
+            "No p: without harmless twins there are no labels to exchange. Give the twins as harmless=, or difference= of the"
+            " pairs that chose the neurons."
+        )
+    asked, twins = (list(side) for side in zip(*pairs, strict=True))
+    rises = base.activations["harmful"].values[asked] - base.activations["harmless"].values[twins]
+    labels = [base.families("harmful")[place] for place in asked]
+    return exchanged_sets(np.asarray(rises, dtype=np.float64), chosen, n_sets, labels, seed), ""
 
 
 def _kinds_of(reading: ModelReading, kinds: Iterable[str]) -> dict[str, Float[np.ndarray, "prompt neuron"]]:
@@ -450,12 +487,13 @@ def _result(
     import pandas as pd
 
     base, tuned = readings
-    n_random = len(members) - 2
+    n_exchanged = settings["n_exchanged"]
+    n_random = len(members) - 2 - n_exchanged
     word = "control" if settings["controls_are"] == "given" else "random"
     sets = pd.DataFrame(
         {
-            "of": ["all", "set", *[word] * n_random],
-            "number": [0, 0, *range(n_random)],
+            "of": ["all", "set", *[word] * n_random, *["exchanged"] * n_exchanged],
+            "number": [0, 0, *range(n_random), *range(n_exchanged)],
             "n": [len(one) for one in members],
             **{metric: numbers[metric] for metric in (*SHIFTS, "cka_ratio", *COUNTS)},
         }

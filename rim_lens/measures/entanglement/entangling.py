@@ -3,14 +3,16 @@
 RAS (arXiv 2509.00544, section 4; `rim_lens.measures.shift`) of a set of neurons between a base and a tuned model stands here
 beside its rivals, beside all neurons, and beside random sets with as many neurons in each layer.
 
-*The yardstick.* A set that was chosen for responding to harmful requests is more active than neurons drawn at random, and what
-is more active moves further under any change of the weights, noise included: RAS has the unit of activations. So by default
-random sets are matched in activity too (``matched="activity"``): each neuron is replaced by one of its layer that comes
-near it in the base model, on safety and on reasoning prompts. p is a rank among such sets: the chance of so large a number
-*if* the set were one more draw of equally active neurons.
+*Two yardsticks.* Random sets say how large a number is: with as many neurons in each layer, each near one of the set's in
+activity on safety and on reasoning prompts (``matched="activity"``), as what is more active moves further under any change
+of the weights and RAS has the unit of activations. That rank is no test, though. A set chosen along one contrast moves
+together, whatever moves it, and random neurons do not: under weight noise alone such a set ranks in their top 5 % two to
+four times as often as it should. So *p* is a rank among sets that were chosen along a contrast as well: harmful requests against
+their twins, with the two exchanged at random, family by family (`exchanged_sets`). It held its level where labels mean
+nothing and where the tuned model is the base with weight noise (docs/evidence/entanglement_nulls.json).
 
 What none of it shows: that these neurons weaken refusal. A small p says that training moved this set further, both ways,
-than equally active neurons; freezing it during training, or patching it back, says whether that matters. Nor does it
+than sets chosen alike for no reason; freezing it during training, or patching it back, says whether that matters. Nor does it
 say that the two have to do with reasoning rather than with training at all: hold it beside a control model that drifted as far.
 """
 
@@ -100,8 +102,8 @@ def entanglement(
     =================  ===========  ====================================================================================
 
     Intervals resample families of prompts (half of them for CKA, a statistic of pairs); those of quantities that cannot be
-    negative lie too high where little moved, as every resample moves a little. p and percentile are the set's rank among
-    random sets; what they show, and what none of it shows, is said at the top of this module.
+    negative lie too high where little moved, as every resample moves a little. What p and percentile show, and what none of
+    it shows, is said at the top of this module. Without harmless twins there is no p.
 
     Args:
         base: A model, a name or folder for `load_model`, a function without arguments that loads one, or a `ModelReading`.

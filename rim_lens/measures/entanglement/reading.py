@@ -243,6 +243,7 @@ def read_model(
         "openers": None if openers is None else list(openers),
         "parts": list(parts),
         "prompts": {kind: batch.digest for kind, batch in rendered.items()},
+        "twins": twins_of(asked["harmful"], asked.get("harmless", [])),
         "chat_format": chat.name,
         "model": facts.to_dict(),
         "vocabulary": vocabulary_digest(model),
@@ -355,6 +356,27 @@ def check_requests(
                 " both."
             )
     return {kind: prompts for kind, prompts in asked.items() if prompts}
+
+
+def twins_of(harmful: Sequence[Prompt], harmless: Sequence[Prompt]) -> list[list[int]]:
+    """Places of each harmful request and its harmless twin, where both are there.
+
+    By the records' `twin`, in either direction; of requests that name none, the n-th of each kind where both are as many.
+
+    >>> twins_of([Prompt("a", "…", twin="c"), Prompt("b", "…")], [Prompt("d", "…", twin="b"), Prompt("c", "…")])
+    [[0, 1], [1, 0]]
+    """
+    if len(harmful) == len(harmless) and not any(prompt.twin for prompt in (*harmful, *harmless)):
+        return [[place, place] for place in range(len(harmful))]
+    by_id = {prompt.id: place for place, prompt in enumerate(harmless)}
+    by_twin = {prompt.twin: place for place, prompt in enumerate(harmless) if prompt.twin}
+    pairs = []
+    for place, prompt in enumerate(harmful):
+        other = by_id.get(prompt.twin) if prompt.twin else None
+        other = by_twin.get(prompt.id) if other is None else other
+        if other is not None:
+            pairs.append([place, other])
+    return pairs
 
 
 def check_comparable(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> None:

@@ -28,11 +28,12 @@ class Entanglement:
 
     Attributes:
         table: One row per metric and what it is of ("all" neurons, the "set", or the "model" as a whole): value, unit, low
-            and high (interval over prompts, clustered by family), p (rank of the set's value among the random sets', large
-            ones counting; NaN for what no random set stands beside), percentile, random (their mean) with random_low and
-            random_high (2.5 and 97.5 %), n_controls, and reason (why a number is missing).
-        sets: One row per set of neurons ("all", "set", "random" with its number): n, every metric, how many neurons were
-            usable and moved on each side.
+            and high (interval over prompts, clustered by family); p, the test: the set's rank among sets chosen on
+            exchanged labels, large values counting, with their mean (exchanged) and number (n_exchanged); p_random and
+            percentile, its rank among random sets, a description, with their mean (random), 2.5 and 97.5 % (random_low,
+            random_high) and number (n_controls); and reason (why a number is missing). NaN where there is nothing to rank.
+        sets: One row per set of neurons ("all", "set", "random" and "exchanged" ones with their numbers): n, every metric,
+            how many neurons were usable and moved on each side.
         layers: One row per layer: CKA of each kind of prompts, the CKA ratio, whitened cosines; empty without a residual stream.
         rows: One row per prompt: kind, prompt, family, refusal score in both models, KL on task tokens.
         settings: What was asked, the neurons and random sets, both models' facts and digests, how each was read.
@@ -111,11 +112,21 @@ class Entanglement:
 
     def __repr__(self) -> str:
         ras = self.row("ras")
-        told = f"RAS {ras['value']:.3g}, p {ras['p']:.2g} among {ras['n_controls']} random sets"
+        told = f"RAS {ras['value']:.3g}, p {ras['p']:.2g}; percentile {ras['percentile']:.3g} of {ras['n_controls']} random sets"
         return f"Entanglement({self.settings['n_neurons']} neurons: {told})"
 
     def _repr_html_(self) -> str:
-        names = ("metric", "of", "value", "95 % interval", "random sets", "percentile", "p", "why not")
+        level = f"{100 * self.settings['level']:g} % interval"
+        names = (
+            "metric",
+            "of",
+            "value",
+            level,
+            "p (exchanged labels)",
+            "random sets",
+            "percentile",
+            "why not",
+        )
         head = "".join(f"<th>{name}</th>" for name in names)
         body = ""
         for _, row in self.table.iterrows():
@@ -125,9 +136,9 @@ class Entanglement:
                 row["of"],
                 _told(row["value"]),
                 _span(row["low"], row["high"]),
+                _told(row["p"]),
                 spread if row["n_controls"] else "",
                 _told(row["percentile"]),
-                _told(row["p"]),
                 row["reason"],
             )
             body += "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>"

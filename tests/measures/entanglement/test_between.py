@@ -82,6 +82,7 @@ def test_every_set_has_what_the_plain_function_gives_it_alone(seed, average):
     )
     everyone = [(layer, place) for layer in range(LAYERS) for place in range(WIDTH)]
     sets = [everyone, CHOSEN, *(map(tuple, one) for one in found.settings["controls"])]
+    assert len(found.sets) == len(sets)
     for (_, row), neurons in zip(found.sets.iterrows(), [list(one) for one in sets], strict=True):
         four = [
             of_set(arrays[kind], neurons) for kind in ("harmful", "reasoning") for arrays in (base, tuned)
@@ -107,7 +108,7 @@ def test_ranks_among_the_random_sets_are_those_of_the_statistics_room():
     assert len(others) == 40
     for metric in ("ras", "product", "l1_safety", "cka_ratio"):
         row = found.row(metric)
-        assert row["p"] == control_p(row["value"], others[metric], "greater")
+        assert row["p_random"] == control_p(row["value"], others[metric], "greater")
         assert row["percentile"] == percentile_among(row["value"], others[metric]).percentile
         assert row["random"] == pytest.approx(others[metric].mean())
         assert row["n_controls"] == 40
@@ -175,7 +176,7 @@ def test_a_model_against_itself_has_not_moved():
     found = entangled(base, base, CHOSEN, n_boot=20)
     for metric in ("ras", "safety_drop", "reasoning_rise", "l1_safety", "l2_reasoning"):
         assert found.value(metric) == found.value(metric, "all") == 0
-        assert found.row(metric)["p"] == 1
+        assert found.row(metric)["p_random"] == 1
     assert math.isnan(found.value("cka_ratio"))
     assert "moved" in found.row("cka_ratio")["reason"]
 
@@ -190,7 +191,7 @@ def test_a_planted_set_stands_out():
     found = entangled(reading(base), reading(tuned), CHOSEN, n_boot=50)
     assert found.value("safety_drop") == pytest.approx(2.0)  # (2 − 1) / 1 · 2
     assert found.value("reasoning_rise") == pytest.approx(1.5)  # (3 − 2) / 2 · 3
-    assert found.row("ras")["p"] == pytest.approx(1 / 101)
+    assert found.row("ras")["p_random"] == pytest.approx(1 / 101)
     assert found.row("ras")["percentile"] == 100
 
 
@@ -208,7 +209,7 @@ def test_one_family_leaves_intervals_out_and_says_so():
     base, tuned = (reading(arrays, families=100) for arrays in two_arrays(8))
     found = entangled(base, tuned, CHOSEN, n_boot=10)
     assert math.isnan(found.row("ras")["low"])
-    assert found.row("ras")["p"] > 0
+    assert found.row("ras")["p_random"] > 0
     assert any("one family" in note for note in found.settings["notes"])
 
 
