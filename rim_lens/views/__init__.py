@@ -1,13 +1,21 @@
 """Pictures, words and pages of what was measured. Nothing here measures a model."""
 
 from rim_lens.views.circuitsvis import circuitsvis_heads, circuitsvis_pattern, circuitsvis_tokens
-from rim_lens.views.explorer import HeadView, explorer_html, head_patterns, head_view, write_explorer
+from rim_lens.views.explorer import (
+    HeadExplorer,
+    HeadView,
+    explorer_html,
+    head_patterns,
+    head_view,
+    write_explorer,
+)
 from rim_lens.views.report import heads_html, probes_html, study_html, write_report
 from rim_lens.views.terminal import print_study
 from rim_lens.views.verdict import Finding, findings
 
 __all__ = [
     "Finding",
+    "HeadExplorer",
     "HeadView",
     "circuitsvis_heads",
     "circuitsvis_pattern",

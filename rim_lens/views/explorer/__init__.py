@@ -3,9 +3,11 @@
 from rim_lens.views.explorer.building import HeadView, head_view
 from rim_lens.views.explorer.page import explorer_html, write_explorer
 from rim_lens.views.explorer.reading import GroupMasses, HeadPatterns, head_patterns
+from rim_lens.views.explorer.widget import HeadExplorer
 
 __all__ = [
     "GroupMasses",
+    "HeadExplorer",
     "HeadPatterns",
     "HeadView",
     "explorer_html",
