@@ -68,8 +68,8 @@ def test_planted_neurons_restore_refusal_and_neither_decoys_nor_random_ones_do()
         tuned,
         chat,
         truth.neurons,
-        *asked(),
-        n_random_sets=5,
+        *asked(9),
+        n_random_sets=4,
         written=True,
         n_written=1,
         max_new_tokens=2,
@@ -87,7 +87,7 @@ def test_planted_neurons_restore_refusal_and_neither_decoys_nor_random_ones_do()
     gap = row(table, "specificity", "harmful − harmless")
     assert gap["restored"] == pytest.approx(1, abs=1e-2)
     assert gap["effect"] == pytest.approx(score["effect"] - row(table, "score", "harmless")["effect"])
-    decoys = restore_by_neurons(base, tuned, chat, truth.decoy_neurons, *asked(), n_random_sets=0)
+    decoys = restore_by_neurons(base, tuned, chat, truth.decoy_neurons, *asked(9), n_random_sets=0)
     assert row(decoys, "score", "harmful")["restored"] == pytest.approx(0, abs=0.02)
     assert row(decoys, "score", "harmful")["n_controls"] == 0
 
@@ -161,7 +161,7 @@ def test_one_model_at_a_time_and_gone_on_with(tmp_path: Path, monkeypatch: pytes
         return silenced()
 
     chat, truth = toy("planted")[1], planted_truth().neurons
-    few: dict[str, Any] = {"n_random_sets": 2, "folder": tmp_path}
+    few: dict[str, Any] = {"n_random_sets": 1, "folder": tmp_path}
     first = restore_by_neurons(base, tuned, chat, truth, *asked(12), **few)
     assert calls == ["base", "tuned"]
     monkeypatch.setitem(rl.refusal_reading.__globals__, "refusal_score", None)
