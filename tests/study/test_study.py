@@ -14,7 +14,7 @@ import torch
 import rim_lens as rl
 from rim_lens.errors import ConditionError, ModelError, NotEnoughData, StudyFolderError
 from rim_lens.lens import hook_name
-from rim_lens.measures.heads import readings
+from rim_lens.measures import readings
 from rim_lens.organisms.toy import load_toy, toy_model, toy_tokenizer, truth
 from rim_lens.study import stages
 from rim_lens.study.requests import requests_by_split

@@ -128,7 +128,7 @@ def test_sides_do_not_meet_and_twins_stand_beside(bench, brief) -> None:
 
 
 def test_what_was_interrupted_goes_on_and_ends_the_same(bench, brief, tmp_path, monkeypatch) -> None:
-    from rim_lens.measures.heads import readings
+    from rim_lens.measures import readings
 
     measured = readings.refusal_score
     calls = 0
