@@ -1,6 +1,8 @@
 """Measures: refusal, heads, the shift between a base and a tuned model, and the statistics under them."""
 
 from rim_lens.measures.checkpoints.comparing import compare
+from rim_lens.measures.checkpoints.foreseeing import gradient_forecast
+from rim_lens.measures.checkpoints.freezing import Freezing, freezing
 from rim_lens.measures.checkpoints.result import Comparison
 from rim_lens.measures.conditions import compare_conditions
 from rim_lens.measures.controls import (
@@ -82,6 +84,7 @@ __all__ = [
     "Comparison",
     "Contrast",
     "EndpointJudge",
+    "Freezing",
     "HeadComparison",
     "HeadRule",
     "HeadSearch",
@@ -122,6 +125,8 @@ __all__ = [
     "find_heads",
     "first_tokens",
     "fit_probes",
+    "freezing",
+    "gradient_forecast",
     "gradient_scores",
     "head_effects",
     "head_patching",

@@ -120,6 +120,21 @@ def hold(model: Any, neurons: Iterable[tuple[int, int]]) -> Held:
     return Held(whole, reads, writes)
 
 
+def weights_by_neuron(model: Any) -> list[list[tuple[Tensor, int]]]:
+    """Per layer, the parameters of a plain model that hold neurons' weights, and the axis along which they have neurons.
+
+    Raises:
+        UnsupportedModel: Its MLPs are not of a known make.
+    """
+    layers = []
+    for mlp in _mlps(model):
+        ins, out = _projections(mlp, model)
+        found = [(module.weight, _axis(module, "out")) for module in ins]
+        found += [(module.bias, 0) for module in ins if module.bias is not None]
+        layers.append([*found, (out.weight, _axis(out, "in"))])
+    return layers
+
+
 @contextmanager
 def frozen(held: Held) -> Iterator[list[Slices]]:
     """Give their entries no gradient; write them back after each step (`Slices.restore`), as decay moves them too."""

@@ -162,7 +162,7 @@ def train(
         with torch.enable_grad():
             for step in tqdm(range(config.steps), desc="training", unit="step", disable=not progress):
                 drawn = batch_at(step)
-                loss = _accumulate(
+                loss = add_gradient(
                     model, [drawn] if isinstance(drawn, Batch) else drawn, row_average, autocast, device
                 )
                 if penalty is not None:
@@ -187,14 +187,25 @@ def train(
     return losses
 
 
-def _accumulate(
+def add_gradient(
     model: Any,
     pieces: Sequence[Batch],
     row_average: bool,
     autocast: torch.dtype | None,
     device: torch.device,
 ) -> float:
-    """Add the gradient of the pieces' joint loss to the parameters, and return that loss."""
+    """Add the gradient of the pieces' joint loss to the parameters, and return that loss.
+
+    Args:
+        model: A Hugging Face causal language model.
+        pieces: One batch in pieces, each padded to its own length.
+        row_average: See `train`.
+        autocast: See `train`.
+        device: Where the model is.
+
+    Raises:
+        ValueError: The pieces predict nothing.
+    """
     token_weights = [_token_weights(piece, row_average) for piece in pieces]
     total = sum(float(weights.sum()) for weights in token_weights)
     if total <= 0:
