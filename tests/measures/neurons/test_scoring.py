@@ -149,6 +149,30 @@ def test_wanda_is_the_norm_of_activations_times_that_of_weights(toy: Any, writte
 
 
 @pytest.mark.family_contract
+def test_wanda_reads_what_a_gated_neuron_writes(spoken_gqa: Spoken) -> None:
+    """The norm of what one neuron adds to the MLP's output, token by token, by ablation; no weight is looked at."""
+    model = spoken_gqa.model
+    batch = spoken_gqa.chat.render(list(REQUESTS[:2]), think="off")
+    found = wanda(model, batch)
+    real = batch.attention_mask.bool() & ~batch.spans["sink"]
+    for at in ((0, 3), (1, 7)):
+        outs = []
+
+        def keep(value: torch.Tensor, hook: Any, into: list[torch.Tensor] = outs) -> None:
+            into.append(value.detach().double())
+
+        name = f"blocks.{at[0]}.hook_mlp_out"
+        for edits in ([], [rl.AblateNeurons([at])]):
+            with torch.no_grad():
+                hooks = [hook for edit in edits for hook in edit.fwd_hooks(model)]
+                model.run_with_hooks(
+                    batch.tokens, attention_mask=batch.attention_mask, fwd_hooks=[*hooks, (name, keep)]
+                )
+        written = (outs[0] - outs[1])[real]
+        assert found[at] == pytest.approx(float(written.norm()), rel=1e-3)
+
+
+@pytest.mark.family_contract
 def test_snip_is_what_the_loss_does_when_a_neuron_s_weights_shrink(spoken_gqa: Spoken) -> None:
     """W·∂L/∂W by finite differences: scaling a neuron is scaling the weights it writes with."""
     model = spoken_gqa.model

@@ -85,14 +85,14 @@ def test_it_comes_back_from_disk(
         (lambda folder: _edit(folder, format_version=99), "format version 99"),
         (lambda folder: _edit(folder, neurons=[[1, 2], [0, 1]]), "not sorted"),
         (lambda folder: _edit(folder, neurons=[[0, WIDTH]]), "no readable set"),
-        (lambda folder: _edit(folder, tested=True), "no readable|effects"),
+        (lambda folder: _edit(folder, tested=True), "no readable"),
         (lambda folder: _flip(folder / "neurons.safetensors"), "not the file that was written"),
     ],
 )
 def test_what_is_corrupt_is_not_read(tmp_path: Path, change: Any, said: str) -> None:
     of([(0, 1)], scores=np.ones((LAYERS, WIDTH))).save(tmp_path)
     change(tmp_path)
-    with pytest.raises((StudyFolderError, ModuleNotFoundError), match=said):
+    with pytest.raises(StudyFolderError, match=said):
         NeuronSet.load(tmp_path)
 
 
