@@ -23,7 +23,9 @@ OF_PART: dict[str, Callable[[StudyResult], Any]] = {
     "probes_without_heads": lambda study: study.probes_without_heads,
     "refusal_cliff": lambda study: study.cliffs,
 }
-ALL = [getattr(plots, name) for name in plots.__all__]
+# Figures of neurons and of entanglement take results of their own: tests/views/test_neuron_plots.py draws them.
+OF_NEURONS = {"entanglement_rivals", "neuron_sweep", "neurons_by_layer", "dose_effects", "direct_and_total"}
+ALL = [getattr(plots, name) for name in plots.__all__ if name not in OF_NEURONS]
 
 
 def traces(figure: Any, **wanted: Any) -> list[Any]:
