@@ -254,10 +254,13 @@ export function mount(root, view, arrays, kernel = null) {
     pen.lineWidth = 2;
     for (const name of state.ticked) {
       const [layer, head] = name.split(".").map(Number);
-      pen.strokeStyle = view.palette.found; pen.setLineDash([3, 2]);
-      pen.strokeRect(cells.left + head * width, cells.top + layer * height, width - 1, height - 1);
+      // A cross inside the cell, so that the frame of the chosen head does not hide it.
+      const x = cells.left + (head + 0.5) * width - 0.5, y = cells.top + (layer + 0.5) * height - 0.5, arm = Math.max(2, Math.min(width, height) / 4);
+      for (const [colour, thick] of [[colours.paper, 4.5], [view.palette.found, 2]]) {
+        pen.strokeStyle = colour; pen.lineWidth = thick; pen.beginPath();
+        pen.moveTo(x - arm, y - arm); pen.lineTo(x + arm, y + arm); pen.moveTo(x + arm, y - arm); pen.lineTo(x - arm, y + arm); pen.stroke();
+      }
     }
-    pen.setLineDash([]);
     pen.strokeStyle = colours.paper; pen.lineWidth = 4;
     pen.strokeRect(cells.left + state.head * width - 1, cells.top + state.layer * height - 1, width + 1, height + 1);
     pen.strokeStyle = colours.ink; pen.lineWidth = 2;
