@@ -124,6 +124,7 @@ _HOME: dict[str, str] = {
     "receiver_kurtosis": "measures",
     "entanglement": "measures.entanglement.entangling",  # the room bears the same name
     "Entanglement": "measures.entanglement.result",
+    "multiverse": "measures.entanglement.multiverse",
     "Study": "study",
     "StudyResult": "study",
     "Settings": "study",

@@ -15,6 +15,7 @@ from rim_lens.measures.controls import Unit
 from rim_lens.measures.edits import Remember, set_effects
 from rim_lens.measures.forced import answer_reading, divergence_reading
 from rim_lens.measures.readings import Reading, accuracy_reading, refusal_reading
+from rim_lens.measures.refusal.openers import opener_texts
 from rim_lens.measures.removal_table import Line, by_verdict, specificities, written_reading
 from rim_lens.measures.two_sides import named
 from rim_lens.prompts import Prompt
@@ -127,7 +128,7 @@ def asked_of(
         }
     texts, neutral_is = neutral_texts(chat, batches, neutral) if divergence else (None, None)
     if score is None:
-        scoring = {} if openers is None else {"openers": tuple(openers)}
+        scoring = {} if openers is None else {"openers": opener_texts(openers)}
 
         def score(model: Model, batch: SpanBatch) -> Reading:
             return refusal_reading(model, batch, max_rows=max_rows, **scoring)

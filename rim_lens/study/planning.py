@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from rim_lens.batching import MAX_TOKENS
 from rim_lens.chat.conditions import is_control, leaves_open
-from rim_lens.lens import model_facts
+from rim_lens.lens import Model, model_facts
 from rim_lens.measures.heads.contrasts import CHAIN, PAPER
 from rim_lens.measures.heads.refusing import too_few_families
 from rim_lens.measures.heads.table import HeadRule
@@ -24,6 +25,7 @@ from rim_lens.study.stages import ROWS_SHOWN, Bench
 if TYPE_CHECKING:
     import pandas as pd
 
+MLP_WIDTHS = 8
 MEAN_COT = 40  # tokens a given CoT adds, about; only for the estimate
 HOOK_SECONDS = 4e-4  # overhead of one hooked layer in one pass, about
 
@@ -59,12 +61,14 @@ class Plan:
         steps: The stages, in order.
         seconds: Estimated time of all on this machine: floating-point work at the speed of a matrix product
             just timed, and hook overhead. It says whether to wait or to come back, and no more.
+        memory: Bytes on the model's device, about: its weights, what the largest pass holds, and the cache of a generation.
         facts: The model's.
         notes: What the study will not be able to tell, and why.
     """
 
     steps: tuple[Step, ...]
     seconds: float
+    memory: float
     facts: dict[str, Any]
     notes: tuple[str, ...] = ()
 
@@ -78,6 +82,7 @@ class Plan:
         """The plan as plain data."""
         return {
             "seconds": self.seconds,
+            "memory": self.memory,
             "steps": [vars(step) for step in self.steps],
             "notes": list(self.notes),
         }
@@ -93,7 +98,7 @@ class Plan:
             [
                 head,
                 *lines,
-                f"about {_duration(self.seconds)} in all",
+                f"about {_duration(self.seconds)} in all, and {self.memory / 1e9:.1f} GB",
                 *(f"note: {note}" for note in self.notes),
             ]
         )
@@ -229,7 +234,24 @@ def make_plan(bench: Bench, n_tuned: int, parts: Sequence[str] = ("heads", "neur
     flops = 2.0 * parameters * sum(step.tokens for step in steps)
     overhead = sum(step.passes for step in steps) * facts.n_layers * HOOK_SECONDS * 4
     seconds = flops / _flops_per_second(facts.device, facts.dtype) + overhead
-    return Plan(tuple(steps), seconds, facts.to_dict(), _notes(bench))
+    memory = memory_of(bench.model, max_rows=settings.max_rows, length=length + max(cot, new))
+    return Plan(tuple(steps), seconds, memory, facts.to_dict(), _notes(bench))
+
+
+def memory_of(model: Model, *, max_rows: int, length: int) -> float:
+    """Bytes that reading and writing prompts of a length take, about.
+
+    Weights; eight times the width of the MLP for each token of the largest pass (measured on Qwen3-4B's layers, see
+    docs/qwen3-4b.md); attention of one layer, in the weights' dtype and in float32; and the key-value cache.
+    """
+    facts = model_facts(model)
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    size = torch.finfo(facts.dtype).bits // 8
+    rows = max(1, min(max_rows, MAX_TOKENS // length))
+    tokens = rows * length
+    pattern = tokens * length * facts.n_heads * (size + 4)
+    cache = tokens * facts.n_layers * 2 * facts.n_key_value_heads * facts.d_head * size
+    return float(weights + MLP_WIDTHS * tokens * facts.d_mlp * size + pattern + cache)
 
 
 def _notes(bench: Bench) -> tuple[str, ...]:

@@ -72,7 +72,7 @@ class Study:
     """
 
     model: str | Model
-    tuned: Sequence[str] | Mapping[str, str | Model] = ()
+    tuned: Sequence[str] | Mapping[str, str | Path | Model] = ()
     harmful: Requests | None = None
     harmless: Requests | None = None
     reasoning: Requests | None = None
@@ -124,7 +124,8 @@ class Study:
             say: Called with a line before each stage.
 
         Raises:
-            StudyFolderError: The folder holds another study, or is corrupt.
+            StudyFolderError: The folder holds another study, or a tuned model of other weights under a name that is asked for,
+                or is corrupt.
             MissingTwin, NotEnoughData: The requests do not allow a test; raised before any compute.
             ModelError: The model's hooks do not work as needed; raised before any compute.
         """
@@ -143,13 +144,21 @@ class Study:
     def _ask(self, folder: ResultFolder) -> None:
         """Add these parts and tuned models to those that the folder was asked for before; which were is not what is measured."""
         before = asked_before(folder)
-        named = {name: source if isinstance(source, str) else "given" for name, source in self._tuned.items()}
+        named = {
+            name: str(source) if isinstance(source, str | Path) else "given"
+            for name, source in self._tuned.items()
+        }
         for name, source in before["tuned"].items():
             if named.get(name, source) != source:
                 raise StudyFolderError(
                     f"{folder.path} holds a tuned model {name!r} that is {source!r}, and {named[name]!r} was asked for under"
                     " that name. Give it another name, or an empty folder."
                 )
+        for name, source in self._tuned.items():
+            if not isinstance(
+                source, str | Path
+            ):  # a named one is loaded, and looked at, when its turn comes
+                self._variant(folder, name, source)
         parts = [part for part in PARTS if part in {*self.parts, *before["parts"]}]
         now = {"parts": parts, "tuned": before["tuned"] | named}
         if now != before or not folder.has("plan.json"):
@@ -173,7 +182,7 @@ class Study:
         if "comparing" in self.parts:
             with clock("comparing", "the heads of the tuned models"):
                 for name, source in self._tuned.items():
-                    run_comparing(bench, found, name, self._variant(name, source))
+                    run_comparing(bench, found, name, self._variant(bench.folder, name, source))
                 compared(bench, list(self._tuned))
         if "probes" in self.parts:
             with clock("probes", "what probes separate, and what ablating it does"):
@@ -185,7 +194,7 @@ class Study:
         with clock("neurons", "neuron activations, base and tuned"):
             stages.run_neurons(bench, "base", bench.model)
             for name, source in self._tuned.items():
-                variant = self._variant(name, source)
+                variant = self._variant(bench.folder, name, source)
                 stages.run_neurons(bench, name, variant)
                 stages.run_refusal_of(bench, name, variant)
             stages.run_shift(bench, list(self._tuned))
@@ -198,13 +207,14 @@ class Study:
         named = isinstance(source, str | Path)
         return load_model(source, device=self.device, dtype=self.dtype) if named else source
 
-    def _variant(self, name: str, source: str | Model) -> Model:
+    def _variant(self, folder: ResultFolder, name: str, source: str | Path | Model) -> Model:
         variant = self._load(source)
         _same_shape(self._model, variant, name)
+        _same_weights(folder, variant, name)
         return variant
 
     @property
-    def _tuned(self) -> dict[str, str | Model]:
+    def _tuned(self) -> dict[str, str | Path | Model]:
         if isinstance(self.tuned, Mapping):
             return dict(self.tuned)
         return {name.replace(":", "_").replace("/", "_"): name for name in self.tuned}
@@ -262,6 +272,25 @@ def _same_shape(base: Model, tuned: Model, name: str) -> None:
         raise ModelError(
             f"tuned model {name!r} has {theirs.n_layers} layers of {theirs.d_mlp} neurons and {theirs.d_vocab} tokens, the"
             f" base {ours.n_layers} of {ours.d_mlp} and {ours.d_vocab}: it is not a fine-tune of this base."
+        )
+
+
+def _same_weights(folder: ResultFolder, tuned: Model, name: str) -> None:
+    """Tie what is measured under a tuned model's name to its weights, before anything is."""
+    kept = f"tuned/{name}/model.json"
+    there = [part for part in (f"tuned/{name}/heads", f"neurons/{name}_harmful") if folder.has(part)]
+    if there and not folder.has(kept):
+        raise StudyFolderError(
+            f"{folder.path / there[0]} was measured on a tuned model {name!r}, and {kept}, which would say on which weights, is"
+            " missing. Give it another name, or an empty folder."
+        )
+    now = {"name": model_facts(tuned).name, "weights_digest": weights_digest(tuned)}
+    before = folder.once(kept, lambda: now)
+    if before["weights_digest"] != now["weights_digest"]:
+        raise StudyFolderError(
+            f"tuned model {name!r} has weights {now['weights_digest']}, and {folder.path} holds results of one with weights"
+            f" {before['weights_digest']} under that name. Give it another name, or an empty folder; what is there stays"
+            " untouched."
         )
 
 

@@ -39,18 +39,18 @@ def test_what_is_imported_when() -> None:
     assert not LATE & set(answer["names"])
 
 
-def test_every_public_name_costs_at_most_half_a_second_over_transformer_lens() -> None:
-    """Processor time in one process, TransformerLens first. A busy machine only adds, so the least of three counts."""
-    least = float("inf")
-    for _ in range(3):
-        answer = run(
-            "import time, transformer_lens\n"
+def test_every_public_name_costs_at_most_a_quarter_of_transformer_lens() -> None:
+    """Processor time in one process, TransformerLens first. A busy machine disturbs, so the least of three shares counts."""
+    shares = [
+        run(
+            "import time\n"
             "start = time.process_time()\n"
+            "import transformer_lens\n"
+            "between = time.process_time()\n"
             "import rim_lens\n"
             "for name in rim_lens.__all__: getattr(rim_lens, name)\n"
-            "answer = {'extra': time.process_time() - start}"
-        )
-        least = min(least, answer["extra"])
-        if least <= 0.5:
-            break
-    assert least <= 0.5
+            "answer = {'share': (time.process_time() - between) / (between - start)}"
+        )["share"]
+        for _ in range(3)
+    ]
+    assert min(shares) <= 0.25

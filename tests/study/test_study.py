@@ -17,6 +17,7 @@ from rim_lens.lens import hook_name
 from rim_lens.measures import readings
 from rim_lens.organisms.toy import load_toy, toy_model, toy_tokenizer, truth
 from rim_lens.study import stages
+from rim_lens.study import study as study_module
 from rim_lens.study.requests import requests_by_split
 
 FAST = rl.Settings(max_new_tokens=10, n_random_sets=6, max_heads=2)
@@ -425,3 +426,39 @@ def test_a_study_read_back_is_the_same(toy_study):
         assert (abs(data["attention_mass"].sel(span=atoms).sum("span") - 1) < 1e-5).all()
     scan = toy_study.heads.scan
     assert len(scan) == 16
+
+
+SMALL = {
+    "n_requests": 12,
+    "settings": rl.Settings(
+        conditions=("off", "careful"), n_test=2, max_heads=1, n_random_sets=2, max_new_tokens=2, gate=False
+    ),
+}
+
+
+@pytest.mark.parametrize("part", ["comparing", "neurons"])
+def test_a_tuned_model_of_other_weights_under_the_same_name_is_refused(tmp_path, part):
+    asked = {**SMALL, "parts": ("heads", part)}
+    careful, deviate = rl.load_model("toy:careful"), rl.load_model("toy:deviate")
+    rl.Study("toy", tuned={"ft": careful}, **asked).run(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(StudyFolderError, match="tuned model 'ft' has weights"):
+        rl.Study("toy", tuned={"ft": deviate}, **asked).run(tmp_path)
+    assert contents(tmp_path) == before
+    assert rl.Study("toy", tuned={"ft": rl.load_model("toy:careful")}, **asked).run(tmp_path).measured
+    (tmp_path / "tuned" / "ft" / "model.json").unlink()  # as an earlier version left it
+    with pytest.raises(StudyFolderError, match="which would say on which weights"):
+        rl.Study("toy", tuned={"ft": deviate}, **asked).run(tmp_path)
+
+
+def test_a_name_whose_weights_changed_is_refused(tmp_path, monkeypatch):
+    asked = {**SMALL, "parts": ("heads", "comparing"), "tuned": {"ft": "toy:careful"}}
+    rl.Study("toy", **asked).run(tmp_path)
+    real = study_module.load_model
+    monkeypatch.setattr(
+        study_module,
+        "load_model",
+        lambda name, **given: real("toy:deviate" if name == "toy:careful" else name, **given),
+    )
+    with pytest.raises(StudyFolderError, match="holds results of one with weights"):
+        rl.Study("toy", **asked).run(tmp_path)

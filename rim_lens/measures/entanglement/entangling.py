@@ -41,6 +41,7 @@ from rim_lens.measures.entanglement.reading import (
 )
 from rim_lens.measures.entanglement.result import Entanglement
 from rim_lens.measures.held_out import refuse_used
+from rim_lens.measures.refusal.openers import opener_texts
 from rim_lens.measures.shift import Average
 from rim_lens.prompts import Prompt
 
@@ -182,7 +183,7 @@ def entanglement(
         "positions": positions,
         "site": site,
         "n_kl": n_kl,
-        "openers": None if openers is None else list(openers),
+        "openers": opener_texts(openers),
     }
     with TemporaryDirectory(prefix="rim_lens_entanglement_") as passing:
         place = Path(passing if folder is None else folder)

@@ -31,6 +31,7 @@ from rim_lens.lens import Model, model_facts, require_eval, tokenizer_of, weight
 from rim_lens.measures.entanglement.divergence import divergence_from, keep_log_probs
 from rim_lens.measures.entanglement.drift import WeightDrift, keep_weights, weight_drift
 from rim_lens.measures.frames import frame_from_json, frame_to_json
+from rim_lens.measures.refusal.openers import opener_texts
 from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.measures.two_sides import named
 from rim_lens.prompts import Prompt, spread
@@ -240,7 +241,7 @@ def read_model(
         "residual": "resid_post, last prompt token",
         "max_new_tokens": max_new_tokens,
         "n_kl": n_kl,
-        "openers": None if openers is None else list(openers),
+        "openers": opener_texts(openers),
         "parts": list(parts),
         "prompts": {kind: batch.digest for kind, batch in rendered.items()},
         "twins": twins_of(asked["harmful"], asked.get("harmless", [])),

@@ -33,6 +33,7 @@ from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.heads.table import HeadRule, head_table
 from rim_lens.measures.held_out import chosen_by
 from rim_lens.measures.readings import Reading, refusal_reading
+from rim_lens.measures.refusal.openers import opener_texts
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.stats import bootstrap_interval
 from rim_lens.measures.two_sides import Side, families_by_swap, twin_places, two_sides
@@ -181,7 +182,7 @@ def refusal_heads(
         "positions": told(positions),
         "rule": asdict(rule),
         **{key: value for key, value in asdict(search).items() if key not in ("max_rows", "progress")},
-        "openers": None if bench.openers is None else list(bench.openers),
+        "openers": bench.openers,
         "n_candidates": len(looked_among),
         **({"also_test": [list(head) for head in also]} if also else {}),
         "n_select": len(bench.select["harmful"][read_in]),
@@ -277,7 +278,7 @@ class _Bench:
         search: HeadSearch,
     ) -> None:
         self.model, self.editor, self.positions, self.search = model, editor, positions, search
-        self.openers = (openers,) if isinstance(openers, str) else None if openers is None else tuple(openers)
+        self.openers = opener_texts(openers)
         self.select, self.evaluate = (
             {
                 kind: render_conditions(chat, list(prompts), conditions)

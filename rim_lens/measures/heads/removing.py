@@ -20,6 +20,7 @@ from rim_lens.measures.heads.effects import set_name
 from rim_lens.measures.heads.held_out import heads_to_edit
 from rim_lens.measures.heads.removal import RemovalEffects
 from rim_lens.measures.heads.result import RefusalHeads
+from rim_lens.measures.refusal.openers import opener_texts
 from rim_lens.measures.removal_table import effect_tables, shuffled, twins_of
 from rim_lens.measures.removing import asked_of, both_kinds, removal_lines
 from rim_lens.prompts import Prompt
@@ -145,7 +146,7 @@ def removal_effects(
         "max_cot_tokens": max_cot_tokens,
         "close_unfinished": close_unfinished,
     }
-    openers = None if openers is None else tuple(openers)
+    openers = opener_texts(openers)
     asked = asked_of(
         model,
         chat,
@@ -168,7 +169,7 @@ def removal_effects(
         "controls": [[list(head) for head in control] for control in controls],
         "n_written": min(n_written, len(controls)),
         **writing,
-        "openers": openers and list(openers),
+        "openers": openers,
         "seed": seed,
         "chat_format": chat.name,
         "model": facts.to_dict(),

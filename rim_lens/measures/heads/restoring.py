@@ -20,6 +20,7 @@ from rim_lens.measures.heads.effects import set_name
 from rim_lens.measures.heads.held_out import heads_to_edit
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.readings import refusal_reading, refused_reading
+from rim_lens.measures.refusal.openers import opener_texts
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.removal_table import DIFFERENCE, shuffled, twins_of
 from rim_lens.measures.restored import (
@@ -157,7 +158,7 @@ def restoring(
             f"restoring was asked for in {condition!r}, which holds no given chain of thought; name a closed condition with"
             " one, such as 'careful', 'filler' or 'unrelated', or pass text=."
         )
-    scoring = {} if openers is None else {"openers": tuple(openers)}
+    scoring = {} if openers is None else {"openers": opener_texts(openers)}
     settings = {
         "heads": [list(head) for head in chosen],
         "set": set_name(chosen),
@@ -168,7 +169,7 @@ def restoring(
         "controls": [[list(head) for head in control] for control in controls],
         "n_written": min(n_written, len(controls)),
         "max_new_tokens": max_new_tokens,
-        "openers": scoring.get("openers") and list(scoring["openers"]),
+        "openers": scoring.get("openers"),
         "seed": seed,
         "digests": {
             f"{kind} {name}": batch.digest for kind, its in batches.items() for name, batch in its.items()

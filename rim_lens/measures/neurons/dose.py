@@ -29,6 +29,7 @@ from rim_lens.measures.neurons.beside import (
 )
 from rim_lens.measures.neurons.sets import Neuron, NeuronSet
 from rim_lens.measures.readings import Reading
+from rim_lens.measures.refusal.openers import opener_texts
 from rim_lens.measures.removal_table import COLUMNS as SHARED_COLUMNS
 from rim_lens.measures.removal_table import Line, effect_tables
 from rim_lens.measures.removing import asked_of, both_kinds, removal_lines
@@ -124,7 +125,7 @@ def dose_curve(
     edit(order[:1], positions=positions)  # refuses a method without its reference
     prompts = both_kinds(harmful, harmless, "removing neurons")
     twins = paired_places(harmful, harmless, prompts)
-    openers = None if openers is None else tuple(openers)
+    openers = opener_texts(openers)
     asked = asked_of(
         model,
         chat,
@@ -155,7 +156,7 @@ def dose_curve(
         "n_random_sets": n_random_sets,
         "readings": [reading.name for _, _, reading in asked.readings],
         **asked.settings(),
-        "openers": openers and list(openers),
+        "openers": openers,
         "seed": seed,
         "chat_format": chat.name,
         "model": facts.to_dict(),

@@ -33,6 +33,7 @@ from rim_lens.measures.neurons.beside import (
 )
 from rim_lens.measures.neurons.sets import Neuron, NeuronSet
 from rim_lens.measures.readings import Reading
+from rim_lens.measures.refusal.openers import opener_texts
 from rim_lens.measures.removal_table import DIFFERENCE, effect_tables
 from rim_lens.measures.removing import asked_of, both_kinds, removal_lines
 from rim_lens.prompts import Prompt
@@ -238,7 +239,7 @@ def neuron_effects(
     prompts = both_kinds(harmful, harmless, "removing neurons")
     twins = paired_places(harmful, harmless, prompts)
     writing = {"max_new_tokens": max_new_tokens}
-    openers = None if openers is None else tuple(openers)
+    openers = opener_texts(openers)
     asked = asked_of(
         model,
         chat,
@@ -273,7 +274,7 @@ def neuron_effects(
         "controls": [[list(neuron) for neuron in control] for control in controls],
         "n_written": min(n_written, len(controls)),
         **writing,
-        "openers": openers and list(openers),
+        "openers": openers,
         "seed": seed,
         "chat_format": chat.name,
         "model": facts.to_dict(),

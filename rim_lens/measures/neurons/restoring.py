@@ -26,6 +26,7 @@ from rim_lens.measures.neurons.beside import (
 )
 from rim_lens.measures.neurons.sets import Neuron, NeuronSet
 from rim_lens.measures.readings import Reading, refusal_reading, refused_reading
+from rim_lens.measures.refusal.openers import opener_texts
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.removal_table import DIFFERENCE
 from rim_lens.measures.removing import both_kinds
@@ -148,7 +149,7 @@ def restore_by_neurons(
             f"restoring was asked for in {condition!r}, which is open: the next token there is no answer's. Name a closed"
             " condition, such as 'off' or 'careful'."
         )
-    openers = openers if openers is None or isinstance(openers, str) else tuple(openers)
+    openers = opener_texts(openers)
     scoring = {} if openers is None else {"openers": openers}
 
     def readings(model: Model) -> dict[tuple[str, str], Reading]:
@@ -178,7 +179,7 @@ def restore_by_neurons(
             "written": written,
             "n_written": min(n_written, len(controls)),
             "max_new_tokens": max_new_tokens,
-            "openers": openers if openers is None or isinstance(openers, str) else list(openers),
+            "openers": openers,
             "seed": seed,
             "digests": {kind: batch.digest for kind, batch in batches.items()},
             "chat_format": chat.name,

@@ -24,6 +24,7 @@ from rim_lens.measures.neurons.beside import neurons_to_edit, set_name
 from rim_lens.measures.neurons.sets import Neuron, NeuronSet
 from rim_lens.measures.readings import refusal_reading
 from rim_lens.measures.refusal.first_word import Skip, check_answer_is_next
+from rim_lens.measures.refusal.openers import opener_texts
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.removal_table import mean_columns
 from rim_lens.measures.two_sides import named
@@ -121,12 +122,12 @@ def direct_to_logits(
         raise NotEnoughData(
             f"the {len(families)} requests are of one family; intervals need two at least. Give requests of more families."
         )
-    openers = openers if openers is None or isinstance(openers, str) else tuple(openers)
+    openers = opener_texts(openers)
     columns = by_layer(chosen)
     settings: dict[str, Any] = {
         "neurons": [list(neuron) for neuron in chosen],
         "mostly": mostly,
-        "openers": openers if openers is None or isinstance(openers, str) else list(openers),
+        "openers": openers,
         "skip": skip,
         "condition": prompts.name,
         "digest": prompts.digest,

@@ -24,6 +24,7 @@ from rim_lens.measures.probes.places import SIX, check_places
 from rim_lens.measures.probes.reading import Stream, stream_at
 from rim_lens.measures.probes.result import ProbeResult
 from rim_lens.measures.probes.rows import frame, separations, state, without
+from rim_lens.measures.refusal.openers import opener_texts
 from rim_lens.measures.two_sides import two_sides
 from rim_lens.prompts import Prompt
 
@@ -131,7 +132,7 @@ def probe(
     facts = model_facts(model)
     _check_asked(facts, ablate, places, n_controls, folds)
     verify(model, reads=[site], edits=["resid_pre", "attn_out", "mlp_out"])
-    openers = [openers] if isinstance(openers, str) else None if openers is None else list(openers)
+    openers = opener_texts(openers)
     sides = two_sides(harmful, harmless, limit, seed)
     select, evaluate = (
         grouped(

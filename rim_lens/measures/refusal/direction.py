@@ -40,6 +40,7 @@ from rim_lens.lens import (
 from rim_lens.measures.controls import percentile_among
 from rim_lens.measures.frames import frame_from_json, frame_to_json
 from rim_lens.measures.gate import check_gate
+from rim_lens.measures.refusal.openers import opener_texts
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.measures.stats import bootstrap_interval, family_index, sign_flip_test
@@ -246,7 +247,7 @@ def refusal_direction(
             f"n_random={n_random} and max_candidates={max_candidates} were asked for; give at least 1 of each."
         )
     facts = verify(model, reads=["resid_pre"], edits=["resid_pre", "attn_out", "mlp_out"])
-    openers = None if openers is None else list(openers)
+    openers = opener_texts(openers)
     select, evaluate = _sides(chat, harmful, harmless, limit, seed)
     meter = _Meter(model, openers, max_rows)
     baseline = meter.score(select.harmful)

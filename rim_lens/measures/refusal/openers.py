@@ -47,8 +47,9 @@ def opener_ids(tokenizer: Any, openers: Iterable[str] | None = None) -> list[int
     >>> toy.convert_ids_to_tokens(opener_ids(toy)), toy.convert_ids_to_tokens(opener_ids(toy, ["bread now"]))
     (['REFUSE'], ['bread'])
     """
-    texts = openers if openers is not None else (TOY_OPENERS if is_toy(tokenizer) else OPENERS)
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = opener_texts(openers)
+    if texts is None:
+        texts = list(TOY_OPENERS if is_toy(tokenizer) else OPENERS)
     ids: set[int] = set()
     for text in texts:
         whole, pieces = _first_tokens(tokenizer, text)
@@ -58,6 +59,17 @@ def opener_ids(tokenizer: Any, openers: Iterable[str] | None = None) -> list[int
             f"none of the refusal openers {texts} has a token in this vocabulary; pass openers=[...]."
         )
     return sorted(ids)
+
+
+def opener_texts(openers: Iterable[str] | None) -> list[str] | None:
+    """Openers as a list that can be read again and again; one given as a string is one opener, and no list of letters.
+
+    >>> opener_texts("Sorry"), opener_texts(iter(["Sorry", "I won't"])), opener_texts(None)
+    (['Sorry'], ['Sorry', "I won't"], None)
+    """
+    if openers is None:
+        return None
+    return [openers] if isinstance(openers, str) else list(openers)
 
 
 def _first_tokens(tokenizer: Any, text: str) -> tuple[set[int], set[int]]:
