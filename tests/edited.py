@@ -28,7 +28,7 @@ from rim_lens.prompts import Prompt, spread
 from rim_lens.provenance import provenance
 from rim_lens.study.requests import Requests, requests_by_split
 from rim_lens.views import tables
-from rim_lens.views.report import _markdown_table
+from rim_lens.views.page import table_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "smollm2-refusal"
@@ -143,7 +143,7 @@ def main() -> None:
     )
     lines = [f"# {NAME}: what the found heads do", "", told_versions(origin), ""]
     for table in shown:
-        lines += _markdown_table(table)
+        lines += table_markdown(table)
     (OUT / f"edits_{NAME}.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 

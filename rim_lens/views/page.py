@@ -199,12 +199,13 @@ def page_markdown(page: Page) -> str:
         for language, code in section.code:
             lines += [markdown_block(code, language.lower()), ""]
         for table in section.tables:
-            lines += _markdown_table(table)
+            lines += table_markdown(table)
     lines += ["", f"Written {now()} by rim\\_lens {page.version}.", ""]
     return "\n".join(lines)
 
 
-def _markdown_table(table: Table) -> list[str]:
+def table_markdown(table: Table) -> list[str]:
+    """The lines of one table as Markdown: its title, its rows, its note."""
     rows = [
         " | ".join(markdown_code(cell) if isinstance(cell, Token) else markdown_text(cell) for cell in row)
         for row in table.rows
