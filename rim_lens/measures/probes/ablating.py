@@ -15,6 +15,7 @@ from rim_lens.measures.probes.groups import Groups
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.measures.stats import bootstrap_interval
+from rim_lens.measures.two_sides import families_by_swap
 
 
 class Meter:
@@ -25,9 +26,10 @@ class Meter:
         self.baseline = {kind: self._score(kind) for kind in ("harmful", "harmless")}
         harmful, harmless = (groups.scored[kind].prompts for kind in ("harmful", "harmless"))
         place_of = {prompt.id: place for place, prompt in enumerate(harmless)}
-        self.pairs = [
-            (place, place_of[prompt.twin]) for place, prompt in enumerate(harmful) if prompt.twin in place_of
-        ]
+        self.own = [place for place, prompt in enumerate(harmful) if prompt.twin in place_of]
+        asked = [harmful[place] for place in self.own]
+        self.twins = [place_of[str(prompt.twin)] for prompt in asked]
+        self.families_of_pairs = families_by_swap(asked, [harmless[place] for place in self.twins])
 
     def _score(self, kind: str, *components: AblateDirection) -> np.ndarray:
         batch = self.groups.scored[kind]
@@ -48,10 +50,9 @@ class Meter:
         told = {"baseline": float(self.baseline["harmful"].mean())}
         told |= interval_columns("effect", harmful, families["harmful"], seed)
         told |= interval_columns("effect_twins", twins, families["harmless"], seed)
-        if self.pairs:
-            own, other = (list(side) for side in zip(*self.pairs, strict=True))
-            labels = [families["harmful"][place] for place in own]
-            told |= interval_columns("specificity", harmful[own] - twins[other], labels, seed)
+        if self.own:
+            beyond = harmful[self.own] - twins[self.twins]
+            told |= interval_columns("specificity", beyond, self.families_of_pairs, seed)
         rng = np.random.default_rng(seed)
         controls = [float(self.effect(_halves(samples, rng), "harmful").mean()) for _ in range(n_controls)]
         if controls:

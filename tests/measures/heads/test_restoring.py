@@ -115,6 +115,9 @@ def test_numbers_by_hand() -> None:
             }.get(edit, edited(edit, heads)),
             max_new_tokens=3,
         )
+        # Two of the six requests differ from their twins by the same words, so they are one witness against them.
+        specific = row(table, edit, "harmful − harmless", "specificity")
+        assert (found["n_families"], specific["n_families"]) == (6, 5)
         refused = row(table, edit, "harmful", "refuse")
         assert refused["edited"] == pytest.approx(np.mean([one == "refuse" for one in written.outcome]))
         assert refused["n_controls"] == 2

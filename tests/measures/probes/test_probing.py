@@ -21,6 +21,7 @@ from rim_lens.measures import refusal_score
 from rim_lens.measures.probes.probing import probe
 from rim_lens.measures.probes.result import ProbeResult
 from rim_lens.measures.stats import bootstrap_interval
+from rim_lens.measures.two_sides import families_by_swap
 from rim_lens.organisms import load_model
 from rim_lens.organisms.planted import READER
 from rim_lens.prompts import Prompt
@@ -129,7 +130,16 @@ def test_every_number_of_a_row_by_hand() -> None:
         assert row[name] == pytest.approx(float(effect.mean()), abs=1e-5)
         assert row[f"{name}_low"] == pytest.approx(float(interval.low), abs=1e-5)
         effects.append(effect)
-    assert row["specificity"] == pytest.approx(float((effects[0] - effects[1]).mean()), abs=1e-5)
+    # A request against its twin: requests told from their twins by the same words are no two witnesses.
+    twin = {prompt.id: prompt for prompt in sides[1]}
+    assert [prompt.twin for prompt in sides[0]] == list(twin)
+    words = families_by_swap(sides[0], list(twin.values()))
+    assert len(set(words)) < len({prompt.family for prompt in sides[0]})
+    interval = bootstrap_interval(effects[0] - effects[1], families=words)
+    for end, value in zip(
+        ("", "_low", "_high"), (interval.estimate, interval.low, interval.high), strict=True
+    ):
+        assert row[f"specificity{end}"] == pytest.approx(float(value), abs=1e-5)
     assert row["baseline"] == pytest.approx(
         float(refusal_score(model, chat.render(sides[0], think="off")).mean())
     )
