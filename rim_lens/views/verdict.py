@@ -7,12 +7,15 @@ effect could still be. Nothing here is tuned to a model: the same rules speak ab
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rim_lens.chat.conditions import controls_of, is_control, leaves_open
 from rim_lens.errors import StudyFolderError
+from rim_lens.measures.heads.table import HeadRule
+from rim_lens.measures.removal_table import DIFFERENCE
 from rim_lens.views import numbers
 from rim_lens.views.words import between, duration, listed, p_value, per_cent, plain, share, signed
 
@@ -398,82 +401,105 @@ def removal_findings(removal: RemovalEffects | None, restored: pd.DataFrame | No
     """What removing the found heads does besides refusal, and whether editing them restores it; nothing where neither was measured."""
     said = []
     if removal is not None:
-        rows = [
-            row
-            for row in removal.table.to_dict("records")
-            if (row["measure"], row["kind"])
-            in (("refuse", "harmless"), ("correct", "reasoning"), ("kl", "neutral"))
-        ]
-        moved = [
-            f"{_BESIDES[row['measure']]} in {row['condition']} {plain(row['before'])} → {plain(row['after'])} (change"
-            f" {signed(row['change'])} {between(row['change_low'], row['change_high'])}, random sets {signed(row['random'])})"
-            for row in rows
-            if abs(row["change"]) >= 0.005
-        ]
-        still = [
-            f"{_BESIDES[row['measure']]} in {row['condition']}" for row in rows if abs(row["change"]) < 0.005
-        ]
-        said.append(
-            Finding(
-                "What removing these heads does besides",
-                "note",
-                (f"Changed: {'; '.join(moved)}." if moved else "Nothing measured besides refusal changed.")
-                + (f" As before: {'; '.join(still)}." if still else ""),
-            )
-        )
+        said.append(_besides_finding(removal.table))
     if restored is not None:
         said.append(_restored_finding(restored[restored["state"] == "measured"]))
     return said
 
 
+def _besides_finding(table: pd.DataFrame) -> Finding:
+    changed: list[str] = []
+    still: dict[str, list[str]] = {}
+    for row in table[~table["kind"].isin(["harmful", DIFFERENCE])].to_dict("records"):
+        what = _BESIDES.get((row["measure"], row["kind"]), f"{row['measure']} on {row['kind']}")
+        low, high = row["change_low"], row["change_high"]
+        # A divergence has no test of its own: it is never below 0.
+        if row["p"] <= LEVEL or (math.isnan(row["p"]) and (low > 0 or high < 0)):
+            changed.append(
+                f"{what}, {row['condition']}: {plain(row['before'])} → {plain(row['after'])} (change"
+                f" {signed(row['change'], 3)} {between(low, high, 3)}, random sets {signed(row['random'], 3)})"
+            )
+        else:
+            still.setdefault(what, []).append(f"{row['condition']} {signed(row['change'])}")
+    unmoved = "; ".join(f"{what} ({', '.join(where)})" for what, where in still.items())
+    return Finding(
+        "What removing these heads does besides",
+        "note",
+        (f"Changed: {'; '.join(changed)}. " if changed else "")
+        + (f"Not shown to change: {unmoved}. " if still else "")
+        + "Tests are corrected over the conditions of a measure, not over measures; KL goes by its interval.",
+    )
+
+
 _BESIDES = {
-    "refuse": "harmless requests refused",
-    "correct": "reasoning questions answered rightly",
-    "kl": "KL on neutral text, nats per token,",
+    ("refuse", "harmless"): "harmless requests refused",
+    ("comply", "harmless"): "harmless requests complied with",
+    ("other", "harmless"): "harmless requests with neither",
+    ("empty", "harmless"): "harmless requests with an empty answer",
+    ("refuse_in_think", "harmless"): "harmless requests refused in thought",
+    ("score", "harmless"): "refusal score of harmless requests, nats",
+    ("correct", "reasoning"): "reasoning questions answered rightly",
+    ("answer", "reasoning"): "log-probability of the right answer, nats",
+    ("kl", "neutral"): "KL on neutral text, nats per token",
 }
 # As for single heads: most of an effect may be shared with the twins, but not nearly all.
-SPECIFIC = 0.25
+SPECIFIC = HeadRule().min_specific
 
 
 def _restored_finding(table: pd.DataFrame) -> Finding:
-    def by_edit(measure: str, kind: str) -> dict[tuple[str, str], Mapping[str, Any]]:
-        part = table[(table["measure"] == measure) & (table["kind"] == kind)]
-        return {(row["condition"], row["edit"]): row for row in part.to_dict("records")}
-
-    harmful, twins = by_edit("score", "harmful"), by_edit("score", "harmless")
-    gaps = by_edit("specificity", "harmful − harmless")
-    told, raised, shown = [], False, False
-    for (condition, edit), row in harmful.items():
-        beyond = row["p"] <= LEVEL and row["effect_low"] > 0 and row["effect"] > row["random_high"]
-        gap = gaps.get((condition, edit))
-        specific = (
-            gap is not None
-            and gap["p"] <= LEVEL
-            and gap["effect_low"] > 0
-            and gap["effect"] >= SPECIFIC * row["effect"]
+    rows = {
+        (row["kind"], row["condition"], row["edit"]): row
+        for row in table[table["measure"].isin(["score", "specificity"])].to_dict("records")
+    }
+    harmful = [(condition, edit) for kind, condition, edit in rows if kind == "harmful"]
+    thoughts = {condition for condition, _ in harmful if not is_control(condition)}
+    if not thoughts:
+        return Finding(
+            "Restoring refusal under a CoT",
+            "cannot tell",
+            "No edit of these heads was possible under a chain of thought.",
         )
-        raised, shown = raised or beyond, shown or (beyond and specific)
-        twin = twins.get((condition, edit))
+    told = []
+    for place in harmful:
+        row, twins = rows["harmful", *place], rows.get(("harmless", *place), {"effect": math.nan})
         told.append(
-            f"{edit} in {condition}: {signed(row['effect'])} {between(row['effect_low'], row['effect_high'])} nats"
-            + (f" (twins {signed(twin['effect'])}" if twin else " (")
-            + f", random sets {signed(row['random'])})"
+            f"{place[1]} in {place[0]}: {signed(row['effect'])} {between(row['effect_low'], row['effect_high'])} nats"
+            f" (twins {signed(twins['effect'])}, random sets {signed(row['random'])})"
         )
-    lead = (
-        "Editing these heads brings back part of the lost score, and not as much on twins: "
-        if shown
-        else "Editing these heads raises the score beyond random heads, but about as much on harmless twins, so that it is not"
-        " refusal that comes back: "
-        if raised
-        else "Not shown by editing these heads: "
+    level = LEVEL / len(thoughts)
+    passed = max(
+        _restoring_steps(rows["harmful", *place], rows.get((DIFFERENCE, *place)), level)
+        for place in harmful
+        if place[0] in thoughts
     )
     return Finding(
         "Restoring refusal under a CoT",
-        "shown" if shown else "not shown",
-        lead
-        + ("; ".join(told) or "no edit was possible")
-        + ". What filler shows as well is not about what the CoT says.",
+        "shown" if passed == len(_RESTORED) - 1 else "not shown",
+        f"{_RESTORED[passed]}: {'; '.join(told)}. Corrected over {len(thoughts)} chains of thought and their edits. What filler"
+        " shows as well is not about what the CoT says.",
     )
+
+
+def _restoring_steps(row: Mapping[str, Any], gap: Mapping[str, Any] | None, level: float) -> int:
+    """How many of the steps from nothing lost to refusal restored an edit passes, in their order, see `_RESTORED`."""
+    steps = (
+        not math.isnan(row["restored"]),
+        row["p"] <= level and row["restored_low"] > 0 and row["effect"] > row["random_high"],
+        gap is not None
+        and gap["p"] <= level
+        and gap["effect_low"] > 0
+        and gap["effect"] >= SPECIFIC * row["effect"],
+    )
+    return steps.index(False) if False in steps else len(steps)
+
+
+_RESTORED = (
+    "There is nothing to bring back, as no chain of thought is shown to lower the score",
+    "No edit of these heads is shown to bring back lost score beyond random heads",
+    "Editing these heads brings back part of the lost score beyond random heads, but is not shown to raise it more than on"
+    " harmless twins, so that it need not be refusal that comes back",
+    "Editing these heads brings back part of the lost score beyond random heads, and not as much on twins",
+)
 
 
 def probe_findings(harmful: ProbeResult, refusal: ProbeResult) -> list[Finding]:

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
 from rim_lens.errors import StudyFolderError
 from rim_lens.study import StudyResult
-from rim_lens.views.verdict import Finding, findings, question
+from rim_lens.views.verdict import Finding, findings, question, removal_findings
 
 Make = Callable[..., StudyResult]
 NO_CHANGE = {"off": 24, "careful": 24, "filler": 24, "unrelated": 24, "open": 24}
@@ -160,3 +162,77 @@ def test_the_toy_says_what_is_known_of_it(toy_study: StudyResult) -> None:
     assert said["Gate"].status == "shown"
     assert "8 of 8 harmful requests" in said[CAREFUL].text
     assert "and 0 of 8 " in said[CAREFUL].text
+
+
+def edited(
+    condition: str, lost: float, effect: float, twins: float, p_specific: float = 0.001
+) -> list[dict[str, object]]:
+    """Rows of `restoring` for one edit: what the condition took, what the edit does to both kinds, sharply measured."""
+
+    def row(kind: str, measure: str, gap: float, moved: float, p: float) -> dict[str, object]:
+        share = moved / gap if gap > 0 else float("nan")
+        ends = {"effect": moved, "effect_low": moved - 0.1, "effect_high": moved + 0.1, "p": p}
+        back = {"restored": share, "restored_low": share - 0.01, "restored_high": share + 0.01}
+        random = {"random": 0.0, "random_high": 0.1, "state": "measured", "edit": "block"}
+        return {"condition": condition, "kind": kind, "measure": measure, **ends, **back, **random}
+
+    return [
+        row("harmful", "score", lost, effect, 0.001),
+        row("harmless", "score", 0.0, twins, 0.001),
+        row("harmful − harmless", "specificity", lost, effect - twins, p_specific),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "status", "words"),
+    [
+        (edited("careful", 10.0, 8.0, 0.0), "shown", "and not as much on twins"),
+        (edited("careful", -1.0, 1.5, 0.0), "not shown", "nothing to bring back"),
+        (
+            edited("careful", 10.0, 0.0, 0.0) + edited("filler", 2.0, 1.5, 0.0),
+            "not shown",
+            "No edit of these heads is shown to bring back",
+        ),
+        (
+            edited("careful", 10.0, 8.0, 0.0, p_specific=0.06),
+            "not shown",
+            "not shown to raise it more than on",
+        ),
+        (edited("careful", 10.0, 8.0, 7.0), "not shown", "not shown to raise it more than on"),
+        (
+            edited("careful", 10.0, 8.0, 0.0, p_specific=0.03) + edited("confirm", 10.0, 0.0, 0.0),
+            "not shown",
+            "Corrected over 2 chains of thought",
+        ),
+        (edited("careful", 10.0, 8.0, 0.0)[:1], "not shown", "twins –"),
+        (edited("filler", 2.0, 1.5, 0.0), "cannot tell", "No edit of these heads was possible"),
+    ],
+)
+def test_restored_is_only_what_a_chain_of_thought_took(
+    rows: list[dict[str, object]], status: str, words: str
+) -> None:
+    (said,) = removal_findings(None, pd.DataFrame(rows))
+    assert said.status == status
+    assert words in said.text
+
+
+def test_what_removal_changes_besides_is_said_of_all_that_was_looked_at() -> None:
+    """Answers that fall apart are a change, one of chance is none, and nothing is named that was not measured."""
+
+    def row(measure: str, kind: str, after: float, p: float, spread: float = 0.01) -> dict[str, object]:
+        ends = {"change": after, "change_low": after - spread, "change_high": after + spread, "p": p}
+        place = {"measure": measure, "kind": kind, "condition": "off"}
+        return {**place, "before": 0.0, "after": after, **ends, "random": 0.0}
+
+    moved = [row("other", "harmless", 1.0, 0.001), row("answer", "reasoning", -14.0, 0.001)]
+    tiny = row("kl", "neutral", 0.02, float("nan"))
+    chance = [row("refuse", "harmless", 0.1, 0.4, spread=0.2), row("refuse", "harmful", -1.0, 0.001)]
+    (said,) = removal_findings(SimpleNamespace(table=pd.DataFrame([*moved, tiny, *chance])), None)  # type: ignore[arg-type]
+    changed, still = said.text.split("Not shown to change: ")
+    assert "harmless requests with neither, off: 0 → 1" in changed
+    assert "log-probability of the right answer, nats, off: 0 → −14" in changed
+    assert "KL on neutral text, nats per token, off: 0 → 0.02" in changed
+    assert still.startswith("harmless requests refused (off +0.10). ")
+    assert "rightly" not in said.text
+    (said,) = removal_findings(SimpleNamespace(table=pd.DataFrame(chance)), None)  # type: ignore[arg-type]
+    assert said.text.startswith("Not shown to change: harmless requests refused (off +0.10). Tests")
