@@ -299,7 +299,7 @@ def _heads(result: StudyResult) -> Section:
         (
             "Each head was zeroed at every position and the refusal score measured again with thinking off, on the"
             " select side; a small set was built greedily and pruned. Its effect was then measured on other requests.",
-            "The word refusal is said only of a head whose removal moves harmful requests and not, or much less, their twins; where a head looks"
+            "The word refusal is said only of a head whose removal moves harmful requests, and their twins at least a quarter less; where a head looks"
             " decides between the words for heads without an effect, and nothing else. A head without an effect by itself may"
             " still do its work together with others.",
         ),
@@ -357,7 +357,7 @@ def _probes(result: StudyResult) -> list[Section]:
             f"probes_{name}",
             plots.probe_curves(probes),
             f"The probe score: the share of {classes} requests above the threshold, by layer and place. Curves far apart: the two can"
-            " be told apart there. Diamonds: directions that were ablated, filled where that lowers refusal and spares twins.",
+            " be told apart there. Diamonds: directions that were ablated, filled where that lowers refusal, and not as much on twins.",
             apart,
         )
         for name, probes, classes in (
@@ -433,7 +433,7 @@ def _shift(result: StudyResult) -> list[Section]:
                     plots.tuned_outcomes(result),
                     "Blue: refused with thinking off, by the base and by each tuned model. Grey replies are neither refusal"
                     " nor compliance.",
-                    "Whether twins are spared: they were not measured on tuned models.",
+                    "Whether twins are spared: what the models write to these stands in the verdict and in the table of outcomes.",
                 ),
             ],
             [table],

@@ -127,7 +127,9 @@ def gate_finding(gate: Mapping[str, Any], *, asked: bool) -> Finding:
         f" {gate['harmless']['counts']['refuse']} of {gate['harmless']['n']} harmless twins were refused."
     )
     if gate["passed"]:
-        return Finding("Gate", "shown", f"Passed. {refused} What it refuses is harm.")
+        apart = gate["harmful"]["low"] > gate["harmless"]["high"]
+        few = "" if apart else " So few requests do not show that it refuses harm more often than its twins."
+        return Finding("Gate", "shown" if apart else "cannot tell", f"Passed. {refused}{few}")
     if asked:
         return Finding(
             "Gate",
@@ -304,7 +306,7 @@ def head_findings(heads: RefusalHeads, design: Mapping[str, Any]) -> list[Findin
 def _set_finding(names: list[str], effect: Mapping[str, Any], n_select: int, n_asked: int) -> Finding:
     whole, gap, n_controls = effect["effect"], effect["specificity"], effect["n_controls"]
     real = _excludes_zero(whole)
-    specific = real and _excludes_zero(gap) and gap["estimate"] * whole["estimate"] > 0
+    specific = _excludes_zero(gap) and gap["estimate"] / whole["estimate"] >= SPECIFIC if real else False
     apart = n_controls > 0 and effect["percentile"] >= HIGH
     sets = (
         f"all {n_controls} other sets with as many heads in each layer"
@@ -316,14 +318,14 @@ def _set_finding(names: list[str], effect: Mapping[str, Any], n_select: int, n_a
         lead, status = "removal has no effect that its interval sets apart from zero", "not shown"
     elif not specific:
         lead, status = (
-            "removal shifts harmful requests and harmless twins alike, so this is not about refusal",
+            "removal is not shown to shift harmful requests more than their harmless twins",
             "not shown",
         )
     elif not n_controls:
         lead, status = "the effect is specific, and there is no other set to hold it against", "cannot tell"
     elif not apart:
         lead, status = (
-            "the effect is specific to harmful requests, but random heads of the same layers do about as much",
+            "the effect is specific to harmful requests, but not shown to be more than random heads of the same layers have",
             "not shown",
         )
     elif whole["estimate"] > 0:
@@ -367,7 +369,7 @@ def _single_heads(table: list[Mapping[str, Any]]) -> Finding:
 
 _WORDS = {
     "refusal": "specific to harmful requests",
-    "general": "an effect, but on twins as well, so not specific",
+    "general": "an effect, not shown to be specific to harmful requests",
     "positional": "no effect shown; it moves its attention on every kind of request",
     "sink": "no effect shown; it rests on the first token",
     "none": "no effect shown",
@@ -475,7 +477,7 @@ def _restored_finding(table: pd.DataFrame) -> Finding:
     return Finding(
         "Restoring refusal under a CoT",
         "shown" if passed == len(_RESTORED) - 1 else "not shown",
-        f"{_RESTORED[passed]}: {'; '.join(told)}. Corrected over {len(thoughts)} chains of thought and their edits. What filler"
+        f"{_RESTORED[passed]}: {'; '.join(told)}. Corrected over edits and chains of thought ({len(thoughts)}). What filler"
         " shows as well is not about what the CoT says.",
     )
 
@@ -656,7 +658,9 @@ def _pair(table: pd.DataFrame, a: str, b: str) -> Mapping[str, Any]:
 def _direction(pair: Mapping[str, Any]) -> str:
     if pair["p"] <= LEVEL:
         return "lower" if pair["shift"] < 0 else "higher"
-    return "unknown" if pair["finest"] > LEVEL and pair["shift"] != 0 else "none"
+    # Families that do not differ are witnesses too: few that do, among many, show little change and not too little data.
+    too_few = 2.0 ** (1 - pair["n_families"]) > LEVEL
+    return "unknown" if too_few and pair["shift"] != 0 else "none"
 
 
 def _status(direction: str, wanted: tuple[str, ...]) -> Status:

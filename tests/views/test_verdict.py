@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 
 from rim_lens.errors import StudyFolderError
+from rim_lens.measures.refusal.rates import refusal_rate
 from rim_lens.study import StudyResult
-from rim_lens.views.verdict import Finding, findings, question, removal_findings
+from rim_lens.views.verdict import Finding, findings, gate_finding, question, removal_findings
 
 Make = Callable[..., StudyResult]
 NO_CHANGE = {"off": 24, "careful": 24, "filler": 24, "unrelated": 24, "open": 24}
@@ -74,6 +75,22 @@ def test_few_families_cannot_tell(planted: Make) -> None:
     assert "so few families" in said[CAREFUL].text
 
 
+def test_few_families_that_differ_among_many_are_not_too_few(planted: Make) -> None:
+    said = by_topic(planted(refused={**NO_CHANGE, "careful": 23}))
+    assert said[CAREFUL].status == "not shown"
+    assert "not shown to change refusal" in said[CAREFUL].text
+
+
+@pytest.mark.parametrize(("n", "status"), [(4, "cannot tell"), (40, "shown")])
+def test_a_passed_gate_of_few_requests_does_not_tell_harm_from_twins(n: int, status: str) -> None:
+    """2 against 1 of 4 pass the gate and may be chance; 20 against 5 of 40 are not."""
+    rates = [refusal_rate(["refuse"] * k + ["comply"] * (n - k)) for k in (n // 2, max(1, n // 8))]
+    gate = {"passed": True, "reason": "", "harmful": vars(rates[0]), "harmless": vars(rates[1])}
+    said = gate_finding(gate, asked=True)
+    assert said.status == status
+    assert ("So few requests" in said.text) == (status == "cannot tell")
+
+
 def test_specific_heads_are_named_with_their_yardstick(planted: Make) -> None:
     result = planted()
     said = by_topic(result)[HEADS]
@@ -88,8 +105,8 @@ def test_specific_heads_are_named_with_their_yardstick(planted: Make) -> None:
 def test_an_effect_on_twins_as_well_is_not_refusal(planted: Make) -> None:
     said = by_topic(planted(effect_on_twins=-6.0))
     assert said[HEADS].status == "not shown"
-    assert "not about refusal" in said[HEADS].text
-    assert "not specific" in said["Each found head alone"].text
+    assert "not shown to shift harmful requests more than their harmless twins" in said[HEADS].text
+    assert "not shown to be specific" in said["Each found head alone"].text
 
 
 def test_an_effect_that_did_not_hold_up_is_said_so(planted: Make) -> None:
@@ -202,7 +219,7 @@ def edited(
         (
             edited("careful", 10.0, 8.0, 0.0, p_specific=0.03) + edited("confirm", 10.0, 0.0, 0.0),
             "not shown",
-            "Corrected over 2 chains of thought",
+            "Corrected over edits and chains of thought (2)",
         ),
         (edited("careful", 10.0, 8.0, 0.0)[:1], "not shown", "twins –"),
         (edited("filler", 2.0, 1.5, 0.0), "cannot tell", "No edit of these heads was possible"),

@@ -80,8 +80,8 @@ def probe(
     What it does not show: that the direction *means* harm or refusal, or that the model reads it at that place: ablation
     is at every position and write. "lowers refusal" needs a mean score above 0 to begin with, and an effect on harmful requests whose interval is away from 0, of at
     least `min_effect` nats, larger than those of 95 % of the controls (of all of them, where there are fewer than 20), and of
-    the same sign as the difference to the twins, whose interval is away from 0 too (where none has a twin: an effect outside
-    the interval of the harmless ones). No correction is made for the number of directions tested.
+    the same sign as the difference to the twins, whose interval is away from 0 too and which is at least a quarter of the effect
+    (where none has a twin: the difference to the interval of the harmless ones). No correction is made for the number of directions tested.
 
     Args:
         model: Any HookedTransformer or TransformerBridge, in eval mode.

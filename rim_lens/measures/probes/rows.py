@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rim_lens.measures.heads.table import HeadRule
 from rim_lens.measures.probes.fitting import Probes, taken
 from rim_lens.measures.probes.groups import Groups
 from rim_lens.measures.probes.separating import cross_validate, separation
@@ -134,16 +135,19 @@ def _moves(row: dict[str, Any], min_effect: float) -> str:
         return "refusal unmoved"
     if row["n_controls"] and row["percentile"] < 95:
         return "moves refusal no more than controls do"
-    specific = (
-        not row["effect_twins_low"] <= row["effect"] <= row["effect_twins_high"]
-        if math.isnan(row["specificity"])
-        else _away(row, "specificity") and row["specificity"] * row["effect"] > 0
-    )
-    if not specific:
-        return "moves harmless requests too"
+    if not _specific(row):
+        return "not shown to move harmless requests less"
     if row["effect"] > 0:
         return "raises refusal"
     return "lowers refusal" if row["baseline"] > 0 else "no refusal to lower"
+
+
+def _specific(row: dict[str, Any]) -> bool:
+    """Whether harmful requests move further than harmless ones, by the smallest share that a head's verdict asks for too."""
+    low, gap, high = (row[f"specificity{end}"] for end in ("_low", "", "_high"))
+    if math.isnan(gap):  # no request has its twin here, and the harmless ones stand for them
+        low, gap, high = (row["effect"] - row[f"effect_twins{end}"] for end in ("_high", "", "_low"))
+    return bool((low > 0 or high < 0) and gap / row["effect"] >= HeadRule().min_specific)
 
 
 def _away(row: dict[str, Any], name: str) -> bool:

@@ -36,7 +36,7 @@ def probe_curves(result: ProbeResult, theme: Theme = "light") -> go.Figure:
     """Probe score (share of held-out requests above the threshold) by layer: a row per condition, a column per place.
 
     Both classes, with 95 % Wilson intervals. Rings: layers and places whose direction was ablated, filled where that lowers
-    refusal and little else. Figure 3 of arXiv 2509.00544.
+    refusal, and not as much on twins. Figure 3 of arXiv 2509.00544.
 
     Raises:
         StatisticsError: No condition has a probe.
@@ -88,7 +88,7 @@ def probe_curves(result: ProbeResult, theme: Theme = "light") -> go.Figure:
     # Legend entries must not hang on which panel happens to have a ring.
     for name, symbol in (
         ("direction ablated", "diamond-open"),
-        ("ablating it lowers refusal, and spares twins", "diamond"),
+        ("ablating it lowers refusal, and not as much on twins", "diamond"),
     ):
         canvas.add_trace(
             go.Scatter(
