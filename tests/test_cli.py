@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import rim_lens as rl
 from rim_lens import cli
+from rim_lens.cli.options import read_conditions, read_seeds
 from rim_lens.organisms.toy import toy_model, toy_tokenizer
 from rim_lens.views.reproduce import command, python
 
@@ -88,7 +89,7 @@ def test_heads_plans_the_parts_and_conditions_asked_for(tmp_path):
     assert {"probes", "removing"}.isdisjoint(step["stage"] for step in without["steps"])
     assert "comparing" in {step["stage"] for step in without["steps"]}
     assert not (tmp_path / "x").exists()
-    assert cli._conditions("open,off,careful,filler,unrelated") == (
+    assert read_conditions("open,off,careful,filler,unrelated") == (
         ("off", "careful", "filler", "unrelated", "open"),
         (),
     )
@@ -141,7 +142,7 @@ def test_errors_say_what_is_wrong_and_exit_with_1(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.parametrize(("text", "seeds"), [("0-2", [0, 1, 2]), ("4", [4]), ("0,3", [0, 3])])
 def test_seeds(text, seeds):
-    assert cli._seeds(text) == seeds
+    assert read_seeds(text) == seeds
 
 
 def test_a_model_goes_where_it_is_wanted_and_in_the_dtype_asked_for(tmp_path):

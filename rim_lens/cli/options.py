@@ -1,0 +1,141 @@
+"""What commands share: options, how they are read, and how a study is planned, run and stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+GATE_EXIT = 3  # the study ran and stopped at its gate: an answer, but not the one a script may wait for
+DTYPES = ("float32", "bfloat16", "float16")
+
+# A pipe or a log has no width of its own: wide enough for the tables.
+console = Console(width=None if sys.stdout.isatty() else 120)
+errors = Console(stderr=True)
+
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Folder for the results; run again with the same to go on.")
+]
+Requests = Annotated[
+    int | None, typer.Option("--requests", min=4, help="At most so many requests of each kind and split.")
+]
+Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens generated per prompt.")]
+PlanOnly = Annotated[bool, typer.Option("--plan", help="Count passes and estimate the time, then stop.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
+Dtype = Annotated[
+    str, typer.Option(help="Of the weights, and never chosen for you: " + ", ".join(DTYPES) + ".")
+]
+Gate = Annotated[bool, typer.Option(help="Stop where the model does not refuse in the first place.")]
+
+
+def read_dtype(name: str) -> str:
+    """A dtype by its name."""
+    if name not in DTYPES:
+        raise typer.BadParameter(f"--dtype {name}: there are {', '.join(DTYPES)}")
+    return name
+
+
+def read_device(name: str) -> str:
+    """The device, tried before a model is read onto it."""
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise typer.BadParameter(f"--device {name} cannot be used here: {reason}") from None
+    return name
+
+
+def read_conditions(think: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Conditions in the order in which they are shown everywhere, and which of them were added."""
+    from rim_lens.chat.conditions import STANDARD, check_condition, with_controls
+
+    names = [name.strip() for name in think.split(",") if name.strip()]
+    for name in names:
+        check_condition(name)
+    whole, added = with_controls(list(dict.fromkeys(names)))
+    return (
+        *(name for name in STANDARD if name in whole),
+        *(name for name in whole if name not in STANDARD),
+    ), added
+
+
+def read_by_kind(path: Path) -> dict[str, Any]:
+    """Harmful and harmless requests of one file, by its column kind."""
+    from rim_lens.errors import PromptFileError
+    from rim_lens.prompts import load_file
+
+    read = load_file(path)
+    found = {kind: [prompt for prompt in read if prompt.kind == kind] for kind in ("harmful", "harmless")}
+    other = [prompt for prompt in read if prompt.kind not in found]
+    if other or not all(found.values()):
+        kinds = sorted({repr(prompt.kind) for prompt in read})
+        raise PromptFileError(
+            f"{path}: its kinds are {', '.join(kinds)}, and harmful and harmless are needed. Fill in the column kind, or give two"
+            " files: --harmful and --harmless."
+        )
+    return found
+
+
+def read_seeds(text: str) -> list[int]:
+    """Seeds as 0-5 or 0,2,4."""
+    try:
+        first, _, last = text.partition("-")
+        return list(range(int(first), int(last) + 1)) if last else [int(item) for item in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: write seeds as 0-5 or 0,2,4") from None
+
+
+def called(model: str) -> str:
+    """A name for pages: without the way to a folder, which says where it lay on one machine."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def safe_name(name: str) -> str:
+    """A model's name as part of a folder's."""
+    return name.strip("/").replace("/", "_").replace(":", "_")
+
+
+def planned_and_run(question: Any, model: str, out: Path, *, plan_only: bool, as_json: bool) -> Any | None:
+    """Print what a study will cost, run it into its folder and return the result; None where only the plan was asked for."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    planned = question.plan()
+    if as_json and plan_only:
+        console.print_json(json.dumps(planned.to_dict()))
+    elif not as_json:
+        console.print(f"[bold]Plan[/bold] for {escape(model)}")
+        console.print(str(planned), markup=False, highlight=False, soft_wrap=True)
+    if plan_only:
+        return None
+    try:
+        return question.run(out, say=None if as_json else say)
+    except KeyboardInterrupt:
+        errors.print(
+            f"\nStopped. What was measured is in {out}; the same command goes on from there.", markup=False
+        )
+        raise typer.Exit(130) from None
+
+
+def say(line: str) -> None:
+    """One line of what goes on."""
+    console.print(f"· {line}", markup=False, highlight=False)
+
+
+def show_result(result: Any, as_json: bool) -> None:
+    """Write the report of a result, and print it as tables or JSON."""
+    from rim_lens.views import print_study, write_report
+
+    report = write_report(result)
+    if as_json:
+        print(report.with_suffix(".json").read_text(encoding="utf-8"))
+        return
+    print_study(result, console)
+    console.print(f"\nreport: {report.resolve()}", markup=False, highlight=False, soft_wrap=True)
