@@ -230,12 +230,18 @@ def make_plan(bench: Bench, n_tuned: int, parts: Sequence[str] = ("heads", "neur
         steps.append(
             writing("neurons", "refusal of the tuned models", n_evaluate, 2 * n_tuned, "outcomes/*.json")
         )
-    parameters = sum(parameter.numel() for parameter in bench.model.parameters())
+    memory = memory_of(bench.model, max_rows=settings.max_rows, length=length + max(cot, new))
+    return estimated(bench.model, steps, memory, _notes(bench))
+
+
+def estimated(model: Model, steps: Sequence[Step], memory: float, notes: tuple[str, ...] = ()) -> Plan:
+    """A plan of these steps, with the time they take on this machine, about."""
+    facts = model_facts(model)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     flops = 2.0 * parameters * sum(step.tokens for step in steps)
     overhead = sum(step.passes for step in steps) * facts.n_layers * HOOK_SECONDS * 4
     seconds = flops / _flops_per_second(facts.device, facts.dtype) + overhead
-    memory = memory_of(bench.model, max_rows=settings.max_rows, length=length + max(cot, new))
-    return Plan(tuple(steps), seconds, memory, facts.to_dict(), _notes(bench))
+    return Plan(tuple(steps), seconds, memory, facts.to_dict(), notes)
 
 
 def memory_of(model: Model, *, max_rows: int, length: int) -> float:

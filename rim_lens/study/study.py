@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
-import platform
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,18 +12,21 @@ import torch
 
 from rim_lens.chat import ChatFormat
 from rim_lens.chat.conditions import check_condition
-from rim_lens.errors import ConditionError, ModelError, StudyFolderError
+from rim_lens.errors import ConditionError, StudyFolderError
 from rim_lens.folder import ResultFolder
 from rim_lens.lens import Model, model_facts, verify, weights_digest
 from rim_lens.organisms import load_model
 from rim_lens.prompts import Prompt
 from rim_lens.study import stages
+from rim_lens.study.clock import Clock
+from rim_lens.study.design import prompts_digest, settings_asked, source_name, versions
 from rim_lens.study.planning import Plan, make_plan
 from rim_lens.study.probing import run_probes
 from rim_lens.study.removing import compared, run_comparing, run_removing
 from rim_lens.study.requests import requests_by_split
 from rim_lens.study.results import StudyResult, asked_before, load_study
 from rim_lens.study.stages import Bench, Settings
+from rim_lens.study.tuned import Source, Tuned, by_name, same_shape, same_weights
 
 Requests = Sequence[Prompt | str]
 PARTS = ("heads", "removing", "comparing", "probes", "neurons")
@@ -62,8 +60,8 @@ class Study:
 
     Raises:
         ConditionError: A condition that does not exist, one named twice, or off not among them.
-        ValueError: An unknown part, "heads" not among them, or tuned models without a part that reads them; or a device
-            or dtype for a model that was given.
+        ValueError: An unknown part, "heads" not among them, or tuned models without a part that reads them; a name of a tuned
+            model that cannot be one, or that two share; or a device or dtype for a model that was given.
 
     >>> import rim_lens as rl
     >>> study = rl.Study("toy", n_requests=8)
@@ -72,7 +70,7 @@ class Study:
     """
 
     model: str | Model
-    tuned: Sequence[str] | Mapping[str, str | Path | Model] = ()
+    tuned: Tuned = ()
     harmful: Requests | None = None
     harmless: Requests | None = None
     reasoning: Requests | None = None
@@ -99,6 +97,7 @@ class Study:
                 f"device={self.device} and dtype={self.dtype} were asked for, and the model was given: it stays as it is. Give its"
                 " name, or move it before."
             )
+        by_name(self.tuned)
         names = self.settings.conditions
         for name in names:
             check_condition(name)
@@ -134,7 +133,7 @@ class Study:
         verify(bench.model, reads=("pattern", "z", "post"), edits=("z", "post"))
         bench.folder.claim(self._design(bench))
         self._ask(bench.folder)
-        clock = _Clock(bench.folder, say)
+        clock = Clock(bench.folder, say)
         with clock("gate", "gate: does it refuse harmful requests, and only these?"):
             gate = stages.run_gate(bench)
         if gate["passed"] or not self.settings.gate:
@@ -166,7 +165,7 @@ class Study:
             folder.write("plan.json", make_plan(bench, len(now["tuned"]), parts).to_dict())
             folder.write("asked.json", now)
 
-    def _measure(self, bench: Bench, clock: _Clock) -> None:
+    def _measure(self, bench: Bench, clock: Clock) -> None:
         n = len(self.settings.conditions)
         with clock("attention", f"attention mass of every head on every span, {n} conditions"):
             stages.run_attention(bench)
@@ -190,7 +189,7 @@ class Study:
         if "neurons" in self.parts:
             self._tuning(bench, clock)
 
-    def _tuning(self, bench: Bench, clock: _Clock) -> None:
+    def _tuning(self, bench: Bench, clock: Clock) -> None:
         with clock("neurons", "neuron activations, base and tuned"):
             stages.run_neurons(bench, "base", bench.model)
             for name, source in self._tuned.items():
@@ -203,21 +202,19 @@ class Study:
     def _model(self) -> Model:
         return self._load(self.model)
 
-    def _load(self, source: str | Path | Model) -> Model:
+    def _load(self, source: Source) -> Model:
         named = isinstance(source, str | Path)
         return load_model(source, device=self.device, dtype=self.dtype) if named else source
 
-    def _variant(self, folder: ResultFolder, name: str, source: str | Path | Model) -> Model:
+    def _variant(self, folder: ResultFolder, name: str, source: Source) -> Model:
         variant = self._load(source)
-        _same_shape(self._model, variant, name)
-        _same_weights(folder, variant, name)
+        same_shape(self._model, variant, name)
+        same_weights(folder, variant, name, (f"tuned/{name}/heads", f"neurons/{name}_harmful"))
         return variant
 
     @property
-    def _tuned(self) -> dict[str, str | Path | Model]:
-        if isinstance(self.tuned, Mapping):
-            return dict(self.tuned)
-        return {name.replace(":", "_").replace("/", "_"): name for name in self.tuned}
+    def _tuned(self) -> dict[str, Source]:
+        return by_name(self.tuned)
 
     def _bench(self, folder: Path) -> Bench:
         chat = ChatFormat.from_model(self._model)
@@ -228,19 +225,13 @@ class Study:
         )
 
     def _design(self, bench: Bench) -> dict[str, Any]:
-        from rim_lens import __version__
-
-        prompts = [
-            prompt.to_dict()
+        prompts = (
+            prompt
             for side in (bench.select, bench.evaluate)
             for prompt in (*side.harmful, *side.twins, *side.reasoning)
-        ]
-        # How it is run (batch size, progress) is not part of what is asked.
-        asked = {
-            key: value for key, value in asdict(self.settings).items() if key not in ("max_rows", "progress")
-        }
+        )
         return {
-            "model": str(self.model) if isinstance(self.model, str | Path) else model_facts(bench.model).name,
+            "model": source_name(self.model, bench.model),
             "facts": model_facts(bench.model).to_dict(),
             "weights_digest": weights_digest(bench.model),
             "chat_format": bench.chat.name,
@@ -253,63 +244,7 @@ class Study:
             "n_evaluate": len(bench.evaluate.harmful),
             "n_reasoning": len(bench.evaluate.reasoning),
             "n_families_evaluate": len(set(bench.evaluate.families)),
-            "prompts_digest": hashlib.sha256(json.dumps(prompts, sort_keys=True).encode()).hexdigest()[:16],
-            "settings": asked,
-            "versions": {
-                "rim_lens": __version__,
-                **{
-                    name: importlib.metadata.version(name)
-                    for name in ("transformer-lens", "torch", "transformers")
-                },
-                "python": platform.python_version(),
-            },
+            "prompts_digest": prompts_digest(prompts),
+            "settings": settings_asked(asdict(self.settings)),
+            "versions": versions(),
         }
-
-
-def _same_shape(base: Model, tuned: Model, name: str) -> None:
-    ours, theirs = model_facts(base), model_facts(tuned)
-    if (ours.n_layers, ours.d_mlp, ours.d_vocab) != (theirs.n_layers, theirs.d_mlp, theirs.d_vocab):
-        raise ModelError(
-            f"tuned model {name!r} has {theirs.n_layers} layers of {theirs.d_mlp} neurons and {theirs.d_vocab} tokens, the"
-            f" base {ours.n_layers} of {ours.d_mlp} and {ours.d_vocab}: it is not a fine-tune of this base."
-        )
-
-
-def _same_weights(folder: ResultFolder, tuned: Model, name: str) -> None:
-    """Tie what is measured under a tuned model's name to its weights, before anything is."""
-    kept = f"tuned/{name}/model.json"
-    there = [part for part in (f"tuned/{name}/heads", f"neurons/{name}_harmful") if folder.has(part)]
-    if there and not folder.has(kept):
-        raise StudyFolderError(
-            f"{folder.path / there[0]} was measured on a tuned model {name!r}, and {kept}, which would say on which weights, is"
-            " missing. Give it another name, or an empty folder."
-        )
-    now = {"name": model_facts(tuned).name, "weights_digest": weights_digest(tuned)}
-    before = folder.once(kept, lambda: now)
-    if before["weights_digest"] != now["weights_digest"]:
-        raise StudyFolderError(
-            f"tuned model {name!r} has weights {now['weights_digest']}, and {folder.path} holds results of one with weights"
-            f" {before['weights_digest']} under that name. Give it another name, or an empty folder; what is there stays"
-            " untouched."
-        )
-
-
-class _Clock:
-    """Announces each stage and records how long it took in all its runs together."""
-
-    def __init__(self, folder: ResultFolder, say: Callable[[str], None]) -> None:
-        self._folder, self._say = folder, say
-        self._stage, self._start = "", 0.0
-
-    def __call__(self, stage: str, text: str) -> _Clock:
-        self._stage = stage
-        self._say(text)
-        return self
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        spent = self._folder.read("timings.json") if self._folder.has("timings.json") else {}
-        spent[self._stage] = round(spent.get(self._stage, 0.0) + time.perf_counter() - self._start, 2)
-        self._folder.write("timings.json", spent)
