@@ -129,8 +129,13 @@ _HOME: dict[str, str] = {
     "StudyResult": "study",
     "Settings": "study",
     "load_study": "study",
+    "NeuronStudy": "study",
+    "NeuronStudyResult": "study",
+    "NeuronSettings": "study",
+    "load_neuron_study": "study",
     "study_html": "views",
     "write_report": "views",
+    "write_neuron_report": "views",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,27 @@ Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda
 Dtype = Annotated[
     str, typer.Option(help="Of the weights, and never chosen for you: " + ", ".join(DTYPES) + ".")
 ]
+Harmful = Annotated[Path | None, typer.Option(help="Your requests: .csv or .jsonl with a text column.")]
+Harmless = Annotated[Path | None, typer.Option(help="Their harmless twins, in the same order or by id.")]
+Reasoning = Annotated[Path | None, typer.Option(help="Your reasoning questions.")]
+BothKinds = Annotated[
+    Path | None,
+    typer.Option("--prompts", help="Requests of both kinds: .csv or .jsonl with columns text and kind."),
+]
 Gate = Annotated[bool, typer.Option(help="Stop where the model does not refuse in the first place.")]
+
+
+def read_files(files: Mapping[str, Path | None], both_kinds: Path | None = None) -> dict[str, Any]:
+    """Requests of these files by kind, or of one file with both kinds."""
+    from rim_lens.prompts import load_file
+
+    if both_kinds is not None:
+        if files.get("harmful") or files.get("harmless"):
+            raise typer.BadParameter("give --prompts, or --harmful with --harmless, not both")
+        given = read_by_kind(both_kinds)
+    else:
+        given = {}
+    return given | {kind: load_file(path, kind=kind) for kind, path in files.items() if path is not None}
 
 
 def read_dtype(name: str) -> str:
@@ -129,13 +150,25 @@ def say(line: str) -> None:
     console.print(f"· {line}", markup=False, highlight=False)
 
 
+def open_result(folder: Path) -> Any:
+    """The study that a folder holds, of whichever kind."""
+    from rim_lens import study
+    from rim_lens.study.neuron_results import CLAIM
+
+    return study.load_neuron_study(folder) if (folder / CLAIM).exists() else study.load_study(folder)
+
+
 def show_result(result: Any, as_json: bool) -> None:
     """Write the report of a result, and print it as tables or JSON."""
-    from rim_lens.views import print_study, write_report
+    from rim_lens import study, views
 
-    report = write_report(result)
+    neurons = isinstance(result, study.NeuronStudyResult)
+    report = views.write_neuron_report(result) if neurons else views.write_report(result)
     if as_json:
         print(report.with_suffix(".json").read_text(encoding="utf-8"))
         return
-    print_study(result, console)
+    if neurons:
+        views.print_neurons(result, console)
+    else:
+        views.print_study(result, console)
     console.print(f"\nreport: {report.resolve()}", markup=False, highlight=False, soft_wrap=True)

@@ -11,20 +11,25 @@ import typer
 from rim_lens.cli.options import (
     GATE_EXIT,
     AsJson,
+    BothKinds,
     Device,
     Dtype,
     Gate,
+    Harmful,
+    Harmless,
     Out,
     PlanOnly,
+    Reasoning,
     Requests,
     Tokens,
     console,
     errors,
+    open_result,
     planned_and_run,
-    read_by_kind,
     read_conditions,
     read_device,
     read_dtype,
+    read_files,
     safe_name,
     show_result,
 )
@@ -62,13 +67,9 @@ def demo(
 def study(
     model: Annotated[str, typer.Argument(help="A name rim_lens knows, a hub name, or a folder.")],
     tuned: Annotated[list[str] | None, typer.Option(help="A fine-tuned variant; repeat for more.")] = None,
-    harmful: Annotated[
-        Path | None, typer.Option(help="Your requests: .csv or .jsonl with a text column.")
-    ] = None,
-    harmless: Annotated[
-        Path | None, typer.Option(help="Their harmless twins, in the same order or by id.")
-    ] = None,
-    reasoning: Annotated[Path | None, typer.Option(help="Your reasoning questions.")] = None,
+    harmful: Harmful = None,
+    harmless: Harmless = None,
+    reasoning: Reasoning = None,
     probes: Annotated[bool, typer.Option(help="Train and ablate probes as well.")] = False,
     out: Out = None,
     requests: Requests = None,
@@ -97,15 +98,9 @@ def heads(
     think: Annotated[
         str, typer.Option(help="Think conditions, with commas; off and the controls they need are added.")
     ] = "off,careful,filler,unrelated,open",
-    prompts: Annotated[
-        Path | None, typer.Option(help="Requests of both kinds: .csv or .jsonl with columns text and kind.")
-    ] = None,
-    harmful: Annotated[
-        Path | None, typer.Option(help="Or: your harmful requests, and with --harmless")
-    ] = None,
-    harmless: Annotated[
-        Path | None, typer.Option(help="their harmless twins, in the same order or by id.")
-    ] = None,
+    prompts: BothKinds = None,
+    harmful: Harmful = None,
+    harmless: Harmless = None,
     out: Out = None,
     requests: Requests = None,
     n_test: Annotated[
@@ -131,8 +126,6 @@ def heads(
         console.print(
             f"· added, so that there is something to hold against: {', '.join(added)}", highlight=False
         )
-    if prompts is not None and (harmful or harmless):
-        raise typer.BadParameter("give --prompts, or --harmful with --harmless, not both")
     _study(
         model,
         tuned=tuned or [],
@@ -164,9 +157,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a finished study, and write its report anew."""
-    from rim_lens.study import load_study
-
-    show_result(load_study(folder), as_json)
+    show_result(open_result(folder), as_json)
 
 
 def _study(
@@ -188,14 +179,8 @@ def _study(
 ) -> None:
     import torch
 
-    from rim_lens.prompts import load_file
     from rim_lens.study import Settings, Study
 
-    given: dict[str, Any] = {
-        kind: load_file(path, kind=kind) for kind, path in (files or {}).items() if path is not None
-    }
-    if both_kinds is not None:
-        given = read_by_kind(both_kinds)
     asked = Settings(
         max_new_tokens=max_new_tokens, gate=gate, progress=not as_json and errors.is_terminal, **settings
     )
@@ -207,7 +192,7 @@ def _study(
         parts=parts,
         device=device,
         dtype=getattr(torch, dtype),
-        **given,
+        **read_files(files or {}, both_kinds),
     )
     result = planned_and_run(question, model, out, plan_only=plan_only, as_json=as_json)
     if result is None:

@@ -1,7 +1,18 @@
 """Plan, run, store, load: one question, one folder, resumable."""
 
+from rim_lens.study.neuron_results import NeuronStudyResult, load_neuron_study
+from rim_lens.study.neurons import NeuronSettings, NeuronStudy
 from rim_lens.study.results import StudyResult, load_study
 from rim_lens.study.stages import Settings
 from rim_lens.study.study import Study
 
-__all__ = ["Settings", "Study", "StudyResult", "load_study"]
+__all__ = [
+    "NeuronSettings",
+    "NeuronStudy",
+    "NeuronStudyResult",
+    "Settings",
+    "Study",
+    "StudyResult",
+    "load_neuron_study",
+    "load_study",
+]

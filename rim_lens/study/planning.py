@@ -54,6 +54,30 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Counted:
+    """Makes steps of rows: prompts of one length, so many at most in a pass, and so many new tokens where answers are written."""
+
+    max_rows: int
+    length: int
+    new: int
+
+    def reading(
+        self, stage: str, what: str, rows: int, sets: int, files: str, extra: int = 0, at_most: bool = False
+    ) -> Step:
+        """Rows read once for each of the sets (conditions, edits); `extra` tokens longer."""
+        tokens = rows * sets * (self.length + extra)
+        return Step(stage, what, rows * sets, self._batches(rows) * sets, tokens, files, at_most)
+
+    def writing(self, stage: str, what: str, rows: int, sets: int, files: str) -> Step:
+        """Answers to rows written once for each of the sets."""
+        tokens = rows * sets * (self.length + self.new)
+        return Step(stage, what, rows * sets, self._batches(rows) * sets * self.new, tokens, files, True)
+
+    def _batches(self, rows: int) -> int:
+        return -(-rows // self.max_rows)
+
+
+@dataclass(frozen=True)
 class Plan:
     """The cost of a study, stage by stage.
 
@@ -114,21 +138,8 @@ def make_plan(bench: Bench, n_tuned: int, parts: Sequence[str] = ("heads", "neur
     cot = 7 if bench.chat.name == "toy" else MEAN_COT
     new = settings.max_new_tokens
 
-    def batches(rows: int) -> int:
-        return -(-rows // settings.max_rows)
-
-    def reading(
-        stage: str, what: str, rows: int, sets: int, files: str, extra: int = 0, at_most: bool = False
-    ) -> Step:
-        return Step(
-            stage, what, rows * sets, batches(rows) * sets, rows * sets * (length + extra), files, at_most
-        )
-
-    def writing(stage: str, what: str, rows: int, sets: int, files: str) -> Step:
-        return Step(
-            stage, what, rows * sets, batches(rows) * sets * new, rows * sets * (length + new), files, True
-        )
-
+    counted = Counted(settings.max_rows, length, new)
+    reading, writing = counted.reading, counted.writing
     conditions = settings.conditions
     n_heads, top = facts.n_layers * facts.n_heads, settings.max_heads
     trials = 1 + n_heads + (top - 1) * 16 + 2 * top

@@ -19,6 +19,7 @@ from rim_lens.measures.probes.cliff import Cliff
 from rim_lens.measures.probes.groups import Contrast
 from rim_lens.measures.probes.result import ProbeResult, joined
 from rim_lens.showing import shown_by
+from rim_lens.study.asking import asked_before
 from rim_lens.study.stages import CONDITIONS, attention_name, read_condition, written
 
 if TYPE_CHECKING:
@@ -215,14 +216,6 @@ class StudyResult:
                 f"{self.path / what} is empty: the study has not come that far. Run it again."
             )
         return pd.concat(frames, ignore_index=True)
-
-
-def asked_before(folder: ResultFolder) -> dict[str, Any]:
-    """Parts and tuned models that a folder was asked for so far; none in a new one."""
-    asked: dict[str, Any] = (
-        folder.read("asked.json") if folder.has("asked.json") else {"parts": [], "tuned": {}}
-    )
-    return asked
 
 
 def load_study(folder: str | Path) -> StudyResult:

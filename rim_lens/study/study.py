@@ -12,19 +12,20 @@ import torch
 
 from rim_lens.chat import ChatFormat
 from rim_lens.chat.conditions import check_condition
-from rim_lens.errors import ConditionError, StudyFolderError
+from rim_lens.errors import ConditionError
 from rim_lens.folder import ResultFolder
 from rim_lens.lens import Model, model_facts, verify, weights_digest
 from rim_lens.organisms import load_model
 from rim_lens.prompts import Prompt
 from rim_lens.study import stages
+from rim_lens.study.asking import asked_before, asked_now
 from rim_lens.study.clock import Clock
 from rim_lens.study.design import prompts_digest, settings_asked, source_name, versions
 from rim_lens.study.planning import Plan, make_plan
 from rim_lens.study.probing import run_probes
 from rim_lens.study.removing import compared, run_comparing, run_removing
 from rim_lens.study.requests import requests_by_split
-from rim_lens.study.results import StudyResult, asked_before, load_study
+from rim_lens.study.results import StudyResult, load_study
 from rim_lens.study.stages import Bench, Settings
 from rim_lens.study.tuned import Source, Tuned, by_name, same_shape, same_weights
 
@@ -142,27 +143,15 @@ class Study:
 
     def _ask(self, folder: ResultFolder) -> None:
         """Add these parts and tuned models to those that the folder was asked for before; which were is not what is measured."""
-        before = asked_before(folder)
-        named = {
-            name: str(source) if isinstance(source, str | Path) else "given"
-            for name, source in self._tuned.items()
-        }
-        for name, source in before["tuned"].items():
-            if named.get(name, source) != source:
-                raise StudyFolderError(
-                    f"{folder.path} holds a tuned model {name!r} that is {source!r}, and {named[name]!r} was asked for under"
-                    " that name. Give it another name, or an empty folder."
-                )
+        now = asked_now(folder, PARTS, self.parts, self._tuned)
         for name, source in self._tuned.items():
             if not isinstance(
                 source, str | Path
             ):  # a named one is loaded, and looked at, when its turn comes
                 self._variant(folder, name, source)
-        parts = [part for part in PARTS if part in {*self.parts, *before["parts"]}]
-        now = {"parts": parts, "tuned": before["tuned"] | named}
-        if now != before or not folder.has("plan.json"):
+        if now != asked_before(folder) or not folder.has("plan.json"):
             bench = self._bench(folder.path)
-            folder.write("plan.json", make_plan(bench, len(now["tuned"]), parts).to_dict())
+            folder.write("plan.json", make_plan(bench, len(now["tuned"]), now["parts"]).to_dict())
             folder.write("asked.json", now)
 
     def _measure(self, bench: Bench, clock: Clock) -> None:

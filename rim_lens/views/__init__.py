@@ -9,8 +9,9 @@ from rim_lens.views.explorer import (
     head_view,
     write_explorer,
 )
+from rim_lens.views.neuron_report import neuron_study_html, write_neuron_report
 from rim_lens.views.report import heads_html, probes_html, study_html, write_report
-from rim_lens.views.terminal import print_study
+from rim_lens.views.terminal import print_neurons, print_study
 from rim_lens.views.verdict import Finding, findings
 
 __all__ = [
@@ -25,9 +26,12 @@ __all__ = [
     "head_patterns",
     "head_view",
     "heads_html",
+    "neuron_study_html",
+    "print_neurons",
     "print_study",
     "probes_html",
     "study_html",
     "write_explorer",
+    "write_neuron_report",
     "write_report",
 ]

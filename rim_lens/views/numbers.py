@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from rim_lens.measures.heads.result import RefusalHeads
-    from rim_lens.study import StudyResult
+    from rim_lens.study import NeuronStudyResult, StudyResult
+
+    AnyResult = StudyResult | NeuronStudyResult
 
 Kind = Literal["harmful", "harmless"]
 KINDS: dict[Kind, str] = {"harmful": "harmful requests", "harmless": "harmless twins"}
@@ -208,7 +210,7 @@ def head_name(layer: int, head: int) -> str:
     return f"L{int(layer)}H{int(head)}"
 
 
-def files_of(result: StudyResult) -> list[tuple[str, int]]:
+def files_of(result: AnyResult) -> list[tuple[str, int]]:
     """Every file in the study's folder with its size in bytes, without the report's own."""
     return [
         (path.relative_to(result.path).as_posix(), path.stat().st_size)
@@ -217,7 +219,7 @@ def files_of(result: StudyResult) -> list[tuple[str, int]]:
     ]
 
 
-def plan_of(result: StudyResult) -> dict[str, Any] | None:
+def plan_of(result: AnyResult) -> dict[str, Any] | None:
     """The plan the study was begun with, where it was stored."""
     folder = ResultFolder(result.path)
     plan: dict[str, Any] | None = folder.read("plan.json") if folder.has("plan.json") else None

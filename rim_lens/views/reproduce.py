@@ -27,7 +27,7 @@ def command(result: StudyResult) -> str | None:
     ) - set(options):
         return None
     study = {"heads", "probes", "neurons"}
-    if not _by_name(design["model"]) or (not own and not set(result.parts) <= study):
+    if not by_name(design["model"]) or (not own and not set(result.parts) <= study):
         return None
     words = ["rim-lens", "heads" if own else "study", design["model"], "--out", "FOLDER"]
     if design["n_requests"] is not None:
@@ -54,7 +54,7 @@ def command(result: StudyResult) -> str | None:
 def python(result: StudyResult) -> str:
     """The same in Python, with every setting that is not the default."""
     design = result.design
-    model = repr(design["model"]) if _by_name(design["model"]) else "model"
+    model = repr(design["model"]) if by_name(design["model"]) else "model"
     tuned = {
         name: repr(source) if source != "given" else f"tuned_model_{place}"
         for place, (name, source) in enumerate(result.asked["tuned"].items())
@@ -90,7 +90,7 @@ def _changed(design: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in asked.items() if value != getattr(defaults, key, value)}
 
 
-def _by_name(model: str) -> bool:
+def by_name(model: str) -> bool:
     """Whether the recorded model is something `load_model` takes, not the class name of a given one."""
     from pathlib import Path
 

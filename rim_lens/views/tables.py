@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
+    from rim_lens.measures.effect_tables import EffectTables
     from rim_lens.measures.heads.comparing import HeadComparison
-    from rim_lens.measures.heads.removal import RemovalEffects
     from rim_lens.measures.heads.result import RefusalHeads
     from rim_lens.measures.probes.after_ablation import ProbesAfterAblation
     from rim_lens.measures.probes.cliff import Cliff
     from rim_lens.measures.probes.result import ProbeResult
     from rim_lens.study import StudyResult
+    from rim_lens.views.numbers import AnyResult
 
 
 class Token(str):
@@ -512,7 +513,7 @@ def words_tables(result: StudyResult) -> list[Table]:
     ]
 
 
-def time_table(result: StudyResult) -> Table:
+def time_table(result: AnyResult) -> Table:
     """Seconds per stage beside what the plan counted."""
     plan = numbers.plan_of(result) or {"steps": []}
     rows = []
@@ -540,7 +541,7 @@ def time_table(result: StudyResult) -> Table:
     )
 
 
-def parameter_table(result: StudyResult) -> Table:
+def parameter_table(result: AnyResult) -> Table:
     """Everything that decides the numbers: model, weights, requests, settings, versions."""
     design = result.design
     facts = design["facts"]
@@ -563,8 +564,8 @@ def parameter_table(result: StudyResult) -> Table:
     return Table("parameters", "Parameters and versions", ("", "value"), tuple(rows))
 
 
-def removal_table(result: RemovalEffects) -> Table:
-    """What removing the found heads does, beside random sets."""
+def removal_table(result: EffectTables, what: str = "found heads", unit: str = "heads") -> Table:
+    """What removing a set does, beside random sets."""
     rows = tuple(
         (
             row["measure"],
@@ -586,10 +587,12 @@ def removal_table(result: RemovalEffects) -> Table:
     )
     return Table(
         "removal",
-        "What removing the found heads does, on the evaluate side",
+        f"What removing the {what} does, on the evaluate side",
         columns,
         rows,
-        "p: corrected over the conditions of one measure and kind. Random sets: as many heads in each layer; replies are written"
+        "p: corrected over the conditions of one measure and kind. Random sets: as many "
+        + unit
+        + " in each layer; replies are written"
         " for a few of them only. refuse on harmless is over-refusal; other is neither refusal nor compliance; correct and answer"
         f" are of reasoning questions; kl is of {result.settings['neutral']}.",
         folded=len(rows) > 24,
@@ -666,7 +669,7 @@ def asked_table(settings: Mapping[str, Any]) -> Table:
     return Table("asked", "What was asked", ("", "value"), tuple(rows), folded=True)
 
 
-def file_table(result: StudyResult) -> Table:
+def file_table(result: AnyResult) -> Table:
     """The files of the study's folder."""
     files = numbers.files_of(result)
     rows = tuple((Token(name), size(n_bytes)) for name, n_bytes in files)

@@ -1,10 +1,11 @@
-"""A study in the terminal."""
+"""Studies in the terminal."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rim_lens.views import tables, verdict
+from rim_lens.views import neuron_tables, neuron_words, tables, verdict
 from rim_lens.views.tables import Table, Token
 from rim_lens.views.text import visible
 
@@ -12,7 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    from rim_lens.study import StudyResult
+    from rim_lens.study import NeuronStudyResult, StudyResult
+    from rim_lens.views.verdict import Finding
 
 _LONGEST_WORD = 14
 # What a terminal is wide enough for; the rest is for the report.
@@ -26,6 +28,9 @@ _OF_PROBES = (
     "on twins",
     "what may be said",
 )
+_OF_REMOVAL = ("measure", "on", "condition", "n", "change [95 %]", "p", "random sets [95 %]", "larger than")
+_NOT_WRITERS = ("neuron", "score", "activity")
+_MOST_NEURONS = 12
 _STYLES = {"shown": "green", "not shown": "yellow", "cannot tell": "yellow", "note": "dim"}
 
 
@@ -39,7 +44,6 @@ def print_study(result: StudyResult, console: Console) -> None:
     Raises:
         StudyFolderError: The study was interrupted, or its folder is incomplete.
     """
-    from rich.padding import Padding
     from rich.text import Text
 
     said = verdict.findings(result)
@@ -55,6 +59,41 @@ def print_study(result: StudyResult, console: Console) -> None:
     for table in shown:
         console.print(_rich(table))
         console.print()
+    _say(said, console)
+
+
+def print_neurons(result: NeuronStudyResult, console: Console) -> None:
+    """Print the question, the neurons, what removing them does, and the verdict of a study of neurons.
+
+    Args:
+        result: A study that came to its end, stopped at its gate, or as far as it came.
+        console: Where to; a `rich.console.Console`.
+
+    Raises:
+        StudyFolderError: A file of the folder is corrupt.
+    """
+    from rich.text import Text
+
+    console.print(Text(visible(neuron_words.neuron_question(result)), style="bold"))
+    console.print()
+    found = result.neurons
+    if found is not None and len(found):
+        listed = neuron_tables.set_table(found, result.writers)
+        first = replace(listed, rows=listed.rows[:_MOST_NEURONS])
+        console.print(_rich(first if result.writers is not None else _columns(first, _NOT_WRITERS)))
+        console.print()
+        if found.effects is not None:
+            console.print(
+                _rich(_columns(tables.removal_table(found.effects, "chosen neurons", "neurons"), _OF_REMOVAL))
+            )
+            console.print()
+    _say(neuron_words.neuron_findings(result), console)
+
+
+def _say(said: list[Finding], console: Console) -> None:
+    from rich.padding import Padding
+    from rich.text import Text
+
     for finding in said:
         head = Text.assemble(
             (f"[{finding.status}] ", _STYLES[finding.status]), (visible(finding.topic), "bold")
@@ -64,8 +103,6 @@ def print_study(result: StudyResult, console: Console) -> None:
 
 
 def _columns(table: Table, wanted: tuple[str, ...]) -> Table:
-    from dataclasses import replace
-
     places = [table.columns.index(name) for name in wanted]
     rows = tuple(tuple(row[place] for place in places) for row in table.rows)
     return replace(table, columns=wanted, rows=rows)
@@ -73,8 +110,6 @@ def _columns(table: Table, wanted: tuple[str, ...]) -> Table:
 
 def _found_only(shown: list[Table]) -> list[Table]:
     """Heads that were found or have an effect, and what a terminal is wide enough for; the rest is for the report."""
-    from dataclasses import replace
-
     kept = []
     for table in shown:
         if table.key == "heads":

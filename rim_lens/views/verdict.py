@@ -403,13 +403,14 @@ def removal_findings(removal: RemovalEffects | None, restored: pd.DataFrame | No
     """What removing the found heads does besides refusal, and whether editing them restores it; nothing where neither was measured."""
     said = []
     if removal is not None:
-        said.append(_besides_finding(removal.table))
+        said.append(besides_finding(removal.table, "these heads"))
     if restored is not None:
         said.append(_restored_finding(restored[restored["state"] == "measured"]))
     return said
 
 
-def _besides_finding(table: pd.DataFrame) -> Finding:
+def besides_finding(table: pd.DataFrame, what_removed: str) -> Finding:
+    """What else changes without a set, of a table of `EffectTables`."""
     changed: list[str] = []
     still: dict[str, list[str]] = {}
     for row in table[~table["kind"].isin(["harmful", DIFFERENCE])].to_dict("records"):
@@ -425,7 +426,7 @@ def _besides_finding(table: pd.DataFrame) -> Finding:
             still.setdefault(what, []).append(f"{row['condition']} {signed(row['change'])}")
     unmoved = "; ".join(f"{what} ({', '.join(where)})" for what, where in still.items())
     return Finding(
-        "What removing these heads does besides",
+        f"What removing {what_removed} does besides",
         "note",
         (f"Changed: {'; '.join(changed)}. " if changed else "")
         + (f"Not shown to change: {unmoved}. " if still else "")

@@ -21,6 +21,7 @@ def found(ras: float, controls: list[float]) -> Entanglement:
         "low": ras,
         "high": 2 * ras,
         "p": 0.5,
+        "n_exchanged": 7,
     }
     sets = [{"of": "set", "number": 0, "ras": ras}]
     sets += [{"of": "random", "number": at, "ras": value} for at, value in enumerate(controls)]
@@ -34,6 +35,7 @@ def test_rivals_are_multiples_of_the_random_sets_mean():
     assert own.x == pytest.approx((2.0,))
     assert own.error_x.array == pytest.approx((2.0,))
     assert own.error_x.arrayminus == pytest.approx((0.0,))
+    assert "p = 0.5 among 7 sets on exchanged labels" in own.text[0]
     assert random.x == pytest.approx((1 / 3, 2 / 3, 2.0))
 
 

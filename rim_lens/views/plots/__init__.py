@@ -6,6 +6,7 @@ makes a page of one that works offline.
 """
 
 from rim_lens.views.plots.attention import attention_by_head, attention_map
+from rim_lens.views.plots.doses import direct_and_total, dose_effects, specification_curve
 from rim_lens.views.plots.entanglement import entanglement_rivals
 from rim_lens.views.plots.heads import head_bubbles, head_effects, head_scan, head_set
 from rim_lens.views.plots.looking import argmax_positions, attention_pattern, head_pattern
@@ -20,6 +21,8 @@ __all__ = [
     "attention_by_head",
     "attention_map",
     "attention_pattern",
+    "direct_and_total",
+    "dose_effects",
     "entanglement_rivals",
     "head_bubbles",
     "head_effects",
@@ -33,5 +36,6 @@ __all__ = [
     "probes_without_heads",
     "refusal_cliff",
     "scores",
+    "specification_curve",
     "tuned_outcomes",
 ]

@@ -58,7 +58,8 @@ def entanglement_rivals(found: Entanglement, theme: Theme = "light") -> go.Figur
         if not (math.isfinite(row["value"]) and mean > 0):
             continue
         rank = (
-            f"{row['value']:.4g} {row['unit']}".rstrip() + f", p = {row['p']:.2g} among {row['n_controls']}"
+            f"{row['value']:.4g} {row['unit']}".rstrip()
+            + f", p = {row['p']:.2g} among {row['n_exchanged']} sets on exchanged labels"
         )
         low, high = (row[side] / mean for side in ("low", "high"))
         drawn.append((title, row["value"] / mean, low, high, rank, [value / mean for value in others]))
