@@ -319,6 +319,7 @@ class NeuronStudy:
                         sides.reasoning,
                         found,
                         harmless=sides.twins,
+                        pairs=pairs,
                         response=settings.response,
                         think=settings.conditions[0],
                         reasoning_think=settings.reasoning_think,
@@ -521,7 +522,7 @@ class NeuronStudy:
             )
         where = "tuned/*"
         if n_tuned and "entanglement" in parts:
-            many = (1 + n_tuned) * (2 * n_evaluate + n_reasoning)
+            many = (1 + n_tuned) * (2 * n_evaluate + n_reasoning) + 2 * n_tuned * n_select
             if own:
                 steps.append(writing("entanglement", "answers of base and tuned", many, 1, where))
             steps.append(

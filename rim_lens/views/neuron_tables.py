@@ -33,7 +33,7 @@ def set_table(found: NeuronSet, writers: pd.DataFrame | None = None) -> Table:
                 plain(None if found.activity is None else float(found.activity[at])),
                 "–" if row is None else _with_interval(row, "total"),
                 "–" if row is None else _with_interval(row, "direct"),
-                "–" if row is None or math.isnan(row["share"]) else share(row["share"]),
+                "–" if row is None or math.isnan(row["share"]) else plain(row["share"], 2),
                 "–" if row is None else "yes" if row["writer"] else "no",
             )
         )
@@ -65,7 +65,7 @@ def sweep_table(made_by: dict[str, Any]) -> Table:
             str(row["m"]),
             share(row["min_fraction"]),
             str(row["size"]),
-            plain(row["by_chance"]),
+            "< 0.001" if row["by_chance"] < 0.001 else plain(row["by_chance"]),
             str(row["n_layers"]),
             str(row["largest_layer"]),
         )

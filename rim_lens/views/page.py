@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rim_lens.views.verdict import Finding
 
 _NUMBER = re.compile(
-    r"^(p [=<] )?[≤−+\[]?[\d.,]+( nats| s| min| %| B| kB| MB)?( ?[\[/(].*| of .*)?$|^\[.*\]$|^–$"
+    r"^(p [=<] |< )?[≤−+\[]?[\d.,]+( nats| s| min| %| B| kB| MB)?( ?[\[/(].*| of .*)?$|^\[.*\]$|^–$"
 )
 
 

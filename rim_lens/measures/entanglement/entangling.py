@@ -40,8 +40,11 @@ from rim_lens.measures.entanglement.reading import (
     write_responses,
 )
 from rim_lens.measures.entanglement.result import Entanglement
-from rim_lens.measures.held_out import refuse_used
+from rim_lens.measures.entanglement.rises import rises_of
+from rim_lens.measures.held_out import chosen_by, refuse_used
+from rim_lens.measures.neurons.pairs import Pair, Pairs, as_pairs
 from rim_lens.measures.refusal.openers import opener_texts
+from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.shift import Average
 from rim_lens.prompts import Prompt
 
@@ -57,6 +60,7 @@ def entanglement(
     neurons: Iterable[Neuron],
     *,
     harmless: Sequence[Prompt | str] | None = None,
+    pairs: Pairs | None = None,
     response: Literal["own", "base", "none"] = "own",
     think: str = "off",
     reasoning_think: str = "careful",
@@ -104,7 +108,7 @@ def entanglement(
 
     Intervals resample families of prompts (half of them for CKA, a statistic of pairs); those of quantities that cannot be
     negative lie too high where little moved, as every resample moves a little. What p and percentile show, and what none of
-    it shows, is said at the top of this module. Without harmless twins there is no p.
+    it shows, is said at the top of this module. Without pairs and without harmless twins there is no p.
 
     Args:
         base: A model, a name or folder for `load_model`, a function without arguments that loads one, or a `ModelReading`.
@@ -114,6 +118,9 @@ def entanglement(
         reasoning: Reasoning questions.
         neurons: A `NeuronSet`, or (layer, neuron) pairs.
         harmless: Requests that should be answered, twins at best; None leaves out what compares with them.
+        pairs: Those that chose the neurons: p is then a rank among sets chosen on their exchanged labels, in the base model. None:
+            on those of the requests measured, whose p came out at or below .05 up to twice as often as it should where there
+            was nothing (docs/evidence/entanglement_nulls.json, "exchanged, requests read").
         response: "own": each model writes its response, and request and response are read (the paper); "base": both read
             what the base wrote, so that only the model differs; "none": the prompts alone.
         think: Think condition of harmful and harmless requests.
@@ -161,14 +168,7 @@ def entanglement(
     if response not in ("own", "base", "none"):
         raise ConditionError(f"response={response!r} was asked for; there are 'own', 'base' and 'none'.")
     check_requests(harmful, harmless or [], reasoning)
-    chosen = neurons if hasattr(neurons, "neurons") else list(neurons)
-    if not list(chosen):
-        raise NotEnoughData(
-            "entanglement of an empty set of neurons was asked for; give at least one neuron."
-        )
-    made_by = getattr(neurons, "made_by", {})
-    if "select_texts" in made_by:
-        refuse_used(made_by, [*harmful, *(harmless or [])], "neurons")
+    chosen, made = _checked(neurons, pairs, base, [*harmful, *(harmless or [])])
     asked = (harmful, harmless or [], reasoning)
     writing: dict[str, Any] = {
         "think": think,
@@ -188,6 +188,7 @@ def entanglement(
     with TemporaryDirectory(prefix="rim_lens_entanglement_") as passing:
         place = Path(passing if folder is None else folder)
         given: Mapping[str, SpanBatch] | None = None
+        difference = None
         if isinstance(base, ModelReading):
             before = base
             given = base.written
@@ -199,6 +200,21 @@ def entanglement(
                 own: Literal["own", "none"] = "none" if response == "none" else "own"
                 before = read_model(model, chat, *asked, folder=place / "base", response=own, **reading)
                 given = before.written
+                if made is not None:
+                    difference = rises_of(
+                        model,
+                        chat,
+                        made,
+                        own,
+                        think=think,
+                        pool=pool,
+                        positions=positions,
+                        site=site,
+                        max_new_tokens=max_new_tokens,
+                        max_rows=max_rows,
+                        folder=None if folder is None else place / "pairs",
+                        progress=progress,
+                    )
                 if response == "base" and (given is None or set(given) != set(before.activations)):
                     given = write_responses(model, chat, *asked, **writing)
                 del model  # or it would still be there when the tuned one is loaded
@@ -229,6 +245,8 @@ def entanglement(
             controls=controls,
             n_random_sets=n_random_sets,
             matched=matched,
+            difference=difference,
+            difference_families=None if made is None else families_of([pair.more for pair in made]),
             average=average,
             floor=floor,
             n_boot=n_boot,
@@ -238,6 +256,29 @@ def entanglement(
         if folder is not None:
             found.save(folder)
     return found
+
+
+def _checked(
+    neurons: Iterable[Neuron], pairs: Pairs | None, base: Opening, requests: Sequence[Prompt | str]
+) -> tuple[Iterable[Neuron], list[Pair] | None]:
+    """The neurons, and the pairs that chose them; neither may have seen these requests."""
+    chosen = neurons if hasattr(neurons, "neurons") else list(neurons)
+    if not list(chosen):
+        raise NotEnoughData(
+            "entanglement of an empty set of neurons was asked for; give at least one neuron."
+        )
+    made_by = getattr(neurons, "made_by", {})
+    if "select_texts" in made_by:
+        refuse_used(made_by, requests, "neurons")
+    if pairs is None:
+        return chosen, None
+    made = as_pairs(pairs)
+    if isinstance(base, ModelReading):
+        raise ConditionError(
+            "pairs= were given, which the base reads, and the base is a reading; give the model."
+        )
+    refuse_used(chosen_by([form for pair in made for form in (pair.less, pair.more)]), requests, "neurons")
+    return chosen, made
 
 
 def own_or_none(response: str) -> Literal["own", "none"]:

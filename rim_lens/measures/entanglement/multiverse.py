@@ -31,11 +31,11 @@ from rim_lens.measures.entanglement.reading import (
     read_model,
     write_responses,
 )
+from rim_lens.measures.entanglement.rises import forms_of, rises_of
 from rim_lens.measures.frames import frame_from_json, frame_to_json
 from rim_lens.measures.held_out import chosen_by, refuse_used
 from rim_lens.measures.neurons.choosing import chosen
-from rim_lens.measures.neurons.pairs import Pairs, as_pairs
-from rim_lens.measures.neurons.reading import pooled_activations
+from rim_lens.measures.neurons.pairs import Pair, Pairs, as_pairs
 from rim_lens.measures.shift import Average
 from rim_lens.prompts import Prompt
 
@@ -134,7 +134,7 @@ def multiverse(
             )
     check_requests(harmful, [], reasoning)
     made = as_pairs(pairs)
-    forms = {"less": [pair.less for pair in made], "more": [pair.more for pair in made]}
+    forms = forms_of(made)
     refuse_used(chosen_by([*forms["less"], *forms["more"]]), harmful, "neurons")
     places: list[Place] = list(product(responses, pools, sites))
     settings: dict[str, Any] = {
@@ -150,7 +150,7 @@ def multiverse(
             chat = chat or ChatFormat.from_model(model)
             words = _words(model, chat, harmful, reasoning, responses, settings)
             before = _readings(model, chat, harmful, reasoning, places, words, root / "base", settings)
-            rises = _rises(model, chat, forms, places, root / "pairs", settings)
+            rises = _rises(model, chat, made, places, root / "pairs", settings)
             del model
         with opened(tuned) as model:
             after = _readings(
@@ -234,35 +234,33 @@ def _readings(
 def _rises(
     model: Model,
     chat: ChatFormat,
-    forms: dict[str, list[Prompt]],
+    pairs: Sequence[Pair],
     places: Sequence[Place],
     root: Path,
     settings: dict[str, Any],
 ) -> dict[Place, np.ndarray]:
-    """More refused minus less refused [pair, layer, neuron], in the base."""
+    """More refused minus less refused [pair, layer, neuron], in the base; answers are written once for all places."""
+    writing = {name: settings[name] for name in ("max_new_tokens", "max_rows", "progress")}
     written: dict[str, SpanBatch] = {}
+    if any(response != "none" for response, _, _ in places):
+        written = {
+            form: generate(model, chat.render(prompts, think=settings["think"]), chat=chat, **writing).batch
+            for form, prompts in forms_of(pairs).items()
+        }
     found = {}
     for place in places:
         response, pool, site = place
-        read = {}
-        for form, prompts in forms.items():
-            if response != "none" and form not in written:
-                batch = chat.render(prompts, think=settings["think"])
-                writing = {name: settings[name] for name in ("max_new_tokens", "max_rows", "progress")}
-                written[form] = generate(model, batch, chat=chat, **writing).batch
-            read[form] = pooled_activations(
-                model,
-                chat,
-                prompts,
-                think=settings["think"],
-                response="none" if response == "none" else written[form],
-                pool=pool,
-                site=site,
-                max_rows=settings["max_rows"],
-                out=root / "-".join(place) / form,
-                progress=settings["progress"],
-            ).values
-        found[place] = np.asarray(read["more"], dtype=np.float64) - read["less"]
+        found[place] = rises_of(
+            model,
+            chat,
+            pairs,
+            "none" if response == "none" else written,
+            think=settings["think"],
+            pool=pool,
+            site=site,
+            folder=root / "-".join(place),
+            **writing,
+        )
     return found
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+_APART = 1.3  # sizes nearer than that have no room for two numbers
 _LINES = (
     ("score", "harmful", "harmful requests", FOUND),
     ("score", "harmless", "their harmless twins", BLUE),
@@ -48,6 +49,7 @@ def dose_effects(table: pd.DataFrame, theme: Theme = "light") -> go.Figure:
                 go.Scatter(
                     x=at + at[::-1],
                     y=known["random_high"].tolist() + known["random_low"].tolist()[::-1],
+                    mode="lines",
                     fill="toself",
                     fillcolor=see_through(CONTROL, 0.3),
                     line={"width": 0},
@@ -77,12 +79,16 @@ def dose_effects(table: pd.DataFrame, theme: Theme = "light") -> go.Figure:
             )
         )
     canvas.add_hline(y=0, line={"dash": "dot", "color": CONTROL, "width": 1})
-    every = sorted(set(table["size"].tolist()))
+    ticks: list[int] = []
+    for size in sorted(set(table["size"].tolist()), reverse=True):
+        if not ticks or size * _APART <= ticks[-1]:
+            ticks.append(size)
     canvas.update_xaxes(
         title_text="neurons removed, in the order of the ranking",
         type="log",
-        tickvals=every,
-        ticktext=[str(size) for size in every],
+        tickvals=ticks,
+        ticktext=[str(size) for size in ticks],
+        tickangle=0,
     )
     canvas.update_yaxes(title_text="change of the refusal score, nats")
     return canvas

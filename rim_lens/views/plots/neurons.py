@@ -85,11 +85,14 @@ def neuron_sweep(table: pd.DataFrame, m: int | None = None, theme: Theme = "ligh
             ("size", "solid", f"chosen by {name}"),
             ("by_chance", "dot", f"by chance, {name}"),
         ):
+            # A logarithmic axis has no place for none: such points are left out.
+            sizes = [value if value >= LEAST_DRAWN else None for value in rows[column].tolist()]
+            if column == "by_chance" and not any(sizes):
+                continue
             canvas.add_trace(
                 go.Scatter(
                     x=rows["m"].tolist(),
-                    # A logarithmic axis has no place for none: such points are left out.
-                    y=[value if value >= LEAST_DRAWN else None for value in rows[column].tolist()],
+                    y=sizes,
                     mode="lines+markers" if column == "size" else "lines",
                     name=title,
                     line={"dash": dash, "color": colour},
