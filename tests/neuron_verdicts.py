@@ -1,7 +1,8 @@
-"""docs/evidence/neurons.json: what `rl.safety_neurons` finds where the truth is known, and what it calls refusal where there is none.
+"""docs/neurons.md: what `rl.safety_neurons` finds where the truth is known, and what it calls refusal where there is none.
 
-``python -m tests.neuron_verdicts`` measures and writes; the suite holds the same claims on a sample
-(tests/measures/neurons/test_safety.py). Some minutes on one core.
+``python -m tests.neuron_verdicts`` measures, writes docs/evidence/neurons.json, and the page from it and from
+docs/evidence/entanglement_nulls.json. The suite holds the same claims on a sample (tests/measures/neurons/test_safety.py). Two
+CPU-minutes, and four more the first time, to train toys of other seeds, which are kept under .cache/toy.
 
 Nulls, the gate off, the whole call each time (choice on one side, test on the other), so that what is counted is the verdict:
 
@@ -15,6 +16,7 @@ Nulls, the gate off, the whole call each time (choice on one side, test on the o
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -36,16 +38,22 @@ from rim_lens.measures.stats import proportion_interval
 from rim_lens.organisms.planted import planted_truth
 from rim_lens.organisms.toy.recipe import one_thread
 from rim_lens.provenance import provenance
-from tests.verdicts import random_toy, toy_requests
+from tests.verdicts import random_toy, share, toy_of_seed, toy_requests
 
-EVIDENCE = Path(__file__).resolve().parents[1] / "docs" / "evidence" / "neurons.json"
-COMMAND = "python -m tests.neuron_verdicts"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+EVIDENCE = DOCS / "evidence" / "neurons.json"
+NULLS = DOCS / "evidence" / "entanglement_nulls.json"
+PAGE = DOCS / "neurons.md"
+COMMAND = "make evidence-neurons"
 
 N_PLANTED = 24
 N_PERMUTED = 104
 SCALES = (0.1, 0.2, 0.4, 0.8)
 N_RANDOM = 26  # of each scale
-M, SCOPE = 8, "model"
+M, SCOPE, MIN_FRACTION = 8, "model", 0.5
+TOY_SEEDS = range(6)
+TOY_M = 13  # 5 % of a layer, what `rl.NeuronStudy` takes
+DOSES = (13, 26, 50, 100)
 MS = (2, 4, 6, 7, 8, 9, 10, 12, 16, 24, 32)
 N_SETS = 20
 
@@ -64,8 +72,9 @@ def planted_row(seed: int) -> dict[str, Any]:
     model = rl.load_model(f"planted:{seed}")
     chat = rl.ChatFormat.from_model(model)
     pairs = pairs_of(2)
-    found = rl.safety_neurons(model, chat, pairs, m=M, scope=SCOPE, n_random_sets=N_SETS)
-    by_gradient = rl.safety_neurons(model, chat, pairs, m=M, scope=SCOPE, by="gradient", test=False)
+    rule: dict[str, Any] = {"m": M, "scope": SCOPE, "min_fraction": MIN_FRACTION}
+    found = rl.safety_neurons(model, chat, pairs, **rule, n_random_sets=N_SETS)
+    by_gradient = rl.safety_neurons(model, chat, pairs, **rule, by="gradient", test=False)
     truth, decoys = planted_truth(seed).neurons, planted_truth(seed).decoy_neurons
     select = [pair for pair in pairs if pair.more.split == "select"]
     more, less = (
@@ -110,12 +119,12 @@ def swept(rises: np.ndarray, sizes: np.ndarray, truth: Sequence[tuple[int, int]]
         ("contrast", rises, 0.5),
         ("effect_size", sizes, 1.0),
     ]
-    for by, evidence, share in rules:
+    for by, evidence, vote in rules:
         for scope in ("model", "layer"):
             for m in MS:
-                mask = chosen(evidence, m, scope, share).mask  # type: ignore[arg-type]
+                mask = chosen(evidence, m, scope, vote).mask  # type: ignore[arg-type]
                 names = {(int(layer), int(neuron)) for layer, neuron in np.argwhere(mask)}
-                yield {"by": by, "min_fraction": share, "scope": scope, "m": m, **against(names, truth)}
+                yield {"by": by, "min_fraction": vote, "scope": scope, "m": m, **against(names, truth)}
 
 
 # --- where there is none ------------------------------------------------------------------------------
@@ -184,14 +193,16 @@ def exchanged(pairs: Sequence[Pair], seed: int) -> list[Pair]:
 
 
 def permuted_rows(n_runs: int = N_PERMUTED) -> dict[str, Any]:
-    """Labels permuted within pairs."""
+    """Labels permuted within pairs; draws that exchange none or all of them are the truth or its mirror."""
     pairs = pairs_of(5)
-    return _counted(
-        [
-            null_run(rl.load_model(f"planted:{1000 + run}"), exchanged(pairs, run), run, 0.4)
-            for run in range(n_runs)
-        ]
-    )
+    runs = []
+    for run in range(n_runs):
+        made = exchanged(pairs, run)
+        turned = {one.more.text == other.less.text for one, other in zip(made, pairs, strict=True)}
+        found = null_run(rl.load_model(f"planted:{1000 + run}"), made, run, 0.4)
+        runs.append({**found, "mixed": len(turned) == 2})
+    mixed = [run for run in runs if run["mixed"]]
+    return {**_counted(runs), "mixed": _counted(mixed)}
 
 
 def random_rows(n_runs: int = N_RANDOM) -> list[dict[str, Any]]:
@@ -211,6 +222,54 @@ def random_rows(n_runs: int = N_RANDOM) -> list[dict[str, Any]]:
     ]
 
 
+def toy_row(seed: int) -> dict[str, Any]:
+    """What is chosen in the toy of one seed by the rule of a study, and what removing it and more does."""
+    model = toy_of_seed(seed)
+    chat = rl.ChatFormat.from_model(model)
+    found = rl.safety_neurons(model, chat, pairs_of(), m=TOY_M, min_fraction=MIN_FRACTION, n_random_sets=100)
+    row: dict[str, Any] = {
+        "seed": seed,
+        "size": len(found),
+        "per_layer": found.per_layer.tolist(),
+        "jaccard_of_halves": found.made_by["stability"].get("jaccard"),
+        "sweep": found.made_by["sweep"],
+    }
+    if found.effects is None:
+        return row | {"verdict": "not tested"}
+    evaluate = [pair for pair in pairs_of() if pair.more.split == "evaluate"]
+    sides = [pair.more for pair in evaluate], [pair.less for pair in evaluate]
+    curve = rl.dose_curve(model, chat, found, *sides, DOSES, n_random_sets=N_SETS)
+    shown = ("change", "change_low", "change_high", "p", "random", "percentile")
+    return row | {
+        "verdict": found.effects.verdict,
+        "writers": len(rl.direct_to_logits(model, chat, found, sides[0]).attrs["writers"]),
+        **{
+            name: {column: found.effects.row(measure, kind, "off")[column] for column in shown}
+            for name, measure, kind in LINES
+        },
+        "doses": [
+            {
+                "size": size,
+                **{
+                    name: {column: line[column] for column in shown}
+                    for name, measure, kind in LINES
+                    for line in curve[
+                        (curve["size"] == size) & (curve["measure"] == measure) & (curve["kind"] == kind)
+                    ].to_dict("records")
+                },
+            }
+            for size in DOSES
+        ],
+    }
+
+
+LINES = (
+    ("harmful", "score", "harmful"),
+    ("twins", "score", "harmless"),
+    ("specificity", "specificity", "harmful − harmless"),
+)
+
+
 def _counted(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     hits = sum(run["verdict"] == "refusal" for run in runs)
     found = proportion_interval(hits, len(runs))
@@ -226,34 +285,215 @@ def _counted(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+# --- page ---------------------------------------------------------------------------------------------
+
+
+def page(found: dict[str, Any], nulls: dict[str, Any]) -> str:
+    """The page, from the two files' content."""
+    lines = [
+        "# Neurons: what the choice, its verdict, and p of entanglement are worth",
+        "",
+        f"`{found['command']}`, {found['date']}, TransformerLens {found['versions']['transformer-lens']}, torch"
+        f" {found['versions']['torch']} (CPU, one thread). Figures in [evidence/neurons.json](evidence/neurons.json) and",
+        "[evidence/entanglement_nulls.json](evidence/entanglement_nulls.json). Effects are of zeroing neurons, in nats of refusal log-odds.",
+        "",
+        *_planted_lines(found["planted"]),
+        *_null_lines(found["permuted"], found["random"]),
+        *_entanglement_lines(nulls),
+        *_toy_lines(found["toy"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _planted_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    exact = sum(row["precision"] == row["recall"] == 1 for row in rows)
+    gradient = sum(row["gradient"]["precision"] == row["gradient"]["recall"] == 1 for row in rows)
+    lines = [
+        f"## Where it was planted: {len(rows)} noise seeds",
+        "",
+        f"`planted:SEED` has eight neurons that carry refusal, and as many decoys that are as active and move nothing. The rule: m = {M}"
+        f" over the model, named by {MIN_FRACTION:.0%} of the pairs.",
+        "That vote was set after the paper's own, all pairs, had been seen to miss a neuron in some of these seeds; both stand below.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| precision and recall both 1.0 | {exact} of {len(rows)} seeds |",
+        f"| the same by gradient × activation | {gradient} of {len(rows)} |",
+        f"| verdict *refusal* on other requests | {sum(row['verdict'] == 'refusal' for row in rows)} of {len(rows)} |",
+        f"| decoys chosen | {sum(row['decoys_chosen'] for row in rows)} |",
+        f"| effect on harmful requests, range over seeds | {_range(rows, 'effect')} nats |",
+        f"| effect on their twins | {_range(rows, 'effect_twins')} nats |",
+        f"| least Jaccard between sets that halves of the pairs choose | {min(row['jaccard_of_halves'] for row in rows):.2f} |",
+        "",
+        "Over other m, mean precision / recall over seeds. With m per layer, the layer",
+        "without planted neurons gives its m as well. Effect size d ranks small even rises high, and does not single out what was planted.",
+        "",
+        "| m | "
+        + " | ".join(f"{by.replace('_', ' ')}, {vote:.0%}, per {scope}" for by, vote, scope in _rules(rows))
+        + " |",
+        "| ---: |" + " --- |" * len(_rules(rows)),
+    ]
+    for m in MS:
+        cells = []
+        for by, vote, scope in _rules(rows):
+            at = [
+                one
+                for row in rows
+                for one in row["sweep"]
+                if (one["by"], one["min_fraction"], one["scope"], one["m"]) == (by, vote, scope, m)
+            ]
+            precisions = [one["precision"] for one in at if one["precision"] is not None]
+            precision = f"{np.mean(precisions):.2f}" if precisions else "–"
+            cells.append(f"{precision} / {np.mean([one['recall'] for one in at]):.2f}")
+        lines.append(f"| {m} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def _rules(rows: Sequence[dict[str, Any]]) -> list[tuple[str, float, str]]:
+    return list(dict.fromkeys((one["by"], one["min_fraction"], one["scope"]) for one in rows[0]["sweep"]))
+
+
+def _range(rows: Sequence[dict[str, Any]], name: str) -> str:
+    values = [row[name] for row in rows]
+    return f"{min(values):+.2f} to {max(values):+.2f}".replace("-", "−")
+
+
+def _null_lines(permuted: dict[str, Any], random: Sequence[dict[str, Any]]) -> list[str]:
+    runs = sum(row["n_runs"] for row in random)
+    mixed = permuted["mixed"]
+    return [
+        "## Where there is none: the share of runs in which the set is called *refusal*",
+        "",
+        "The whole call, choice on one side and test on the other, the gate off. The level is .05; the verdict asks for more than one such p.",
+        "",
+        "| | runs | *refusal* | before random sets |",
+        "| --- | ---: | ---: | ---: |",
+        f"| `planted`, labels exchanged by swapped words | {mixed['n_runs']} | {share(mixed['refusal'], mixed['n_runs'])} |"
+        f" {mixed['before_random_sets']} |",
+        *(
+            f"| random weights, standard deviation {row['scale']} | {row['n_runs']} | {row['refusal']} | {row['before_random_sets']} |"
+            for row in random
+        ),
+        f"| random weights, all | {runs} | {share(sum(row['refusal'] for row in random), runs)} |"
+        f" {sum(row['before_random_sets'] for row in random)} |",
+        "",
+        f"Of {permuted['n_runs']} draws of labels, {permuted['n_runs'] - mixed['n_runs']} exchanged none or all of the six swaps, which is the"
+        f" truth or its mirror; {permuted['refusal'] - mixed['refusal']} of these were called *refusal*, and are left out above.",
+        "",
+    ]
+
+
+def _entanglement_lines(nulls: dict[str, Any]) -> list[str]:
+    names = {
+        "labels": "toy against its fine-tunes, labels exchanged before choosing",
+        "noise, toy": "toy against itself with weight noise",
+        "noise, random": "random models against themselves with weight noise",
+    }
+    columns = {
+        "exchanged, pairs that chose": "pairs that chose (`pairs=`)",
+        "exchanged, requests read": "requests measured (the fallback)",
+        "random, activity": "random sets, matched in activity",
+        "random, per layer": "random sets, per layer",
+    }
+    lines = [
+        "## Entanglement where there is none: the share of runs with p ≤ .05",
+        "",
+        f"`{nulls['command']}`, {nulls['date']}; {nulls['n_sets']} sets beside each. p of `rl.entanglement` is the rank among sets chosen on"
+        " exchanged labels; a rank among random sets",
+        "is no test, and stands here to show why.",
+        "",
+        "| | runs | metric | " + " | ".join(columns.values()) + " |",
+        "| --- | ---: | --- |" + " --- |" * len(columns),
+    ]
+    for situation, one in nulls["situations"].items():
+        for metric in ("ras", "safety_drop", "reasoning_rise", "minimum"):
+            cells = [
+                share(round(one["shares"][column][metric]["0.05"] * one["n_runs"]), one["n_runs"])
+                for column in columns
+            ]
+            lines.append(
+                f"| {names[situation]} | {one['n_runs']} | {metric.replace('_', ' ')} | {' | '.join(cells)} |"
+            )
+    return [*lines, ""]
+
+
+def _toy_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
+        "## The toy, whose neurons nobody planted",
+        "",
+        f"The rule of a study (m = {TOY_M} of 256 in each layer, half of the pairs), tested on 50 requests of 10 conjunctions and their"
+        " twins, which swap six pairs of words.",
+        "",
+        "| seed | neurons | Jaccard of halves | verdict | harmful | twins | difference, p | larger than | writers |",
+        "| ---: | ---: | ---: | --- | --- | --- | --- | ---: | ---: |",
+    ]
+    for row in rows:
+        if row["verdict"] == "not tested":
+            lines.append(f"| {row['seed']} | {row['size']} | – | not tested | – | – | – | – | – |")
+            continue
+        gap = row["specificity"]
+        lines.append(
+            f"| {row['seed']} | {row['size']} | {row['jaccard_of_halves']:.2f} | {row['verdict']} | {_told(row['harmful'])} |"
+            f" {_told(row['twins'])} | {_told(gap)}, {gap['p']:.2g} | {gap['percentile']:.0f} % | {row['writers']} |"
+        )
+    lines += [
+        "",
+        "The same ranking, removed further: change on harmful requests / on twins, and p of the difference over sizes.",
+        "",
+        "| seed | " + " | ".join(f"{size} neurons" for size in DOSES) + " |",
+        "| ---: |" + " --- |" * len(DOSES),
+    ]
+    for row in rows:
+        if "doses" in row:
+            cells = (
+                f"{dose['harmful']['change']:+.1f} / {dose['twins']['change']:+.1f}, {dose['specificity']['p']:.2g}"
+                for dose in row["doses"]
+            )
+            lines.append(f"| {row['seed']} | {' | '.join(cells).replace('-', '−')} |")
+    called = sum(row["verdict"] == "refusal" for row in rows)
+    return [
+        *lines,
+        "",
+        f"In {called} of {len(rows)} seeds the set is called *refusal*. A set by the paper's criterion need not do what its name says: neurons"
+        " that answer to harm are not",
+        "yet neurons that refusal rests on, and removing many costs twins as well.",
+        "",
+    ]
+
+
+def _told(line: dict[str, float]) -> str:
+    return f"{line['change']:+.2f} [{line['change_low']:+.2f}, {line['change_high']:+.2f}]".replace("-", "−")
+
+
 def main() -> None:
-    """Measure and write."""
+    """Measure, and write evidence and page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=EVIDENCE)
-    out: Path = parser.parse_args().out
+    parser.add_argument(
+        "--page", action="store_true", help="write the page anew from what was measured before"
+    )
+    if not parser.parse_args().page:
+        measure()
+    PAGE.write_text(page(json.loads(EVIDENCE.read_text()), json.loads(NULLS.read_text())), encoding="utf-8")
+
+
+def measure() -> None:
+    """Write docs/evidence/neurons.json."""
     with one_thread():
-        planted = [planted_row(seed) for seed in range(N_PLANTED)]
         content = {
             **provenance(COMMAND, ("torch", "transformers", "transformer-lens")),
             "rule": {
                 "m": M,
                 "scope": SCOPE,
-                "min_fraction": 1.0,
+                "min_fraction": MIN_FRACTION,
                 "n_random_sets": N_SETS,
                 "alpha": HeadRule().alpha,
             },
-            "planted": planted,
+            "planted": [planted_row(seed) for seed in range(N_PLANTED)],
             "permuted": permuted_rows(),
             "random": random_rows(),
+            "toy": [toy_row(seed) for seed in TOY_SEEDS],
         }
-    exact = sum(row["precision"] == row["recall"] == 1 for row in planted)
-    content["summary"] = {
-        "planted_exact": f"{exact} of {len(planted)}",
-        "planted_refusal": sum(row["verdict"] == "refusal" for row in planted),
-        "null_refusal": content["permuted"]["refusal"] + sum(row["refusal"] for row in content["random"]),
-        "null_runs": content["permuted"]["n_runs"] + sum(row["n_runs"] for row in content["random"]),
-    }
-    write_json(out, content)
+    write_json(EVIDENCE, content)
 
 
 if __name__ == "__main__":
