@@ -28,14 +28,27 @@ def by_name(tuned: Tuned) -> dict[str, Source]:
         named = [(str(name), source) for name, source in tuned.items()]
     else:
         given = [tuned] if isinstance(tuned, str) else tuned
-        named = [(_own_name(source), source) for source in given]
+        named = [(own_name(source), source) for source in given]
+    check_names([(name, str(source)) for name, source in named])
+    return dict(named)
+
+
+def check_names(named: Sequence[tuple[str, str]]) -> None:
+    """Refuse names of tuned models that cannot be names of folders, that mean something else, or that two share.
+
+    Args:
+        named: Each with what is called by it.
+
+    Raises:
+        ValueError: There is such a name.
+    """
     met: dict[str, str] = {}
     for name, source in named:
         odd = not name.isprintable() or name != name.strip() or set(name) & set("/\\:")
         if odd or not any(character.isalnum() for character in name):
             raise ValueError(
                 f"a tuned model was called {name!r}; a name is part of a folder's: letters, digits, -, . and _, and a letter or"
-                " digit among them. Name it: tuned={'name': model}."
+                " digit among them. Name it: {'name': model}."
             )
         if name in TAKEN:
             raise ValueError(
@@ -44,13 +57,13 @@ def by_name(tuned: Tuned) -> dict[str, Source]:
         if name.casefold() in met:
             raise ValueError(
                 f"two tuned models would both be called {name!r} ({met[name.casefold()]} and {source}). Name them:"
-                " tuned={'name': model}."
+                " {'name': model}."
             )
-        met[name.casefold()] = str(source)
-    return dict(named)
+        met[name.casefold()] = source
 
 
-def _own_name(source: str | Path) -> str:
+def own_name(source: str | Path) -> str:
+    """What a model that nobody named is called by: its path or name, without what a name of a folder cannot hold."""
     return str(source).strip("/.").replace(":", "_").replace("/", "_").replace("\\", "_")
 
 

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from rim_lens.batching import MAX_ROWS
 from rim_lens.chat import ChatFormat, render_conditions
@@ -69,6 +70,8 @@ def compare(
     seed: int = 0,
     max_rows: int = MAX_ROWS,
     progress: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Comparison:
     """Measure refusal, accuracy, drift and entanglement at every checkpoint of one or several runs from one base.
 
@@ -109,6 +112,8 @@ def compare(
         seed: Of random sets and intervals.
         max_rows: Most prompts in one pass.
         progress: Show progress bars.
+        device: Where models that are named are put, one after the other.
+        dtype: Of their weights.
 
     Raises:
         NotEnoughData: There is no checkpoint, or no harmful or reasoning prompt.
@@ -182,7 +187,7 @@ def compare(
         def measured(model: Checkpoint, where: str, against: ModelReading | None) -> ModelReading:
             """Read a model, or find it read already, without loading it."""
             if not (kept.has(f"{where}/outcomes.json") and kept.has(f"{where}/reading/reading.json")):
-                with opened(model) as here:
+                with opened(model, device, dtype) as here:
                     _measure(
                         here,
                         chat or ChatFormat.from_model(here),

@@ -257,6 +257,25 @@ class Comparison:
         found: pd.DataFrame = getattr(self, what).copy()
         return found
 
+    def only(self, runs: Sequence[str]) -> Comparison:
+        """Some of the runs, in the order they have here.
+
+        Raises:
+            StatisticsError: One is not there, or none was named.
+        """
+        missing = [run for run in runs if run not in self.runs]
+        if missing or not runs:
+            raise StatisticsError(
+                f"run {missing[0]!r} was asked for; there are {', '.join(self.runs)}."
+                if missing
+                else f"no run was named; there are {', '.join(self.runs)}."
+            )
+        frames = {
+            name: frame[frame["run"].isin(list(runs))].reset_index(drop=True)
+            for name, frame in ((name, getattr(self, name)) for name in _FRAMES)
+        }
+        return Comparison(**frames, settings=self.settings)
+
     @classmethod
     def joined(cls, comparisons: Mapping[str, Comparison]) -> Self:
         """Put comparisons of several bases together; each run is then called ``name/run``, and the name is its group.

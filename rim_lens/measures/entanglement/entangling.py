@@ -25,6 +25,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
+import torch
+
 from rim_lens.batching import MAX_ROWS
 from rim_lens.chat import ChatFormat, SpanBatch
 from rim_lens.errors import ConditionError, NotEnoughData
@@ -287,12 +289,16 @@ def own_or_none(response: str) -> Literal["own", "none"]:
 
 
 @contextmanager
-def opened(model: Model | str | Path | Callable[[], Model]) -> Iterator[Model]:
+def opened(
+    model: Model | str | Path | Callable[[], Model],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[Model]:
     """A model, loaded by name or by a function where it is not there yet, and let go afterwards."""
     from rim_lens.organisms import load_model
 
     if isinstance(model, str | Path):
-        here: Model = load_model(model)
+        here: Model = load_model(model, device=device, dtype=dtype)
     elif callable(model) and not hasattr(model, "hook_dict"):
         here = model()
     else:
