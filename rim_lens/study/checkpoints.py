@@ -24,7 +24,7 @@ from rim_lens.measures.checkpoints.ending import at_the_end, beyond_drift
 from rim_lens.measures.checkpoints.foreseeing import gradient_forecast
 from rim_lens.measures.checkpoints.relating import FEWEST_RUNS
 from rim_lens.measures.checkpoints.result import DRIFTS, FILE, Comparison
-from rim_lens.measures.neurons.pairs import counterfactual_pairs
+from rim_lens.measures.neurons.pairs import Pair, counterfactual_pairs
 from rim_lens.measures.neurons.safety import safety_neurons
 from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.organisms import load_model
@@ -160,8 +160,8 @@ class CheckpointStudy:
 
     >>> import rim_lens as rl
     >>> study = rl.CheckpointStudy("toy", train=["careful", "deviate"], train_seeds=[0], steps=40, n_requests=8)
-    >>> print([step.stage for step in study.plan().steps])
-    ['gate', 'neurons', 'neurons', 'neurons', 'training', 'training', 'gradients', 'comparison', 'comparison', 'comparison']
+    >>> print(list(dict.fromkeys(step.stage for step in study.plan().steps)))
+    ['gate', 'neurons', 'training', 'gradients', 'comparison']
     """
 
     base: Source
@@ -288,8 +288,7 @@ class CheckpointStudy:
 
     def _chosen(self, kept: ResultFolder) -> NeuronSet:
         settings, sides = self.settings, self._both
-        select, evaluate = sides["select"], sides["evaluate"]
-        pairs = counterfactual_pairs(list(select.harmful), list(select.twins), settings.pairs)
+        evaluate = sides["evaluate"]
         shared: dict[str, Any] = {
             "m": self._m,
             "min_fraction": settings.min_fraction,
@@ -306,7 +305,7 @@ class CheckpointStudy:
             "progress": settings.progress,
         }
         try:
-            return safety_neurons(self._model, self._chat, pairs, gate=settings.gate, **shared)
+            return safety_neurons(self._model, self._chat, self._pairs, gate=settings.gate, **shared)
         except GateNotPassed as stopped:  # the base refuses, and not the one form more than the other
             facts = model_facts(self._model)
             none = NeuronSet([], facts.n_layers, facts.d_mlp, made_by={"not_chosen": str(stopped)})
@@ -386,6 +385,7 @@ class CheckpointStudy:
             sides.reasoning,
             base=self.base,
             neurons=found if len(found) else None,
+            pairs=self._pairs,
             accuracy=settings.accuracy,
             think=settings.think,
             reasoning_think=settings.reasoning_think,
@@ -520,6 +520,11 @@ class CheckpointStudy:
             "toy" if toy else "en", self.harmful, self.harmless, reasoning, self.n_requests
         )
         return {str(split): side for split, side in found.items()}
+
+    @property
+    def _pairs(self) -> list[Pair]:
+        side = self._both["select"]
+        return counterfactual_pairs(list(side.harmful), list(side.twins), self.settings.pairs)
 
     @cached_property
     def _recipe(self) -> Recipe:
@@ -695,7 +700,18 @@ class CheckpointStudy:
         each = f"{'≤ ' if farther else ''}{n} models"
         answered = n * (len(settings.accuracy) + (settings.response == "own"))
         long = replace(counted, new=settings.max_new_tokens + (settings.max_cot_tokens or 0))
+        n_pairs = len(self._both["select"].harmful)
         return [
+            *(
+                [
+                    counted.writing(
+                        "comparison", "answers to both forms of each pair, by the base", n_pairs, 2, files
+                    )
+                ]
+                if settings.response == "own"
+                else []
+            ),
+            counted.reading("comparison", "activations on both forms, of the base", n_pairs, 2, files, extra),
             counted.writing("comparison", f"answers of {each}", rows, n, files),
             long.writing(
                 "comparison", f"questions answered by {each}", len(sides.reasoning), answered, files

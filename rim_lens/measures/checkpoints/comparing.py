@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from rim_lens.batching import MAX_ROWS
 from rim_lens.chat import ChatFormat, render_conditions
@@ -21,10 +22,13 @@ from rim_lens.hooks.activations import Pool
 from rim_lens.lens import Model
 from rim_lens.measures.checkpoints.result import Comparison
 from rim_lens.measures.entanglement.between import Neuron, check_options, entangled
-from rim_lens.measures.entanglement.entangling import opened
+from rim_lens.measures.entanglement.entangling import opened, own_or_none
 from rim_lens.measures.entanglement.reading import ModelReading, Site, check_requests, read_model
 from rim_lens.measures.entanglement.result import Entanglement
+from rim_lens.measures.entanglement.rises import rises_of
 from rim_lens.measures.entanglement.shifting import SHIFTS
+from rim_lens.measures.held_out import chosen_by, refuse_used
+from rim_lens.measures.neurons.pairs import Pair, Pairs, as_pairs
 from rim_lens.measures.reasoning import reasoning_accuracy
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.shift import Average
@@ -36,6 +40,7 @@ if TYPE_CHECKING:
 
 # A checkpoint: a name or folder for `load_model`, a function that loads a model, or a model.
 Checkpoint = Model | str | Path | Callable[[], Model]
+RISES = "rises.safetensors"
 OF_SETS = (*SHIFTS, "cka_ratio")
 # How much of a metric of the whole model a base has against itself.
 _NOTHING_MOVED = (*SHIFTS, "kl", "weight_drift", "refusal_change_harmful", "refusal_change_harmless")
@@ -50,6 +55,7 @@ def compare(
     *,
     base: Checkpoint | None = None,
     neurons: Iterable[Neuron] | None = None,
+    pairs: Pairs | None = None,
     accuracy: Sequence[str] = ("open",),
     think: str = "off",
     reasoning_think: str = "careful",
@@ -92,6 +98,7 @@ def compare(
         reasoning: Reasoning questions, other ones than were trained on.
         base: The base, where `models` does not begin with it.
         neurons: A `NeuronSet`, or (layer, neuron) pairs; None: all neurons, beside which no random set stands.
+        pairs: Those that chose the neurons, for `ras_p`, see `rl.entanglement`.
         accuracy: Think conditions in which the reasoning questions are answered; none leaves accuracy out.
         think: Think condition of harmful and harmless requests.
         reasoning_think: That in which activations are read on reasoning questions.
@@ -136,19 +143,13 @@ def compare(
     start, runs = _runs(models, base)
     check_options(n_random_sets, matched, average, floor, n_boot, 0.95)
     asked = check_requests(harmful, harmless, reasoning)
-    if response not in ("own", "none"):
-        raise ConditionError(f"response={response!r} was asked for; it is 'own' or 'none'.")
-    bare = [prompt.id for prompt in asked["reasoning"] if prompt.answer is None]
-    if accuracy and bare:
-        raise AnswerError(
-            f"accuracy was asked for, and {len(bare)} of {len(asked['reasoning'])} questions have no checked answer (first:"
-            f" {bare[0]!r}); set Prompt.answer, or give accuracy=()."
-        )
+    _check_answers(response, accuracy, asked["reasoning"])
     chosen = None if neurons is None else sorted((int(layer), int(neuron)) for layer, neuron in neurons)
     if chosen is not None and not chosen:
         raise NotEnoughData(
             "a comparison by an empty set of neurons was asked for; give at least one neuron."
         )
+    made = _checked_pairs(pairs, chosen, [*asked["harmful"], *asked["harmless"]])
     writing: dict[str, Any] = {"max_new_tokens": max_new_tokens, "max_rows": max_rows, "progress": progress}
     thinking: dict[str, Any] = {"max_cot_tokens": max_cot_tokens, "close_unfinished": close_unfinished}
     reading: dict[str, Any] = {
@@ -164,6 +165,7 @@ def compare(
         "base": _called(start),
         "runs": {run: [[step, _called(model)] for step, model in its] for run, its in runs.items()},
         "neurons": None if chosen is None else [list(pair) for pair in chosen],
+        "pairs": [[pair.less.id, pair.more.id] for pair in made],
         "prompts": {kind: [prompt.id for prompt in prompts] for kind, prompts in asked.items()},
         "accuracy": list(accuracy),
         "response": response,
@@ -186,11 +188,15 @@ def compare(
 
         def measured(model: Checkpoint, where: str, against: ModelReading | None) -> ModelReading:
             """Read a model, or find it read already, without loading it."""
-            if not (kept.has(f"{where}/outcomes.json") and kept.has(f"{where}/reading/reading.json")):
+            wanted = ["outcomes.json", "reading/reading.json"] + [RISES] * (against is None and bool(made))
+            if not all(kept.has(f"{where}/{name}") for name in wanted):
                 with opened(model, device, dtype) as here:
+                    its = chat or ChatFormat.from_model(here)
+                    if RISES in wanted:
+                        _read_pairs(here, its, made, kept.path / where, response, reading)
                     _measure(
                         here,
-                        chat or ChatFormat.from_model(here),
+                        its,
                         requests,
                         kept,
                         where,
@@ -205,6 +211,7 @@ def compare(
             return ModelReading.load(place / where / "reading")
 
         before = measured(start, "base", None)
+        difference = _rises(kept.path / "base") if made else None
         everyone = [
             (layer, neuron)
             for layer in range(before.activations["harmful"].sizes["layer"])
@@ -226,6 +233,8 @@ def compare(
                     chosen or everyone,
                     n_random_sets=n_random_sets,
                     matched=matched,
+                    difference=difference,
+                    difference_families=families_of([pair.more for pair in made]) if made else None,
                     average=average,
                     floor=floor,
                     n_boot=n_boot,
@@ -241,6 +250,57 @@ def compare(
         if folder is not None:
             result.save(folder)
     return result
+
+
+def _check_answers(response: str, accuracy: Sequence[str], questions: Sequence[Prompt]) -> None:
+    if response not in ("own", "none"):
+        raise ConditionError(f"response={response!r} was asked for; it is 'own' or 'none'.")
+    bare = [prompt.id for prompt in questions if prompt.answer is None]
+    if accuracy and bare:
+        raise AnswerError(
+            f"accuracy was asked for, and {len(bare)} of {len(asked['reasoning'])} questions have no checked answer (first:"
+            f" {bare[0]!r}); set Prompt.answer, or give accuracy=()."
+        )
+
+
+def _checked_pairs(pairs: Pairs | None, chosen: Any, requests: Sequence[Prompt]) -> list[Pair]:
+    """The pairs, which must not have seen these requests; none where all neurons are meant."""
+    made = [] if pairs is None or chosen is None else as_pairs(pairs)
+    refuse_used(chosen_by([form for pair in made for form in (pair.less, pair.more)]), requests, "neurons")
+    return made
+
+
+def _read_pairs(
+    model: Model,
+    chat: ChatFormat,
+    pairs: Sequence[Pair],
+    folder: Path,
+    response: str,
+    reading: Mapping[str, Any],
+) -> None:
+    """Keep how far neurons rise in each pair, in the base."""
+    from safetensors.numpy import save_file
+
+    found = rises_of(
+        model,
+        chat,
+        pairs,
+        own_or_none(response),
+        **{
+            name: reading[name]
+            for name in ("think", "pool", "site", "max_new_tokens", "max_rows", "progress")
+        },
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f"{RISES}.part"
+    save_file({"rises": np.ascontiguousarray(found)}, unfinished)
+    unfinished.replace(folder / RISES)
+
+
+def _rises(folder: Path) -> Float[np.ndarray, "pair layer neuron"]:
+    from safetensors.numpy import load_file
+
+    return np.asarray(load_file(folder / RISES)["rises"])
 
 
 def _runs(models: Any, base: Checkpoint | None) -> tuple[Checkpoint, dict[str, list[tuple[int, Checkpoint]]]]:

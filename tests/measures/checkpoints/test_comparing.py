@@ -88,6 +88,34 @@ def test_each_row_is_what_measuring_that_model_alone_gives(found, runs):
     assert row["ras_random"] == pytest.approx(alone.row("ras")["random"])
 
 
+def test_pairs_that_chose_give_the_p_of_entanglement_with_them(runs, tmp_path, monkeypatch):
+    """And are read once, in the base."""
+    harmful, harmless, reasoning = requests(4)
+    sides = [rl.load_prompts(kind, language="toy", split="select")[::6] for kind in ("harmful", "harmless")]
+    pairs = rl.counterfactual_pairs(*sides, "twins")
+    one, asked = {"deviate": runs["deviate"]}, (None, harmful, harmless, reasoning)
+    found = rl.compare(one, *asked, pairs=pairs, folder=tmp_path, **OPTIONS)
+    alone = rl.entanglement(
+        "toy",
+        str(runs["deviate"].checkpoints[-1]),
+        None,
+        harmful,
+        reasoning,
+        NEURONS,
+        harmless=harmless,
+        pairs=pairs,
+        n_random_sets=5,
+        n_boot=10,
+        max_new_tokens=12,
+    )
+    assert found.row("deviate", 24)["ras_p"] == alone.row("ras")["p"]
+    monkeypatch.setattr(comparing, "opened", lambda *_: pytest.fail("loaded again"))
+    again = rl.compare(one, *asked, pairs=pairs, folder=tmp_path, **OPTIONS)
+    assert again.row("deviate", 24)["ras_p"] == alone.row("ras")["p"]
+    with pytest.raises(StatisticsError, match="chose"):
+        rl.compare(one, *asked, pairs=rl.counterfactual_pairs(harmful, harmless, "twins"), **OPTIONS)
+
+
 def test_the_base_stands_at_step_0_of_every_run_with_nothing_moved(found):
     comparison, _ = found
     assert comparison.runs == ["careful", "deviate"]
