@@ -258,7 +258,7 @@ def _check_answers(response: str, accuracy: Sequence[str], questions: Sequence[P
     bare = [prompt.id for prompt in questions if prompt.answer is None]
     if accuracy and bare:
         raise AnswerError(
-            f"accuracy was asked for, and {len(bare)} of {len(asked['reasoning'])} questions have no checked answer (first:"
+            f"accuracy was asked for, and {len(bare)} of {len(questions)} questions have no checked answer (first:"
             f" {bare[0]!r}); set Prompt.answer, or give accuracy=()."
         )
 
