@@ -140,6 +140,7 @@ _HOME: dict[str, str] = {
     "study_html": "views",
     "write_report": "views",
     "write_neuron_report": "views",
+    "write_checkpoint_report": "views",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604

@@ -161,3 +161,50 @@ def test_a_model_goes_where_it_is_wanted_and_in_the_dtype_asked_for(tmp_path):
         assert run(cli.app, [*asked, *wrong]).exit_code == 2
     with pytest.raises(ValueError, match="it stays as it is"):
         rl.Study(rl.load_model("toy"), dtype=torch.bfloat16)
+
+
+def test_compare_plans_runs_and_shows(tmp_path):
+    """Two given models, by name, on few requests; and what cannot be asked together."""
+    asked = ["compare", "toy", "toy:careful", "mine=toy:deviate", "--control", "toy_careful", *SMALL]
+    asked += ["--random-sets", "4", "--out", str(tmp_path / "out")]
+    plan = run(cli.app, [*asked, "--plan", "--json"])
+    assert plan.exit_code == 0, plan.output
+    assert {step["stage"] for step in json.loads(plan.output)["steps"]} == {"gate", "neurons", "comparison"}
+    assert not (tmp_path / "out").exists()
+    result = run(cli.app, asked)
+    assert result.exit_code == 0, result.output
+    assert "Beyond plain drift: mine" in result.output
+    found = rl.load_checkpoint_study(tmp_path / "out")
+    assert list(found.runs) == ["toy_careful", "mine"]
+    shown = run(cli.app, ["show", str(tmp_path / "out"), "--json"])
+    assert shown.exit_code == 0, shown.output
+    told = json.loads(shown.output)
+    assert told["reproduce"]["command"].startswith(
+        "rim-lens compare toy toy_careful=toy:careful mine=toy:deviate"
+    )
+    for wrong in (
+        ["compare", "toy"],
+        ["compare", "toy", "toy:C", "--train", "careful"],
+        ["compare", "toy", "--train", "hasty"],
+        ["compare", "toy", "a/b=toy:C"],
+    ):
+        assert run(cli.app, wrong).exit_code == 2
+
+
+def test_compare_plans_training_without_any(tmp_path):
+    words = [
+        "compare",
+        "toy",
+        "--train",
+        "careful,deviate",
+        "--seeds",
+        "0-1",
+        "--steps",
+        "40",
+        "--plan",
+        "--json",
+    ]
+    plan = json.loads(run(cli.app, [*words, "--out", str(tmp_path / "x")]).output)
+    training = [step for step in plan["steps"] if step["stage"] == "training"]
+    assert training[0]["passes"] == 2 * 2 * 40
+    assert not (tmp_path / "x").exists()

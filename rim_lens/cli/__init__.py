@@ -1,10 +1,11 @@
-"""The command line: rim-lens demo, study, heads, neurons, measures, direction, show, organism."""
+"""The command line: rim-lens demo, study, heads, neurons, compare, measures, direction, show, organism."""
 
 from __future__ import annotations
 
 import typer
 
 from rim_lens.cli import evidence, studies
+from rim_lens.cli.checkpoints import compare
 from rim_lens.cli.neurons import neurons
 from rim_lens.cli.options import GATE_EXIT, errors
 from rim_lens.errors import RimLensError
@@ -24,6 +25,7 @@ for command in (
     studies.study,
     studies.heads,
     neurons,
+    compare,
     studies.show,
     evidence.measures,
     evidence.direction,

@@ -153,22 +153,29 @@ def say(line: str) -> None:
 def open_result(folder: Path) -> Any:
     """The study that a folder holds, of whichever kind."""
     from rim_lens import study
-    from rim_lens.study.neuron_results import CLAIM
+    from rim_lens.study import checkpoint_results, neuron_results
 
-    return study.load_neuron_study(folder) if (folder / CLAIM).exists() else study.load_study(folder)
+    loaders = {
+        neuron_results.CLAIM: study.load_neuron_study,
+        checkpoint_results.CLAIM: study.load_checkpoint_study,
+    }
+    load = next((load for claim, load in loaders.items() if (folder / claim).exists()), study.load_study)
+    return load(folder)
 
 
 def show_result(result: Any, as_json: bool) -> None:
     """Write the report of a result, and print it as tables or JSON."""
     from rim_lens import study, views
 
-    neurons = isinstance(result, study.NeuronStudyResult)
-    report = views.write_neuron_report(result) if neurons else views.write_report(result)
+    shown: dict[type, tuple[Any, Any]] = {
+        study.StudyResult: (views.write_report, views.print_study),
+        study.NeuronStudyResult: (views.write_neuron_report, views.print_neurons),
+        study.CheckpointStudyResult: (views.write_checkpoint_report, views.print_checkpoints),
+    }
+    write, show = shown[type(result)]
+    report = write(result)
     if as_json:
         print(report.with_suffix(".json").read_text(encoding="utf-8"))
         return
-    if neurons:
-        views.print_neurons(result, console)
-    else:
-        views.print_study(result, console)
+    show(result, console)
     console.print(f"\nreport: {report.resolve()}", markup=False, highlight=False, soft_wrap=True)

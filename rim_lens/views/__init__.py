@@ -1,5 +1,6 @@
 """Pictures, words and pages of what was measured. Nothing here measures a model."""
 
+from rim_lens.views.checkpoint_report import checkpoint_study_html, write_checkpoint_report
 from rim_lens.views.circuitsvis import circuitsvis_heads, circuitsvis_pattern, circuitsvis_tokens
 from rim_lens.views.explorer import (
     HeadExplorer,
@@ -11,13 +12,14 @@ from rim_lens.views.explorer import (
 )
 from rim_lens.views.neuron_report import neuron_study_html, write_neuron_report
 from rim_lens.views.report import heads_html, probes_html, study_html, write_report
-from rim_lens.views.terminal import print_neurons, print_study
+from rim_lens.views.terminal import print_checkpoints, print_neurons, print_study
 from rim_lens.views.verdict import Finding, findings
 
 __all__ = [
     "Finding",
     "HeadExplorer",
     "HeadView",
+    "checkpoint_study_html",
     "circuitsvis_heads",
     "circuitsvis_pattern",
     "circuitsvis_tokens",
@@ -27,10 +29,12 @@ __all__ = [
     "head_view",
     "heads_html",
     "neuron_study_html",
+    "print_checkpoints",
     "print_neurons",
     "print_study",
     "probes_html",
     "study_html",
+    "write_checkpoint_report",
     "write_explorer",
     "write_neuron_report",
     "write_report",

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from rim_lens.measures.heads.result import RefusalHeads
-    from rim_lens.study import NeuronStudyResult, StudyResult
+    from rim_lens.study import CheckpointStudyResult, NeuronStudyResult, StudyResult
 
-    AnyResult = StudyResult | NeuronStudyResult
+    AnyResult = StudyResult | NeuronStudyResult | CheckpointStudyResult
+    Gated = StudyResult | CheckpointStudyResult
 
 Kind = Literal["harmful", "harmless"]
 KINDS: dict[Kind, str] = {"harmful": "harmful requests", "harmless": "harmless twins"}

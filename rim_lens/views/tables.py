@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rim_lens.measures.probes.cliff import Cliff
     from rim_lens.measures.probes.result import ProbeResult
     from rim_lens.study import StudyResult
-    from rim_lens.views.numbers import AnyResult
+    from rim_lens.views.numbers import AnyResult, Gated
 
 
 class Token(str):
@@ -51,7 +51,7 @@ class Table:
     folded: bool = False
 
 
-def gate_table(result: StudyResult) -> Table:
+def gate_table(result: Gated) -> Table:
     """What the gate measured and what it asked for."""
     settings, gate = result.design["settings"], result.gate
     asked = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rim_lens.views import neuron_tables, neuron_words, tables, verdict
+from rim_lens.views import checkpoint_tables, checkpoint_words, neuron_tables, neuron_words, tables, verdict
 from rim_lens.views.tables import Table, Token
 from rim_lens.views.text import visible
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table as RichTable
 
-    from rim_lens.study import NeuronStudyResult, StudyResult
+    from rim_lens.study import CheckpointStudyResult, NeuronStudyResult, StudyResult
     from rim_lens.views.verdict import Finding
 
 _LONGEST_WORD = 14
@@ -29,6 +29,16 @@ _OF_PROBES = (
     "what may be said",
 )
 _OF_REMOVAL = ("measure", "on", "condition", "n", "change [95 %]", "p", "random sets [95 %]", "larger than")
+_OF_ENDS = (
+    "run",
+    "step",
+    "harmful refused",
+    "score lost, nats [95 %] (p)",
+    "twins refused",
+    "questions right",
+)
+_OF_DRIFT = ("kind", "drift by", "runs", "score lost beyond the control, nats: mean (range)", "p over runs")
+_OF_METRICS = ("metric", "in one run: mean (range)", "pooled", "across runs", "above random sets")
 _NOT_WRITERS = ("neuron", "score", "activity")
 _MOST_NEURONS = 12
 _STYLES = {"shown": "green", "not shown": "yellow", "cannot tell": "yellow", "note": "dim"}
@@ -88,6 +98,32 @@ def print_neurons(result: NeuronStudyResult, console: Console) -> None:
             )
             console.print()
     _say(neuron_words.neuron_findings(result), console)
+
+
+def print_checkpoints(result: CheckpointStudyResult, console: Console) -> None:
+    """Print the question, what each run lost, how metrics go with it, and the verdict of a study of checkpoints.
+
+    Args:
+        result: A study that came to its end, stopped at its gate, or as far as it came.
+        console: Where to; a `rich.console.Console`.
+
+    Raises:
+        StudyFolderError: A file of the folder is corrupt.
+    """
+    from rich.text import Text
+
+    console.print(Text(visible(checkpoint_words.checkpoint_question(result)), style="bold"))
+    console.print()
+    shown = [tables.gate_table(result)]
+    if not result.stopped and not result.missing:
+        shown.append(_columns(checkpoint_tables.ends_table(result), _OF_ENDS))
+        if len(result.beyond_drift):
+            shown.append(_columns(checkpoint_tables.beyond_table(result), _OF_DRIFT))
+        shown.append(_columns(checkpoint_tables.metrics_table(result), _OF_METRICS))
+    for table in shown:
+        console.print(_rich(table))
+        console.print()
+    _say(checkpoint_words.checkpoint_findings(result), console)
 
 
 def _say(said: list[Finding], console: Console) -> None:

@@ -6,6 +6,12 @@ makes a page of one that works offline.
 """
 
 from rim_lens.views.plots.attention import attention_by_head, attention_map
+from rim_lens.views.plots.checkpoints import (
+    lost_by_drift,
+    metrics_against_loss,
+    ras_beside_random,
+    training_course,
+)
 from rim_lens.views.plots.doses import direct_and_total, dose_effects, specification_curve
 from rim_lens.views.plots.entanglement import entanglement_rivals
 from rim_lens.views.plots.heads import head_bubbles, head_effects, head_scan, head_set
@@ -29,13 +35,17 @@ __all__ = [
     "head_pattern",
     "head_scan",
     "head_set",
+    "lost_by_drift",
+    "metrics_against_loss",
     "neuron_sweep",
     "neurons_by_layer",
     "outcomes",
     "probe_curves",
     "probes_without_heads",
+    "ras_beside_random",
     "refusal_cliff",
     "scores",
     "specification_curve",
+    "training_course",
     "tuned_outcomes",
 ]
