@@ -73,9 +73,7 @@ class ResultFolder:
         """Write a JSON result, whole or not at all."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".part")
-        unfinished.write_text(json.dumps(value, indent=1, allow_nan=True) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        write_whole(path, json.dumps(value, indent=1, allow_nan=True) + "\n")
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
         """Return a JSON result, measuring it only if it is not there yet."""
@@ -127,3 +125,10 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and {"key", "value"} <= set(record) else None
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write whole or not at all, over what is there; lines end in newlines on every system."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    os.replace(unfinished, path)

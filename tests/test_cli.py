@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import rim_lens as rl
 from rim_lens import cli
 from rim_lens.cli.options import read_conditions, read_seeds
 from rim_lens.organisms.toy import toy_model, toy_tokenizer
-from rim_lens.views.reproduce import command, python
+from rim_lens.views.reproduce import by_name, command, python
 
 run = CliRunner().invoke
 SMALL = ["--requests", "6", "--max-new-tokens", "10"]
@@ -21,7 +22,7 @@ SMALL = ["--requests", "6", "--max-new-tokens", "10"]
 
 def test_help_teaches():
     out = run(cli.app, ["--help"]).output
-    for word in ("demo", "study", "measures", "direction", "show", "organism"):
+    for word in ("demo", "study", "heads", "neurons", "measures", "direction", "show", "organism"):
         assert word in out
     assert "rim-lens demo" in re.sub(r"\s+", " ", out)
 
@@ -130,6 +131,36 @@ def test_heads_of_a_file_with_both_kinds(tmp_path):
     file.write_text(json.dumps(both[0].to_dict()) + "\n")
     failed = run(cli.app, words)
     assert "harmful and harmless are needed" in str(failed.exception)
+
+
+def test_a_given_model_has_no_command_even_where_its_name_is_known():
+    """It may have been changed in memory, and the name would give another model."""
+    assert by_name({"model": "toy", "given": False})
+    assert not by_name({"model": "toy", "given": True})
+    given = rl.Study(rl.load_model("toy"), n_requests=6)
+    assert given._design(given._bench(Path("x")))["given"]
+
+
+def test_neurons_run_show_and_stop_at_the_gate(tmp_path):
+    """The whole command: what it prints is what the folder holds, and show opens it."""
+    folder = tmp_path / "neurons"
+    asked = ["neurons", "planted", "--m", "8", "--random-sets", "20", "--out", str(folder), *SMALL]
+    plan = json.loads(run(cli.app, [*asked, "--plan", "--json"]).output)
+    assert {step["stage"] for step in plan["steps"]} == {"neurons", "dose", "writers"}
+    assert not folder.exists()
+    result = run(cli.app, asked)
+    assert result.exit_code == 0, result.output
+    assert "Neurons that pairs agree on" in result.output
+    study = rl.load_neuron_study(folder)
+    assert study.measured
+    assert study.design["settings"]["m"] == 8
+    shown = json.loads(run(cli.app, ["show", str(folder), "--json"]).output)
+    assert len(shown["neurons"]) == len(study.neurons)
+    assert run(cli.app, [*asked[:2], "--pairs", "friends"]).exit_code == 2
+    stopped = ["neurons", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *SMALL]
+    toy_model().save_pretrained(tmp_path / "model")
+    toy_tokenizer().save_pretrained(tmp_path / "model")
+    assert run(cli.app, stopped).exit_code == cli.GATE_EXIT
 
 
 def test_errors_say_what_is_wrong_and_exit_with_1(tmp_path, monkeypatch, capsys):

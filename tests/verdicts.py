@@ -25,7 +25,7 @@ from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.heads.table import HeadRule, corrected_p
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.stats import proportion_interval
-from rim_lens.measures.two_sides import families_by_swap
+from rim_lens.measures.twins import families_by_swap
 from rim_lens.organisms.planted import planted_truth
 from rim_lens.organisms.toy.host import toy_model, toy_tokenizer
 from rim_lens.organisms.toy.recipe import one_thread, train_toy

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from rim_lens.errors import StatisticsError, StudyFolderError
+from rim_lens.folder import write_whole
 from rim_lens.measures.frames import frame_from_json, frame_to_json
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class EffectTables:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
-        (folder / self.file).write_text(text + "\n", encoding="utf-8")
+        write_whole(folder / self.file, text + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

@@ -112,7 +112,7 @@ def divergence_reading(model: Model, batch: SpanBatch, max_rows: int = MAX_ROWS)
         for group in _groups(model, batch, max_rows) if components else ():
             part = batch.select(group)
             plain = _logits(model, part, "divergence_reading")
-            with attached(model, components, batch), bound(components, batch, group):
+            with attached(model, components, batch, writes=False), bound(components, batch, group):
                 edited = _logits(model, part, "divergence_reading")
             for place, row in enumerate(group):
                 here = rows[row, -part.tokens.shape[1] :]

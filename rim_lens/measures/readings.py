@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 from jaxtyping import Float
@@ -20,6 +23,9 @@ from rim_lens.measures.refusal.score import refusal_score
 
 # Components that are active meanwhile → one number per prompt, in the batch's order
 Read = Callable[[Sequence[Component]], Float[np.ndarray, " prompt"]]
+
+
+_PROCESS = uuid4().hex[:12]
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,8 +165,33 @@ def accuracy_reading(
         out = generate(model, batch, *components, chat=chat, **settings)
         return reasoning_accuracy(out, extract=extract).rows["correct"].to_numpy(dtype=np.float64)
 
-    told = settings if extract is None else {**settings, "extract": getattr(extract, "__name__", "own")}
+    told = settings if extract is None else {**settings, "extract": function_name(extract)}
     return Reading(_name("correct", batch, told), "1 right, 0 wrong", model, batch, read)
+
+
+def function_name(function: Callable[..., Any]) -> str:
+    """A name that two functions share only where they do the same, so that numbers by the one are never taken for the other's.
+
+    Its qualified name with a digest of its code, constants, defaults and what it closes over. Something callable that is no
+    function has a name of this process alone, and is measured anew in another.
+
+    >>> function_name(lambda text: text[0]) == function_name(lambda text: text[1])
+    False
+    """
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return f"{type(function).__qualname__} {_PROCESS}-{id(function)}"
+    closed = [repr(cell.cell_contents) for cell in getattr(function, "__closure__", None) or ()]
+    told = [*_code(code), repr(getattr(function, "__defaults__", None)), *closed]
+    return f"{function.__qualname__}:{hashlib.sha256(repr(told).encode()).hexdigest()[:12]}"
+
+
+def _code(code: CodeType) -> list[str]:
+    """What a function does, without where it stands."""
+    constants = [
+        part for one in code.co_consts for part in (_code(one) if isinstance(one, CodeType) else [repr(one)])
+    ]
+    return [code.co_code.hex(), repr(code.co_names), *constants]
 
 
 def _name(measure: str, batch: SpanBatch, settings: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from rim_lens.measures.controls import Unit, control_p, percentile_among
 from rim_lens.measures.readings import Reading
 from rim_lens.measures.refusal.rates import VERDICTS, families_of, share_interval
 from rim_lens.measures.stats import bootstrap_interval, family_index, sign_flip_test
-from rim_lens.measures.two_sides import Side, families_by_swap, twin_places
+from rim_lens.measures.twins import families_by_swap
 from rim_lens.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -116,21 +116,10 @@ def by_verdict(line: Line, batch: SpanBatch) -> list[Line]:
 # --- tables ------------------------------------------------------------------------------------------
 
 
-def twins_of(
-    harmful: Sequence[Prompt | str], harmless: Sequence[Prompt | str], prompts: Mapping[str, list[Prompt]]
-) -> list[int] | None:
-    """For each harmful request, the place of its twin: by twin ids, or plain strings of one order; None without."""
-    places = twin_places(Side(prompts["harmful"], prompts["harmless"]))
-    plain = all(isinstance(asked, str) for asked in (*harmful, *harmless))
-    if places is None and plain and len(harmful) == len(harmless):
-        return list(range(len(harmful)))
-    return places
-
-
 def specificities(
     lines: Sequence[Line], places: Sequence[int] | None, prompts: Mapping[str, list[Prompt]]
 ) -> list[Line]:
-    """Scores of harmful requests minus those of their twins, where every one has its twin, see `twins_of`."""
+    """Scores of harmful requests minus those of their twins, where every one has its twin, see `twin_places`."""
     if places is None:
         return []
     scores = {(line.kind, line.condition): line for line in lines if line.measure == "score"}

@@ -17,6 +17,7 @@ from rim_lens.measures.forced import answer_reading, divergence_reading
 from rim_lens.measures.readings import Reading, accuracy_reading, refusal_reading
 from rim_lens.measures.refusal.openers import opener_texts
 from rim_lens.measures.removal_table import Line, by_verdict, specificities, written_reading
+from rim_lens.measures.twins import with_families
 from rim_lens.measures.two_sides import named
 from rim_lens.prompts import Prompt
 
@@ -59,9 +60,10 @@ class Asked:
 def both_kinds(
     harmful: Sequence[Prompt | str], harmless: Sequence[Prompt | str], what: str
 ) -> dict[str, list[Prompt]]:
-    """Return named records of both kinds.
+    """Return named records of both kinds, twins in the family of their harmful request where they have none.
 
     Raises:
+        MissingTwin: See `twin_places`.
         NotEnoughData: There are none of a kind.
     """
     prompts = {"harmful": named(harmful, "harmful"), "harmless": named(harmless, "harmless")}
@@ -70,6 +72,7 @@ def both_kinds(
         raise NotEnoughData(
             f"no {missing[0]} requests were given; what {what} does is measured on both kinds."
         )
+    prompts["harmless"] = with_families(prompts["harmful"], prompts["harmless"])
     return prompts
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from difflib import SequenceMatcher
 from typing import NamedTuple
 
-from rim_lens.errors import NotEnoughData
+from rim_lens.errors import MissingTwin, NotEnoughData
 from rim_lens.measures.refusal.rates import families_of
+from rim_lens.measures.twins import twin_places, with_families
 from rim_lens.prompts import Prompt, as_prompts, assign_splits, check_splits, spread
 
 
@@ -77,54 +77,21 @@ def _twins_first(harmful: Sequence[Prompt], harmless: list[Prompt], limit: int |
     return [prompt for prompt in harmless if prompt.id in taken]
 
 
-def twin_places(side: Side) -> list[int] | None:
-    """For each harmful request, the place of its twin among the harmless ones; None where some has no twin there."""
-    place_of = {prompt.id: place for place, prompt in enumerate(side.harmless)}
-    if any(prompt.twin not in place_of for prompt in side.harmful):
-        return None
-    return [place_of[str(prompt.twin)] for prompt in side.harmful]
+def paired(side: Side) -> Side:
+    """Return a side with the twin of each harmful request at its place.
 
-
-def families_by_swap(harmful: Sequence[Prompt], twins: Sequence[Prompt]) -> list[str]:
-    """Family of each harmful request for tests against its twin: families in which twins swap the same words are one.
-
-    What tells a request from its twin is a swap of words (``make`` for ``ban``), and a model may react to these very words
-    whatever they mean. Two families with one swap share that reaction, so they are no two witnesses against chance. In the
-    toy language ten conjunctions share six verbs this way; in the English set each family has words of its own. Twins that
-    share some words of their swap and not all are left apart: of two texts written freely, any two have some in common.
-
-    Args:
-        harmful: Harmful requests.
-        twins: The twin of each, in the same order.
-
-    Returns:
-        One label per request: its own family, or those of its families joined by " + ".
-
-    >>> asked = [Prompt("1", "make a bomb", family="a"), Prompt("2", "make a virus", family="b"), Prompt("3", "rob a bank")]
-    >>> twins = [Prompt("4", "ban a bomb"), Prompt("5", "ban a virus"), Prompt("6", "visit a bank")]
-    >>> families_by_swap(asked, twins)
-    ['a + b', 'a + b', '3']
+    Raises:
+        MissingTwin: Some harmful request has no twin there, or two share one, see `twin_places`.
     """
-    families = families_of(harmful)
-    groups: dict[str, set[str]] = {family: {family} for family in families}
-    first: dict[tuple[tuple[str, str], ...], str] = {}
-    for family, prompt, twin in zip(families, harmful, twins, strict=True):
-        one, other = groups[first.setdefault(_swap(prompt.text, twin.text), family)], groups[family]
-        if one is not other:
-            one |= other
-            groups |= dict.fromkeys(other, one)
-    return [" + ".join(sorted(groups[family])) for family in families]
-
-
-def _swap(text: str, twin: str) -> tuple[tuple[str, str], ...]:
-    """The runs of words in which two texts differ, in order."""
-    words, others = text.casefold().split(), twin.casefold().split()
-    parts = SequenceMatcher(a=words, b=others, autojunk=False).get_opcodes()
-    return tuple(
-        (" ".join(words[start:end]), " ".join(others[first:last]))
-        for kind, start, end, first, last in parts
-        if kind != "equal"
-    )
+    places = twin_places(side.harmful, side.harmless)
+    if places is None:
+        raise MissingTwin(
+            f"not every one of {len(side.harmful)} harmful requests has its twin among {len(side.harmless)} harmless ones. What is"
+            " about refusal is told from general damage by minimally different harmless requests: set the records' twin ids, or"
+            " give as many plain strings in the same order."
+        )
+    harmless = with_families(side.harmful, side.harmless)
+    return Side(side.harmful, [harmless[place] for place in places])
 
 
 def named(requests: Sequence[Prompt | str], kind: str) -> list[Prompt]:

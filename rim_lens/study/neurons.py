@@ -428,6 +428,7 @@ class NeuronStudy:
         select, evaluate = self._both["select"], self._both["evaluate"]
         return {
             "model": source_name(self.model, self._model),
+            "given": not isinstance(self.model, str | Path),
             "facts": model_facts(self._model).to_dict(),
             "weights_digest": weights_digest(self._model),
             "chat_format": self._chat.name,

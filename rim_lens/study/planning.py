@@ -16,7 +16,7 @@ from rim_lens.measures.heads.contrasts import CHAIN, PAPER
 from rim_lens.measures.heads.refusing import too_few_families
 from rim_lens.measures.heads.table import HeadRule
 from rim_lens.measures.probes.groups import CONTRASTS
-from rim_lens.measures.two_sides import families_by_swap
+from rim_lens.measures.twins import families_by_swap
 from rim_lens.study import removing
 from rim_lens.study.probing import n_sets, probed_conditions, with_thoughts
 from rim_lens.study.removing import WRITTEN_SETS

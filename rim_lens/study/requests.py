@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rim_lens.errors import MissingTwin, NotEnoughData
+from rim_lens.measures.twins import twin_places, with_families
 from rim_lens.prompts import Prompt, as_prompts, assign_splits, check_splits, load_prompts, spread
 from rim_lens.prompts.records import Split
 from rim_lens.prompts.toy import toy_prompts
@@ -92,13 +93,15 @@ def requests_by_split(
 
 
 def _paired(bad: list[Prompt], good: list[Prompt]) -> tuple[list[Prompt], list[Prompt]]:
-    if all(prompt.twin for prompt in bad):
-        return bad, good
-    if len(bad) != len(good):
+    places = twin_places(bad, good)
+    if places is None and len(bad) != len(good):
         raise MissingTwin(
             f"{len(bad)} harmful and {len(good)} harmless requests, and not every harmful one names its twin. Give as"
             " many harmless requests, in the same order, or set the records' twin ids."
         )
+    if all(prompt.twin for prompt in bad):
+        return bad, with_families(bad, good)
+    twins = [good[place] for place in (places or range(len(bad)))]
     return (
         [replace(p, id=f"harmful-{i}", twin=f"harmless-{i}", kind="harmful") for i, p in enumerate(bad)],
         [
@@ -110,7 +113,7 @@ def _paired(bad: list[Prompt], good: list[Prompt]) -> tuple[list[Prompt], list[P
                 family=bad[i].family,
                 split=bad[i].split,
             )
-            for i, p in enumerate(good)
+            for i, p in enumerate(twins)
         ],
     )
 

@@ -56,13 +56,19 @@ class StudyResult:
     @property
     def measured(self) -> bool:
         """Whether the study went past its gate and to the end of all that was asked for."""
-        through = (
-            set(self.tuned) <= set(self._tuned_in(part))
+        return not self.missing
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What was asked for and is not there yet: parts, and tuned models of parts that others are through with."""
+        models = [
+            f"{part} of {name}"
             for part in ("comparing", "neurons")
             if part in self.parts
-        )
-        written_last = (self.path / name for part, name in LAST_FILE.items() if part in self.parts)
-        return all(path.exists() for path in written_last) and all(through)
+            for name in self.tuned
+            if name not in self._tuned_in(part)
+        ]
+        return (*(part for part in self.asked["parts"] if part not in self.parts), *models)
 
     def _tuned_in(self, part: str) -> list[str]:
         """Tuned models that a part is through with."""
@@ -72,8 +78,8 @@ class StudyResult:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What was asked for, in all runs together, see `Study`."""
-        return tuple(self.asked["parts"])
+        """What was asked for, in all runs together, and is finished; see `Study` and `missing`."""
+        return tuple(part for part in self.asked["parts"] if (self.path / LAST_FILE[part]).exists())
 
     @property
     def conditions(self) -> tuple[str, ...]:

@@ -221,6 +221,7 @@ class Study:
         )
         return {
             "model": source_name(self.model, bench.model),
+            "given": not isinstance(self.model, str | Path),
             "facts": model_facts(bench.model).to_dict(),
             "weights_digest": weights_digest(bench.model),
             "chat_format": bench.chat.name,

@@ -87,7 +87,7 @@ def neuron_command(result: NeuronStudyResult) -> str | None:
     design = result.design
     settings, changed = design["settings"], _changed(design["settings"])
     given = {*result.asked["tuned"].values(), *design["requests"].values()}
-    if "given" in given or set(changed) - {*OPTIONS, "gate"} or not by_name(design["model"]):
+    if "given" in given or set(changed) - {*OPTIONS, "gate"} or not by_name(design):
         return None
     words = ["rim-lens", "neurons", design["model"]]
     for source in result.asked["tuned"].values():
@@ -108,7 +108,7 @@ def neuron_command(result: NeuronStudyResult) -> str | None:
 def neuron_python(result: NeuronStudyResult) -> str:
     """The same in Python, with every setting that is not the default."""
     design = result.design
-    named = by_name(design["model"])
+    named = by_name(design)
     arguments = [repr(design["model"]) if named else "model"]
     if result.tuned:
         sources = (

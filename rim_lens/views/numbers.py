@@ -114,7 +114,7 @@ def contrasts(result: StudyResult, measure: Literal["refused", "score"], kind: K
 
     Returns:
         One row per pair A, B: columns a, b, shift (mean of A − B), low, high (95 %, bootstrap over families), p (sign
-        flips over families, corrected by the largest statistic over all pairs), finest (no p can be smaller), n,
+        flips over families, corrected by the largest statistic over all pairs), n,
         n_families, n_pairs, alike (whether every request shifts by the same, where the interval has no width, which is
         not certainty).
     """
@@ -142,7 +142,6 @@ def contrasts(result: StudyResult, measure: Literal["refused", "score"], kind: K
                 "low": float(interval.low[place]),
                 "high": float(interval.high[place]),
                 "p": float(test.p[place]),
-                "finest": test.finest,
                 "n": interval.n,
                 "n_families": interval.n_families,
                 "n_pairs": len(compared),

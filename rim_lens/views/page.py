@@ -10,13 +10,13 @@ import base64
 import hashlib
 import json
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rim_lens.folder import write_whole
 from rim_lens.views.plots.style import template
 from rim_lens.views.tables import Table, Token
 from rim_lens.views.text import markdown_block, markdown_code, markdown_text, visible
@@ -241,6 +241,4 @@ def now() -> str:
 def write_text(path: Path, text: str) -> None:
     """Write whole or not at all, into a folder that is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(unfinished, path)
+    write_whole(path, text)

@@ -68,7 +68,11 @@ def study_html(result: StudyResult) -> str:
         StudyFolderError: The study was interrupted, or its folder is incomplete.
     """
     said = verdict.findings(result)
-    shown = [tables.outcome_table(result), *tables.head_tables(result.heads)[:1]] if result.measured else []
+    shown = (
+        [tables.outcome_table(result), *tables.head_tables(result.heads)[:1]]
+        if "heads" in result.parts
+        else []
+    )
     return frame(
         "study",
         result.design["model"],

@@ -20,14 +20,15 @@ OF_HEADS = ("conditions", "n_test")  # and these, in rim-lens heads
 def command(result: StudyResult) -> str | None:
     """The shell command that runs this study again, or None where only Python can (own model, requests or setting)."""
     design = result.design
-    own = "neurons" not in result.parts
+    parts = tuple(result.asked["parts"])
+    own = "neurons" not in parts
     options = (*OPTIONS, *(OF_HEADS if own else ()))
     if "given" in (*result.asked["tuned"].values(), *design["requests"].values()) or set(
         _changed(design)
     ) - set(options):
         return None
     study = {"heads", "probes", "neurons"}
-    if not by_name(design["model"]) or (not own and not set(result.parts) <= study):
+    if not by_name(design) or (not own and not set(parts) <= study):
         return None
     words = ["rim-lens", "heads" if own else "study", design["model"], "--out", "FOLDER"]
     if design["n_requests"] is not None:
@@ -36,10 +37,10 @@ def command(result: StudyResult) -> str | None:
         words += ["--tuned", source]
     if own:
         words += ["--think", ",".join(result.conditions), "--n-test", str(design["settings"]["n_test"])]
-    if own and "removing" not in result.parts:
+    if own and "removing" not in parts:
         words.append("--no-removing")
-    if ("probes" in result.parts) != own:
-        words.append("--probes" if "probes" in result.parts else "--no-probes")
+    if ("probes" in parts) != own:
+        words.append("--probes" if "probes" in parts else "--no-probes")
     words += ["--max-new-tokens", str(design["settings"]["max_new_tokens"])]
     facts = design["facts"]
     if facts["device"] != "cpu":
@@ -54,7 +55,7 @@ def command(result: StudyResult) -> str | None:
 def python(result: StudyResult) -> str:
     """The same in Python, with every setting that is not the default."""
     design = result.design
-    model = repr(design["model"]) if by_name(design["model"]) else "model"
+    model = repr(design["model"]) if by_name(design) else "model"
     tuned = {
         name: repr(source) if source != "given" else f"tuned_model_{place}"
         for place, (name, source) in enumerate(result.asked["tuned"].items())
@@ -65,8 +66,9 @@ def python(result: StudyResult) -> str:
     arguments += [f"{kind}={kind}" for kind, source in design["requests"].items() if source == "given"]
     if design["n_requests"] is not None:
         arguments.append(f"n_requests={design['n_requests']}")
-    if result.parts != ("heads", "neurons"):
-        arguments.append(f"parts={result.parts!r}")
+    parts = tuple(result.asked["parts"])
+    if parts != ("heads", "neurons"):
+        arguments.append(f"parts={parts!r}")
     if model != "model":
         facts = design["facts"]
         arguments += [f"device={facts['device']!r}"] if facts["device"] != "cpu" else []
@@ -90,11 +92,13 @@ def _changed(design: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in asked.items() if value != getattr(defaults, key, value)}
 
 
-def by_name(model: str) -> bool:
-    """Whether the recorded model is something `load_model` takes, not the class name of a given one."""
+def by_name(design: Mapping[str, Any]) -> bool:
+    """Whether the recorded model is something `load_model` takes, not the name of a given one, which may have been changed."""
     from pathlib import Path
 
     import rim_lens.organisms  # noqa: F401 - registers its names
     from rim_lens.lens.loading import known_sources
 
-    return model.partition(":")[0] in known_sources() or "/" in model or Path(model).exists()
+    model = str(design["model"])
+    known = model.partition(":")[0] in known_sources() or "/" in model or Path(model).exists()
+    return known and not design.get("given", False)

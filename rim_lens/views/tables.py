@@ -614,14 +614,15 @@ def restored_table(table: pd.DataFrame) -> Table:
             if math.isnan(row["restored"])
             else f"{signed(row['restored'])} {between(row['restored_low'], row['restored_high'])}",
             f"{signed(row['random'])} {between(row['random_low'], row['random_high'])}",
+            str(row["n_controls"]),
         )
         if row["state"] == "measured"
-        else (row["condition"], row["edit"], row["kind"], row["measure"], row["state"], *("–",) * 4)
+        else (row["condition"], row["edit"], row["kind"], row["measure"], row["state"], *("–",) * 5)
         for row in table.to_dict("records")
     )
     columns = (
         *("condition", "edit", "on", "measure", "off / in condition → edited", "effect [95 %]", "p"),
-        *("of the gap restored", "random sets [95 %]"),
+        *("of the gap restored", "random sets [95 %]", "sets"),
     )
     return Table(
         "restored",

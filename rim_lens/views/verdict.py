@@ -89,11 +89,14 @@ def findings(result: StudyResult) -> list[Finding]:
     said = [gate_finding(result.gate, asked=bool(result.design["settings"]["gate"]))]
     if not _past_gate(result):
         return said
-    if not result.measured:
+    if "heads" not in result.parts:
         raise StudyFolderError(
             f"the study in {result.path} was interrupted before its end. Run it again with the same folder: it goes on"
             " where it stopped; then show it."
         )
+    if result.missing:
+        left = f"Asked for and not measured yet: {', '.join(result.missing)}. Run it again with the same folder: it goes on there."
+        said.append(Finding("Interrupted", "note", left))
     shares = numbers.outcome_shares(result)
     refused, scored = (numbers.contrasts(result, measure, "harmful") for measure in ("refused", "score"))
     for condition in result.conditions:

@@ -164,12 +164,23 @@ def test_a_folder_takes_more_parts_and_more_tuned_models(tmp_path, small_study, 
         patch.setattr(stages, "run_shift", lambda *_: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             again.run(tmp_path)
-        assert not rl.load_study(tmp_path).measured
+        half = rl.load_study(tmp_path)
+        assert not half.measured
+        assert half.parts == ("heads",)
+        assert half.missing == ("neurons",)
+        # What was finished before stays there to be shown, and to be asked for.
+        assert (
+            "Asked for and not measured yet: neurons" in rl.write_report(half).with_suffix(".md").read_text()
+        )
+        assert rl.Study("toy", parts=("heads",), **asked).run(tmp_path).missing == ("neurons",)
+        for kind in ("html", "md", "json"):
+            (tmp_path / f"report.{kind}").unlink()
     assert again.run(tmp_path).measured
     with monkeypatch.context() as patch:
         patch.setattr(stages, "run_refusal_of", lambda *_: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             whole_study.run(tmp_path)
+        assert rl.load_study(tmp_path).missing == ("neurons of toy_deviate",)
         assert not rl.load_study(tmp_path).measured
     assert whole_study.run(tmp_path).measured
     assert contents(tmp_path) == contents(folder)

@@ -23,8 +23,11 @@ OF_PART: dict[str, Callable[[StudyResult], Any]] = {
     "probes_without_heads": lambda study: study.probes_without_heads,
     "refusal_cliff": lambda study: study.cliffs,
 }
-# Figures of neurons and of entanglement take results of their own: tests/views/test_neuron_plots.py draws them.
-OF_NEURONS = {"entanglement_rivals", "neuron_sweep", "neurons_by_layer", "dose_effects", "direct_and_total"}
+# Figures of neurons and of entanglement take results of their own: tests/views/test_neuron_plots.py and test_doses.py draw them.
+OF_NEURONS = {
+    *("entanglement_rivals", "neuron_sweep", "neurons_by_layer"),
+    *("dose_effects", "direct_and_total", "specification_curve"),
+}
 ALL = [getattr(plots, name) for name in plots.__all__ if name not in OF_NEURONS]
 
 

@@ -170,6 +170,8 @@ def test_an_overridden_gate_is_said_before_all_else(planted: Make) -> None:
 def test_an_interrupted_study_is_refused_with_advice(planted: Make) -> None:
     result = planted()
     (result.path / "neurons" / "shift.json").unlink()
+    assert by_topic(result)["Interrupted"].text.startswith("Asked for and not measured yet: neurons")
+    (result.path / "heads" / "rows.json").unlink()
     with pytest.raises(StudyFolderError, match="interrupted before its end"):
         findings(result)
 

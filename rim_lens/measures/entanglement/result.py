@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from rim_lens.errors import StatisticsError, StudyFolderError
+from rim_lens.folder import write_whole
 from rim_lens.measures.frames import frame_from_json, frame_to_json
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Entanglement:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
-        (folder / FILE).write_text(text + "\n", encoding="utf-8")
+        write_whole(folder / FILE, text + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-SAME = ("evaluate_digest", "read_in", "editor", "positions", "openers", "chat_format", "rule")
+SAME = (
+    "evaluate_digest",
+    "read_in",
+    "editor",
+    "positions",
+    "openers",
+    "chat_format",
+    "rule",
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +174,12 @@ def _require_same(base: RefusalHeads, tuned: RefusalHeads) -> None:
                 f"the base has {name}={first} and the tuned model {second}; heads are matched by layer and number, so give"
                 " models of the same shapes."
             )
+    first, second = (found.settings["twins_digests"][-1] for found in (base, tuned))
+    if first != second:
+        raise ReferenceMismatch(
+            f"the two tables cannot be compared: twins of the evaluate side have the digest {first} in the base and {second} in the"
+            " tuned model, so they are other words. Measure both with the same requests."
+        )
     for prompts in ("harmful_prompt", "harmless_prompt"):
         if base.effects[prompts].values.tolist() != tuned.effects[prompts].values.tolist():
             raise ReferenceMismatch(

@@ -17,7 +17,7 @@ from rim_lens.batching import MAX_ROWS
 from rim_lens.capturing import capture
 from rim_lens.chat import ChatFormat, SpanBatch, render_conditions
 from rim_lens.chat.conditions import STANDARD, Conditions
-from rim_lens.errors import ConditionError, MissingTwin, NotEnoughData, StatisticsError, UnknownHead
+from rim_lens.errors import ConditionError, NotEnoughData, StatisticsError, UnknownHead
 from rim_lens.folder import ResultFolder
 from rim_lens.hooks import AblateHeads, SpanAttention
 from rim_lens.hooks.positions import Positions, told
@@ -34,9 +34,9 @@ from rim_lens.measures.heads.table import HeadRule, head_table
 from rim_lens.measures.held_out import chosen_by
 from rim_lens.measures.readings import Reading, refusal_reading
 from rim_lens.measures.refusal.openers import opener_texts
-from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.stats import bootstrap_interval
-from rim_lens.measures.two_sides import Side, families_by_swap, twin_places, two_sides
+from rim_lens.measures.twins import families_by_swap
+from rim_lens.measures.two_sides import Side, paired, two_sides
 from rim_lens.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -204,37 +204,6 @@ def refusal_heads(
         # Beside what is asked, and not part of it: `settings` says by digests already which requests these are.
         settings |= chosen_by([*sides[0].harmful, *sides[0].harmless])
         return _measured(bench, kept, moves, looked_among, read_in, gate, rule, settings, also)
-
-
-def paired(side: Side) -> Side:
-    """Return a side with the twin of each harmful request at its place.
-
-    Twins are told by the ids that either of the two names. Where nobody names any (plain strings), the n-th belong
-    together, as far as their families agree.
-
-    Raises:
-        MissingTwin: Some harmful request has no twin there, or two share one.
-    """
-    places = twin_places(side)
-    if places is None and not any(prompt.twin for prompt in side.harmful):
-        named_by = {prompt.twin: place for place, prompt in enumerate(side.harmless) if prompt.twin}
-        if all(prompt.id in named_by for prompt in side.harmful):
-            places = [named_by[prompt.id] for prompt in side.harmful]
-    if places is not None:
-        if len(set(places)) < len(places):
-            raise MissingTwin(
-                f"{len(places)} harmful requests have {len(set(places))} twins between them; effects are paired request by"
-                " request, so give each a twin of its own."
-            )
-        return Side(side.harmful, [side.harmless[place] for place in places])
-    named = any(prompt.twin for prompts in side for prompt in prompts)
-    if named or families_of(side.harmful) != families_of(side.harmless):
-        raise MissingTwin(
-            f"not every one of {len(side.harmful)} harmful requests has its twin among {len(side.harmless)} harmless ones. What is"
-            " about refusal is told from general damage by minimally different harmless requests: set the records' twin ids, or"
-            " give as many plain strings in the same order."
-        )
-    return side
 
 
 def too_few_families(families: Sequence[str], alpha: float) -> str:

@@ -21,8 +21,9 @@ from rim_lens.measures.heads.held_out import heads_to_edit
 from rim_lens.measures.heads.removal import RemovalEffects
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.refusal.openers import opener_texts
-from rim_lens.measures.removal_table import effect_tables, shuffled, twins_of
+from rim_lens.measures.removal_table import effect_tables, shuffled
 from rim_lens.measures.removing import asked_of, both_kinds, removal_lines
+from rim_lens.measures.twins import twin_places
 from rim_lens.prompts import Prompt
 
 
@@ -186,7 +187,7 @@ def removal_effects(
         chosen,
         controls,
         n_written,
-        twins_of(harmful, harmless, prompts),
+        twin_places(prompts["harmful"], prompts["harmless"]),
         remember=remember,
         progress=progress,
         what="heads",

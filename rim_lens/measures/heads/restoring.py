@@ -22,7 +22,7 @@ from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.readings import refusal_reading, refused_reading
 from rim_lens.measures.refusal.openers import opener_texts
 from rim_lens.measures.refusal.rates import families_of
-from rim_lens.measures.removal_table import DIFFERENCE, shuffled, twins_of
+from rim_lens.measures.removal_table import DIFFERENCE, shuffled
 from rim_lens.measures.restored import (
     COLUMNS,
     Edited,
@@ -32,7 +32,8 @@ from rim_lens.measures.restored import (
     minus_twins,
     restored_lines,
 )
-from rim_lens.measures.two_sides import families_by_swap, named
+from rim_lens.measures.twins import families_by_swap, twin_places
+from rim_lens.measures.two_sides import named
 from rim_lens.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def restoring(
             lines += restored_lines(level, baseline, found, families_of(under.prompts), kind, measure, seed)
             if measure == "score":
                 scores[kind] = level, baseline, found
-    places = twins_of(harmful, harmless, asked)
+    places = twin_places(asked["harmful"], asked["harmless"])
     if places is not None:
         twins = [asked["harmless"][place] for place in places]
         families = families_by_swap(asked["harmful"], twins)

@@ -11,15 +11,15 @@ from jaxtyping import Float
 
 from rim_lens.capturing import capture
 from rim_lens.chat import SpanBatch
-from rim_lens.errors import MissingTwin, NotEnoughData, ReferenceMismatch, StatisticsError, UnknownNeuron
+from rim_lens.errors import NotEnoughData, ReferenceMismatch, StatisticsError, UnknownNeuron
 from rim_lens.hooks import NeuronActivations
 from rim_lens.lens import Model, ModelFacts
 from rim_lens.measures.controls import random_neurons_per_layer
 from rim_lens.measures.held_out import refuse_used
 from rim_lens.measures.neurons.sets import Neuron, NeuronSet
 from rim_lens.measures.refusal.rates import families_of
-from rim_lens.measures.removal_table import shuffled, twins_of
-from rim_lens.measures.two_sides import families_by_swap
+from rim_lens.measures.removal_table import shuffled
+from rim_lens.measures.twins import families_by_swap, twin_places
 from rim_lens.prompts import Prompt
 
 Matched = Literal["activity"] | None
@@ -124,27 +124,14 @@ def activity_of(
     return np.asarray(np.mean(means, axis=0), dtype=np.float64)
 
 
-def paired_places(
-    harmful: Sequence[Prompt | str],
-    harmless: Sequence[Prompt | str],
-    prompts: dict[str, list[Prompt]],
-) -> list[int] | None:
+def paired_places(prompts: dict[str, list[Prompt]]) -> list[int] | None:
     """For each harmful request, the place of its twin; None where nobody names twins and none can be told by order.
 
     Raises:
-        MissingTwin: Twins are named, and some harmful request has none here.
+        MissingTwin: See `twin_places`.
         NotEnoughData: Requests of a kind, or pairs, are of one family.
     """
-    places = twins_of(harmful, harmless, prompts)
-    lone = [prompt.id for prompt in prompts["harmful"] if prompt.twin]
-    if places is None and lone:
-        there = {prompt.id for prompt in prompts["harmless"]}
-        missing = [prompt for prompt in prompts["harmful"] if prompt.twin not in there]
-        raise MissingTwin(
-            f"{len(missing)} of {len(prompts['harmful'])} harmful requests have no twin among {len(prompts['harmless'])} harmless"
-            f" ones (first: {missing[0].id!r}, whose twin is {missing[0].twin!r}). What is about refusal is told from general"
-            " damage by the twins: give them, or harmful records without twin ids, for which there is no specificity."
-        )
+    places = twin_places(prompts["harmful"], prompts["harmless"])
     groups = {kind: families_of(asked) for kind, asked in prompts.items()}
     for kind, families in groups.items():
         if len(set(families)) < 2:

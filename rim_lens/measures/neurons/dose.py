@@ -124,7 +124,7 @@ def dose_curve(
     edit = partial(AblateNeurons, method=method, reference=reference)
     edit(order[:1], positions=positions)  # refuses a method without its reference
     prompts = both_kinds(harmful, harmless, "removing neurons")
-    twins = paired_places(harmful, harmless, prompts)
+    twins = paired_places(prompts)
     openers = opener_texts(openers)
     asked = asked_of(
         model,

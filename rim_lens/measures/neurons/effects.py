@@ -237,7 +237,7 @@ def neuron_effects(
     edit = partial(AblateNeurons, method=method, reference=reference)
     edit(chosen, positions=positions)  # refuses a method without its reference
     prompts = both_kinds(harmful, harmless, "removing neurons")
-    twins = paired_places(harmful, harmless, prompts)
+    twins = paired_places(prompts)
     writing = {"max_new_tokens": max_new_tokens}
     openers = opener_texts(openers)
     asked = asked_of(

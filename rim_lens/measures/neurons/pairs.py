@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from rim_lens.errors import MissingTwin, NotEnoughData, StatisticsError
-from rim_lens.measures.heads.refusing import paired
-from rim_lens.measures.two_sides import Side, named
+from rim_lens.measures.two_sides import Side, named, paired
 from rim_lens.prompts import Prompt, assign_splits, check_splits, with_intent
 
 Kind = Literal["intent", "neutral", "twins"]

@@ -32,7 +32,7 @@ from rim_lens.measures.removal_table import DIFFERENCE
 from rim_lens.measures.removing import both_kinds
 from rim_lens.measures.restored import COLUMNS as SHARED_COLUMNS
 from rim_lens.measures.restored import Edited, Values, edited_by, minus_twins, restored_lines
-from rim_lens.measures.two_sides import families_by_swap
+from rim_lens.measures.twins import families_by_swap
 from rim_lens.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def restore_by_neurons(
     if not isinstance(neurons, NeuronSet):
         neurons = list(neurons)
     asked = both_kinds(harmful, harmless, "restoring by neurons")
-    places = paired_places(harmful, harmless, asked)
+    places = paired_places(asked)
     batches = {
         kind: render_conditions(chat, prompts, {condition: text} if text else [condition], seed=seed)[
             condition

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import operator
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from html import escape
@@ -16,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from rim_lens.errors import ReferenceMismatch, StatisticsError, StudyFolderError, UnknownNeuron
+from rim_lens.folder import write_whole
 from rim_lens.lens import Model, model_facts, weights_digest
 from rim_lens.measures.controls import random_neurons_per_layer
 from rim_lens.measures.stats import check_finite
@@ -270,11 +270,11 @@ class NeuronSet:
         if known:
             packed = save({name: np.ascontiguousarray(array) for name, array in known.items()})
             content["arrays"] = hashlib.sha256(packed).hexdigest()
-            _replace(folder / ARRAYS, packed)
+            write_whole(folder / ARRAYS, packed)
         if self.effects is not None:
             self.effects.save(folder / EFFECTS)
         text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
-        _replace(folder / FILE, (text + "\n").encode())
+        write_whole(folder / FILE, text + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -396,13 +396,6 @@ def _plain(made_by: dict[str, Any]) -> dict[str, Any]:
             f"made_by cannot be kept as JSON ({problem}); give text, numbers, lists and dicts, and None for NaN."
         ) from problem
     return plain
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write whole or not at all."""
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
 
 
 def _arrays_in(folder: Path, digest: str | None) -> dict[str, Float[np.ndarray, "layer neuron"]]:

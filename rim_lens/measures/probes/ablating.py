@@ -15,7 +15,7 @@ from rim_lens.measures.probes.groups import Groups
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.measures.stats import bootstrap_interval
-from rim_lens.measures.two_sides import families_by_swap
+from rim_lens.measures.twins import families_by_swap
 
 
 class Meter:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from rim_lens.batching import MAX_ROWS
 from rim_lens.chat import ChatFormat
 from rim_lens.chat.conditions import Conditions
+from rim_lens.folder import write_whole
 from rim_lens.hooks import AblateHeads
 from rim_lens.hooks.heads import some_heads
 from rim_lens.lens import Head, Model, verify, weights_digest
@@ -85,7 +86,7 @@ class ProbesAfterAblation:
             "controls": frame_to_json(self.controls),
         }
         text = json.dumps(written, indent=1, allow_nan=False, ensure_ascii=False)
-        (folder / "after_ablation.json").write_text(text, encoding="utf-8")
+        write_whole(folder / "after_ablation.json", text)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

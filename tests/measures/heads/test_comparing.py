@@ -46,6 +46,7 @@ def measured(
     table["moves_empty"], table["sink"] = 0.25 * seed, 0.5
     same = {
         "evaluate_digest": "d",
+        "twins_digests": ["s", "t"],
         "read_in": "off",
         "editor": "AblateHeads",
         "positions": "'all'",
@@ -129,6 +130,9 @@ def test_what_cannot_be_compared_is_refused() -> None:
     ):
         with pytest.raises(ReferenceMismatch, match=name):
             compare_heads(base, measured(1, {}, **{name: other}))
+    compare_heads(base, measured(1, {}, twins_digests=["another", "t"]))  # other twins chose, the same tested
+    with pytest.raises(ReferenceMismatch, match="twins of the evaluate side"):
+        compare_heads(base, measured(1, {}, twins_digests=["s", "u"]))
     with pytest.raises(ReferenceMismatch, match="n_heads=4"):
         compare_heads(base, measured(1, {}, model={"n_layers": 2, "n_heads": 8}))
     swapped = base.effects.isel(harmless_prompt=slice(None, None, -1))

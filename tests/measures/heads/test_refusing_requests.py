@@ -11,8 +11,7 @@ import pytest
 import rim_lens as rl
 from rim_lens.errors import GateNotPassed, MissingTwin, NotEnoughData, StudyFolderError, UnknownHead
 from rim_lens.measures.heads import refusing
-from rim_lens.measures.heads.refusing import paired
-from rim_lens.measures.two_sides import two_sides
+from rim_lens.measures.two_sides import paired, two_sides
 from rim_lens.views import heads_html
 from rim_lens.views.verdict import head_findings
 

@@ -35,7 +35,7 @@ from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.measures.readings import prefix_reading, refusal_reading
 from rim_lens.measures.removing import removal_lines
 from rim_lens.measures.stats import sign_flip_test
-from rim_lens.measures.two_sides import families_by_swap
+from rim_lens.measures.twins import families_by_swap
 from rim_lens.organisms.planted import planted_truth
 from rim_lens.organisms.toy.host import TOKEN, toy_tokenizer
 from tests.families import FAMILIES, Oracle, tiny_moe
@@ -224,8 +224,8 @@ def test_verdicts_follow_the_stated_rule() -> None:
     assert changed(own={"p": float("nan")}) == "none"
     few = neuron_effects(*toy("planted"), planted_truth().neurons, *asked(12), n_random_sets=0)
     assert few.verdict == "not tested"
-    bare = [replace(one, twin=None) for one in asked()[0]]
-    without = neuron_effects(*toy("planted"), planted_truth().neurons, bare, asked()[1], n_random_sets=0)
+    bare = [[replace(one, twin=None, family=f"{one.kind} {one.family}") for one in kind] for kind in asked()]
+    without = neuron_effects(*toy("planted"), planted_truth().neurons, *bare, n_random_sets=0)
     assert without.verdict == "not tested"
     assert "specificity" not in set(without.table["measure"])
 

@@ -21,7 +21,7 @@ from rim_lens.measures import refusal_score
 from rim_lens.measures.probes.probing import probe
 from rim_lens.measures.probes.result import ProbeResult
 from rim_lens.measures.stats import bootstrap_interval
-from rim_lens.measures.two_sides import families_by_swap
+from rim_lens.measures.twins import families_by_swap
 from rim_lens.organisms import load_model
 from rim_lens.organisms.planted import READER
 from rim_lens.prompts import Prompt
