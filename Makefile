@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 EXTRA := $(if $(findstring smollm2,$(MODEL)),smollm2,demo)
 PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test check contract evidence evidence-oracles evidence-statistics evidence-heads evidence-neurons clean
+.PHONY: demo test check contract evidence evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-checkpoints clean
 
 demo: .venv/ready-$(EXTRA)
 	@# 3: the study ran and stopped at its gate, which is an answer
@@ -31,7 +31,7 @@ contract: .venv-tl2/ready-dev
 	.venv-tl2/bin/python $(PYTEST) -m family_contract
 
 # What takes long. Its outputs are committed under docs/evidence, with command, versions and date.
-evidence: .venv/ready-dev evidence-oracles evidence-statistics evidence-heads evidence-neurons
+evidence: .venv/ready-dev evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-checkpoints
 	.venv/bin/rim-lens organism toy --seeds 0-5 --out docs/evidence
 	.venv/bin/rim-lens organism smollm2 --seeds 0-2 --out docs/evidence
 	.venv/bin/rim-lens organism smollm2 --newline --seeds 0 --adapters runs/smollm2-newline --out docs/evidence
@@ -63,6 +63,10 @@ evidence-heads: .venv/ready-dev
 evidence-neurons: .venv/ready-dev
 	.venv/bin/python -m tests.entanglement_nulls
 	.venv/bin/python -m tests.neuron_verdicts
+
+# What fine-tuning does to refusal in toys of six seeds, and whether entanglement follows it.
+evidence-checkpoints: .venv/ready-dev
+	.venv/bin/python -m tests.checkpoint_verdicts
 
 # .venv* / ready-<extra>: the package, editable, with that extra and this TransformerLens' constraints.
 .venv/ready-%: pyproject.toml constraints.txt
