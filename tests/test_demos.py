@@ -1,0 +1,72 @@
+"""The notebooks in demos/ run from top to bottom, and what they show is what they say."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rim_lens.chat.spans import ATOMS
+from rim_lens.organisms.planted import planted_truth
+
+DEMOS = Path(__file__).resolve().parents[1] / "demos"
+
+
+def ran(name: str) -> dict[str, Any]:
+    return runpy.run_path(str(DEMOS / f"{name}.py"))
+
+
+def test_every_notebook_is_run_here_and_named_in_the_readme():
+    names = {path.stem for path in DEMOS.glob("*.py")}
+    here = Path(__file__).read_text()
+    readme = (DEMOS.parent / "README.md").read_text()
+    for name in names:
+        assert f'ran("{name}")' in here
+        assert f"demos/{name}.py" in readme
+
+
+def test_quick_start():
+    shown = ran("quick_start")
+    assert len(shown["strongest"]) == 2
+    assert float(shown["baseline"].mean()) > 0
+
+
+def test_attention_on_spans():
+    shown = ran("attention_on_spans")
+    masses = shown["reading"]["off"]["attention_mass"]
+    atoms = [name for name in masses["span"].values.tolist() if name in ATOMS]
+    assert masses.sel(span=atoms).sum("span").values == pytest.approx(1.0, abs=1e-4)
+    assert ((shown["share"] >= 0) & (shown["share"] <= 1)).all().all()
+    assert "<script" in shown["page"]
+
+
+def test_head_ablation():
+    shown = ran("head_ablation")
+    curve = shown["curve"]
+    assert curve[0.0] < curve[0.5] < curve[1.0]
+    assert shown["removal"].row("score", "harmful", "off")["change"] < -1
+
+
+def test_patching():
+    shown = ran("patching")
+    assert float(shown["off_score"].mean()) > float(shown["cot_score"].mean())
+    assert shown["into_cot"]["recovered"].max() > 0.1
+
+
+def test_safety_neurons():
+    shown = ran("safety_neurons")
+    assert shown["found"].neurons == planted_truth().neurons
+    assert shown["found"].effects.verdict == "refusal"
+    assert shown["restored"]["tuned"].iloc[0] < shown["restored"]["base"].iloc[0]
+
+
+@pytest.mark.timeout(300)
+def test_before_and_after():
+    shown = ran("before_and_after")
+    table = shown["found"].table
+    last = table[table["run"] == "deviate"].sort_values("step").iloc[-1]
+    assert last["lost"] > 0
+    assert len(shown["matched"]) == 4
+    assert not shown["folder"].exists()
