@@ -588,6 +588,7 @@ class CheckpointStudy:
             }
         return {
             "model": source_name(self.base, model),
+            "given": not isinstance(self.base, str | Path),
             "facts": model_facts(model).to_dict(),
             "weights_digest": weights_digest(model),
             "chat_format": self._chat.name,

@@ -89,7 +89,7 @@ def checkpoint_command(result: CheckpointStudyResult) -> str | None:
     design, changed = result.design, _changed(result.design["settings"])
     sources = {str(run["source"]) for run in design["runs"].values()}
     several = any(", " in source for source in sources)
-    if "given" in {*design["requests"].values(), *sources} or several or not by_name(design["model"]):
+    if "given" in {*design["requests"].values(), *sources} or several or not by_name(design):
         return None
     if set(changed) - {*OPTIONS, "gate"} or not _usual_recipe(design):
         return None
@@ -118,7 +118,7 @@ def checkpoint_command(result: CheckpointStudyResult) -> str | None:
 def checkpoint_python(result: CheckpointStudyResult) -> str:
     """The same in Python, with every setting that is not the default."""
     design = result.design
-    named = by_name(design["model"])
+    named = by_name(design)
     arguments = [repr(design["model"]) if named else "model"]
     if design["train"]:
         training = design["training"]
