@@ -98,9 +98,12 @@ def _lost(result: CheckpointStudyResult, kind: str) -> Finding:
         f"{row['run']} {share(row['lost_rate_before'])} → {share(row['lost_rate_after'])} ({p_value(row['lost_rate_p'])})"
         for row in ends.to_dict("records")
     )
-    told = (
-        f"{len(fell)} of {len(ends)} runs are shown to refuse fewer harmful requests than the base: {rates}."
+    many = (
+        f"{len(fell)} of {len(ends)} runs are"
+        if len(ends) > 1
+        else f"The run is{'' if len(fell) else ' not'}"
     )
+    told = f"{many} shown to refuse fewer harmful requests than the base: {rates}."
     score = f" The refusal score falls by {_range(ends['lost'])} nats"
     twins = (
         f"; twins refused {share(ends['lost_rate_harmless_before'].iloc[0])} → {_span(ends['lost_rate_harmless_after'])}"
