@@ -66,6 +66,8 @@ _HOME: dict[str, str] = {
     "removal_effects": "measures",
     "RemovalEffects": "measures",
     "restoring": "measures",
+    "save_restored": "measures",
+    "load_restored": "measures",
     "neuron_effects": "measures",
     "NeuronEffects": "measures",
     "direct_to_logits": "measures",

@@ -64,6 +64,7 @@ from rim_lens.measures.refusal.openers import opener_ids
 from rim_lens.measures.refusal.prefixes import refusal_prefix_score
 from rim_lens.measures.refusal.rates import Rate, refusal_rate, refusal_rates, share_interval
 from rim_lens.measures.refusal.score import first_tokens, refusal_score
+from rim_lens.measures.restored import load_restored, save_restored
 from rim_lens.measures.sentences import sentence_effects
 from rim_lens.measures.shift import ReciprocalShift, reciprocal_activation_shift
 from rim_lens.measures.stats import (
@@ -133,6 +134,7 @@ __all__ = [
     "head_statistics",
     "head_table",
     "judge_all",
+    "load_restored",
     "mass_shift",
     "neuron_effects",
     "opener_ids",
@@ -165,6 +167,7 @@ __all__ = [
     "restore_by_neurons",
     "restoring",
     "safety_neurons",
+    "save_restored",
     "scorer",
     "sentence_effects",
     "share_interval",

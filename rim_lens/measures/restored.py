@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -14,10 +15,17 @@ from rim_lens.errors import ImpossibleEdit
 from rim_lens.hooks import Component
 from rim_lens.measures.controls import Unit
 from rim_lens.measures.edits import Remember, measured
+from rim_lens.measures.frames import frame_from_json, frame_to_json
+from rim_lens.measures.kept import read_result, require_columns, write_result
 from rim_lens.measures.readings import Reading
 from rim_lens.measures.removal_table import beside_random, mean_columns
 from rim_lens.measures.stats import bootstrap_interval, sign_flip_test
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT_VERSION = 1
+FILE = "restored.json"
 COLUMNS = (
     *("edit", "kind", "measure", "unit", "condition", "n", "n_families", "off", "baseline", "edited"),
     *("effect", "effect_low", "effect_high", "p", "restored", "restored_low", "restored_high"),
@@ -140,3 +148,44 @@ def _restored(effect: Values, gap: Values, families: Sequence[str], seed: int) -
         "restored_low": float(found.low),
         "restored_high": float(found.high),
     }
+
+
+def save_restored(table: pd.DataFrame, folder: str | Path) -> None:
+    """Write a table of `restoring` or `restore_by_neurons`, with its ``attrs``, as restored.json into a folder.
+
+    Args:
+        table: What was returned, or rows of it.
+        folder: Made where there is none.
+
+    >>> import tempfile
+    >>> import pandas as pd
+    >>> table = pd.DataFrame({"kind": ["harmful"], "measure": ["score"], "effect": [2.5], "restored": [float("nan")]})
+    >>> table.attrs = {"condition": "careful"}
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_restored(table, folder)
+    ...     again = load_restored(folder)
+    >>> again.equals(table), again.attrs
+    (True, {'condition': 'careful'})
+    """
+    content = {
+        "format_version": FORMAT_VERSION,
+        "table": frame_to_json(table),
+        "settings": {str(name): value for name, value in table.attrs.items()},
+    }
+    write_result(folder, FILE, content)
+
+
+def load_restored(folder: str | Path) -> pd.DataFrame:
+    """Read what `save_restored` wrote.
+
+    Raises:
+        StudyFolderError: The file is missing or cannot be read, holds something else, or is of another format version.
+    """
+
+    def made(read: dict[str, Any]) -> pd.DataFrame:
+        table = frame_from_json(read["table"])
+        require_columns(table, ("kind", "measure", "effect", "restored"))
+        table.attrs = dict(read["settings"])
+        return table
+
+    return read_result(folder, FILE, FORMAT_VERSION, made, "rl.save_restored")

@@ -327,6 +327,31 @@ def _removing(result: StudyResult) -> list[Section]:
                 " heads does not, attention to the chain keeps these heads from their work; what filler shows as well is not about"
                 " what the chain says.",
             ),
+            figures=[
+                Figure(
+                    "removal",
+                    plots.removal_beside_random(result.removal),
+                    "In each condition the coloured marks (the found heads removed) should leave the grey bars (random heads of the"
+                    " same layers) on harmful requests, and stay in them on twins, reasoning and neutral text. Whiskers: 95 %"
+                    " intervals over families.",
+                    "That only these heads do it. Where few random sets stand beside a mark (replies are written for a few), it is set"
+                    " apart from nothing.",
+                ),
+                *(
+                    []
+                    if result.restored is None
+                    else [
+                        Figure(
+                            "restored",
+                            plots.restored_refusal(result.restored),
+                            "Left: 1 is all that the chain took. Vermillion above the grey bar says that the score rises; green,"
+                            " harmful minus twin, that it is refusal which comes back. Right: where blue (twins) rises as far as"
+                            " vermillion, the edit raises every score.",
+                            "That attention would move so by itself. A share is drawn only where a loss is shown.",
+                        )
+                    ]
+                ),
+            ],
             tables=[
                 tables.removal_table(result.removal),
                 *([] if result.restored is None else [tables.restored_table(result.restored)]),
@@ -346,6 +371,18 @@ def _comparing(result: StudyResult) -> list[Section]:
                 "The same requests, the heads tested in the base and those that each tuned model's own select side chose. A changed"
                 " effect does not say why it changed.",
             ),
+            figures=[
+                Figure(
+                    f"compared_heads_{place}",
+                    plots.compared_heads(result, name),
+                    f"Heads on the dotted line do in {visible(name)} what they do in the base. Near the horizontal 0: an effect that"
+                    " is gone. Look at the note of the table first: where the tuned model refuses less, every effect comes nearer"
+                    " to 0.",
+                    "Why an effect changed, or whether what a head reads is still the same. Verdicts change where an effect lies at"
+                    " the border of the rule.",
+                )
+                for place, name in enumerate(result.compared)
+            ],
             tables=[tables.compared_table(name, one) for name, one in result.compared.items()],
         )
     ]

@@ -23,10 +23,12 @@ OF_PART: dict[str, Callable[[StudyResult], Any]] = {
     "probes_without_heads": lambda study: study.probes_without_heads,
     "refusal_cliff": lambda study: study.cliffs,
 }
-# Figures of neurons and of entanglement take results of their own: tests/views/test_neuron_plots.py and test_doses.py draw them.
+# Figures of neurons, of entanglement and of checkpoints take results of their own: test_neuron_plots.py, test_doses.py and
+# test_checkpoint_report.py draw them.
 OF_NEURONS = {
     *("entanglement_rivals", "neuron_sweep", "neurons_by_layer"),
     *("dose_effects", "direct_and_total", "specification_curve"),
+    *("lost_by_drift", "metrics_against_loss", "ras_beside_random", "training_course"),
 }
 ALL = [getattr(plots, name) for name in plots.__all__ if name not in OF_NEURONS]
 

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 
 from rim_lens.errors import NotEnoughData, ReferenceMismatch
+from rim_lens.measures.frames import frame_from_json, frame_to_json
 from rim_lens.measures.heads.result import RefusalHeads
+from rim_lens.measures.kept import read_result, require_columns, with_nan, without_nan, write_result
 from rim_lens.measures.stats import bootstrap_interval, family_index, sign_flip_test
 
 if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
+FORMAT_VERSION = 1
+FILE = "compared_heads.json"
 SAME = (
     "evaluate_digest",
     "read_in",
@@ -39,7 +45,7 @@ class HeadComparison:
         correlation: Spearman's rank correlation of the heads' mean effects on harmful requests in both models, with low
             and high (bootstrap over families) and the number of heads; NaN with fewer than three heads.
         untested: Heads that were tested in one of the models alone: {"base": [...], "tuned": [...]}.
-        settings: What both share, and digests of both models' weights.
+        settings: What both share, digests of both models' weights, and n, the number of pairs of requests and twins.
     """
 
     table: pd.DataFrame
@@ -58,6 +64,45 @@ class HeadComparison:
             f"HeadComparison({len(self.table)} heads, rank correlation of effects {value['value']:.2f}"
             f" [{value['low']:.2f}, {value['high']:.2f}])"
         )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{escape(repr(self))}</p>{self.table.to_html(index=False, float_format='{:.3g}'.format)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain values for JSON; NaN becomes None."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "table": frame_to_json(self.table),
+            "baseline": {kind: without_nan(values) for kind, values in self.baseline.items()},
+            "correlation": without_nan(self.correlation),
+            "untested": self.untested,
+            "settings": self.settings,
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write compared_heads.json into a folder, which is made where there is none."""
+        write_result(folder, FILE, self.to_dict())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> HeadComparison:
+        """Read what `save` wrote.
+
+        Raises:
+            StudyFolderError: The file is missing or cannot be read, holds something else, or is of another format version.
+        """
+
+        def made(read: dict[str, Any]) -> HeadComparison:
+            table = frame_from_json(read["table"])
+            require_columns(table, ("layer", "head", "verdict_base", "verdict_tuned", "change"))
+            return cls(
+                table=table,
+                baseline={kind: with_nan(values) for kind, values in read["baseline"].items()},
+                correlation=with_nan(read["correlation"]),
+                untested=read["untested"],
+                settings=read["settings"],
+            )
+
+        return read_result(folder, FILE, FORMAT_VERSION, made, "HeadComparison.save")
 
 
 def compare_heads(base: RefusalHeads, tuned: RefusalHeads, *, seed: int = 0) -> HeadComparison:
@@ -82,7 +127,7 @@ def compare_heads(base: RefusalHeads, tuned: RefusalHeads, *, seed: int = 0) -> 
 
     Returns:
         A `HeadComparison`. Columns of its table: layer, head; verdict_base and verdict_tuned; for effect, effect_twins and
-        specificity the mean in base and tuned; change, change_twins and change_specificity (tuned − base, paired by
+        specificity the mean in base and tuned, for effect with its 95 % interval in each (effect_base_low, …); change, change_twins and change_specificity (tuned − base, paired by
         request) with their 95 % intervals over families and p (sign flips over families, max-statistic over the heads of
         this table); and every column about attention that both tables have (moves_…, mass_…, sink), with _base and
         _tuned. Largest change first.
@@ -129,6 +174,9 @@ def compare_heads(base: RefusalHeads, tuned: RefusalHeads, *, seed: int = 0) -> 
         ("specificity", lambda model: gaps[model]),
     ):
         columns |= {f"{measure}_{model}": of(model).mean(axis=0) for model in ("base", "tuned")}
+    for model in ("base", "tuned"):
+        interval = bootstrap_interval(effects[model, "harmful"], families, seed=seed)
+        columns |= {f"effect_{model}_low": interval.low, f"effect_{model}_high": interval.high}
     for name, values in differences.items():
         columns |= _changed(name, values, families, seed)
     shared = [
@@ -154,6 +202,7 @@ def compare_heads(base: RefusalHeads, tuned: RefusalHeads, *, seed: int = 0) -> 
                 "base": base.settings["weights_digest"],
                 "tuned": tuned.settings["weights_digest"],
             },
+            "n": len(families),
             "seed": seed,
         },
     )

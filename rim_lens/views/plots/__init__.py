@@ -19,6 +19,7 @@ from rim_lens.views.plots.looking import argmax_positions, attention_pattern, he
 from rim_lens.views.plots.neurons import neuron_sweep, neurons_by_layer
 from rim_lens.views.plots.probes import probe_curves, probes_without_heads, refusal_cliff
 from rim_lens.views.plots.refusal import outcomes, scores
+from rim_lens.views.plots.removing import compared_heads, removal_beside_random, restored_refusal
 from rim_lens.views.plots.shift import activation_shift, tuned_outcomes
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "attention_by_head",
     "attention_map",
     "attention_pattern",
+    "compared_heads",
     "direct_and_total",
     "dose_effects",
     "entanglement_rivals",
@@ -44,6 +46,8 @@ __all__ = [
     "probes_without_heads",
     "ras_beside_random",
     "refusal_cliff",
+    "removal_beside_random",
+    "restored_refusal",
     "scores",
     "specification_curve",
     "training_course",

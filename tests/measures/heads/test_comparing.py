@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rim_lens as rl
-from rim_lens.errors import NotEnoughData, ReferenceMismatch, UnknownHead
+from rim_lens.errors import NotEnoughData, ReferenceMismatch, StudyFolderError, UnknownHead
 from rim_lens.measures.heads.comparing import compare_heads, rank_correlation
 from rim_lens.measures.stats import bootstrap_interval, resampled_requests, sign_flip_test
 from rim_lens.organisms.planted import DECOY_HEAD, READER
@@ -197,3 +198,54 @@ def test_the_toy_after_fine_tuning(name: str) -> None:
     assert found.baseline["harmful"]["high"] < -1  # both refuse less than before
     assert found.settings["weights_digest"]["base"] != found.settings["weights_digest"]["tuned"]
     assert "rank correlation" in repr(found)
+
+
+@pytest.mark.parametrize(
+    "heads", [HEADS, HEADS[:2]], ids=["four heads", "two heads, so that no correlation is defined"]
+)
+def test_a_comparison_is_read_back_as_it_was(heads: Any, tmp_path: Path) -> None:
+    base, tuned = measured(0, {}, tested=heads), measured(1, {(1, 0): 2.5})
+    base.table.loc[0, "moves_empty"] = np.nan
+    found = compare_heads(base, tuned)
+    assert np.isnan(found.correlation["value"]) == (len(heads) < 3)
+    assert found.table["moves_empty_base"].isna().sum() == 1
+    found.save(tmp_path / "new")
+    again = rl.HeadComparison.load(tmp_path / "new")
+    pd.testing.assert_frame_equal(again.table, found.table)
+    assert (again.baseline, again.untested, again.settings) == (
+        found.baseline,
+        found.untested,
+        found.settings,
+    )
+    np.testing.assert_equal(again.correlation, found.correlation)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["compared_heads.json"]
+    assert "Comparison" in again._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "HeadComparison.save"),
+        ("{", "HeadComparison.save"),
+        ("[]", "HeadComparison.save"),
+        ('{"format_version": 99}', "format version 99"),
+        ('{"format_version": 1, "table": {"columns": {}, "rows": []}}', "no column layer"),
+        ('{"format_version": 1, "table": []}', "HeadComparison.save"),
+    ],
+)
+def test_other_files_are_no_comparison(content: str | None, said: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "compared_heads.json").write_text(content)
+    with pytest.raises(StudyFolderError, match=said):
+        rl.HeadComparison.load(tmp_path)
+
+
+def test_effects_of_both_models_have_intervals_of_their_own() -> None:
+    base, tuned = measured(0, {}), measured(1, {(1, 0): 2.5})
+    table = compare_heads(base, tuned, seed=3).table.set_index(["layer", "head"])
+    for name, one in (("base", base), ("tuned", tuned)):
+        for place, head in enumerate(HEADS):
+            values = one.effects["harmful"].values[:, place]
+            alone = bootstrap_interval(values, FAMILIES, seed=3)
+            assert table.loc[head, f"effect_{name}_low"] == pytest.approx(float(alone.low))
+            assert table.loc[head, f"effect_{name}_high"] == pytest.approx(float(alone.high))

@@ -174,3 +174,35 @@ def test_a_text_of_ones_own() -> None:
 def test_bad_input_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConditionError, match=message):
         restoring(*toy("planted"), [READER], *asked(), **FEW | options)
+
+
+def test_what_was_restored_is_read_back_with_what_was_asked(tmp_path: Path) -> None:
+    few = FEW | {"n_random_sets": 2, "n_written": 0}
+    table = restoring(*toy("planted"), [READER], *asked(), edits=("block",), openers=("REFUSE",), **few)
+    assert table["restored"].isna().any()
+    assert table["percentile"].isna().any()
+    rl.save_restored(table, tmp_path / "new")
+    again = rl.load_restored(tmp_path / "new")
+    pd.testing.assert_frame_equal(again, table)
+    assert again.attrs == table.attrs
+    assert again.attrs["heads"] == [list(READER)]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "rl.save_restored"),
+        ('{"format_version": 1, "table"', "rl.save_restored"),
+        ("3", "rl.save_restored"),
+        ('{"format_version": 0}', "format version 0"),
+        (
+            '{"format_version": 1, "table": {"columns": {"kind": "object"}, "rows": []}, "settings": {}}',
+            "no column measure, effect, restored",
+        ),
+    ],
+)
+def test_other_files_hold_nothing_restored(content: str | None, said: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "restored.json").write_text(content)
+    with pytest.raises(StudyFolderError, match=said):
+        rl.load_restored(tmp_path)
