@@ -607,6 +607,7 @@ def restored_table(table: pd.DataFrame) -> Table:
             row["edit"],
             row["kind"],
             row["measure"],
+            str(row["n"]),
             f"{plain(row['off'])} / {plain(row['baseline'])} → {plain(row['edited'])}",
             f"{signed(row['effect'])} {between(row['effect_low'], row['effect_high'])}",
             p_value(row["p"]),
@@ -617,11 +618,14 @@ def restored_table(table: pd.DataFrame) -> Table:
             str(row["n_controls"]),
         )
         if row["state"] == "measured"
-        else (row["condition"], row["edit"], row["kind"], row["measure"], row["state"], *("–",) * 5)
+        else (
+            *(row["condition"], row["edit"], row["kind"], row["measure"], str(row["n"]), row["state"]),
+            *("–",) * 5,
+        )
         for row in table.to_dict("records")
     )
     columns = (
-        *("condition", "edit", "on", "measure", "off / in condition → edited", "effect [95 %]", "p"),
+        *("condition", "edit", "on", "measure", "n", "off / in condition → edited", "effect [95 %]", "p"),
         *("of the gap restored", "random sets [95 %]", "sets"),
     )
     return Table(
