@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from rim_lens.errors import StudyFolderError
+from rim_lens.folder import write_whole
 from rim_lens.lens import Head
 from rim_lens.measures.frames import frame_from_json, frame_to_json
 from rim_lens.showing import shown_by
@@ -103,7 +104,7 @@ class RefusalHeads:
         for name in _DATASETS:
             getattr(self, name).to_netcdf(folder / f"{name}.nc", engine="h5netcdf")
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
-        (folder / "heads.json").write_text(text + "\n", encoding="utf-8")
+        write_whole(folder / "heads.json", text + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
