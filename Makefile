@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 EXTRA := $(if $(findstring smollm2,$(MODEL)),smollm2,demo)
 PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test check contract evidence evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-checkpoints clean
+.PHONY: demo test check contract docs evidence evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-checkpoints clean
 
 demo: .venv/ready-$(EXTRA)
 	@# 3: the study ran and stopped at its gate, which is an answer
@@ -29,6 +29,10 @@ check: .venv/ready-dev
 # The same numbers on the oldest supported TransformerLens.
 contract: .venv-tl2/ready-dev
 	.venv-tl2/bin/python $(PYTEST) -m family_contract
+
+# The documentation, as docs/_build/index.html; a warning is an error.
+docs: .venv/ready-docs
+	.venv/bin/sphinx-build -W --keep-going -q docs docs/_build
 
 # What takes long. Its outputs are committed under docs/evidence, with command, versions and date.
 evidence: .venv/ready-dev evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-checkpoints

@@ -37,7 +37,7 @@ class Freezing:
     Attributes:
         table: One row per run: frozen ("nothing", "set", "random 0", …); n_neurons; lost (nats of refusal score, base − tuned)
             and lost_rate; kept (lost with nothing frozen − lost here, nats, paired by request) with low and high (95 %, over
-            families); accuracy_… and gained_… (accuracy − base); twins_refused; weight_drift.
+            families); `accuracy_…` and `gained_…` (accuracy − base); twins_refused; weight_drift.
         p: Chance of the set's kept refusal being so high a rank if it were one more random set; never below
             1 / (1 + number of random sets).
         percentile: Its place among theirs.

@@ -42,10 +42,10 @@ class Comparison:
 
     Attributes:
         table: One row per checkpoint, and one at step 0 per run, the base: run, step, model, weights_digest; mean refusal score
-            (nats) on harmful and harmless requests (score_…), `lost` and `lost_harmless` (base − checkpoint); what is
-            written: shares refused_harmful, complied_harmful, refused_harmless, `lost_rate` (base − checkpoint); accuracy_… by
+            (nats) on harmful and harmless requests (`score_…`), `lost` and `lost_harmless` (base − checkpoint); what is
+            written: shares refused_harmful, complied_harmful, refused_harmless, `lost_rate` (base − checkpoint); `accuracy_…` by
             think condition; weight_drift, kl and the other metrics of `rl.entanglement`: of the set (ras, …), of all neurons
-            (…_all), mean of the random sets (…_random), of the model (cka_ratio_model, …); ras_percentile and ras_p of
+            (`…_all`), mean of the random sets (`…_random`), of the model (cka_ratio_model, …); ras_percentile and ras_p of
             the set among random sets at that checkpoint.
         random: The metrics of each random set: run, step, set and a column each. The sets are the same at all checkpoints.
         prompts: One row per checkpoint and prompt: run, step, kind, prompt, family, score (nats), outcome (refuse, comply,

@@ -89,24 +89,24 @@ def entanglement(
     Both models are read one after the other, with the memory of one, and every reading is kept in `folder`: a run that was
     cut short goes on where it stopped.
 
-    =================  ===========  ====================================================================================
-    metric             of           what it is
-    =================  ===========  ====================================================================================
-    ras                all, set     2 δ⁻δ⁺ / (δ⁻ + δ⁺), in the unit of the activations
-    safety_drop        all, set     δ⁻, on harmful requests
-    reasoning_rise     all, set     δ⁺, on reasoning prompts
-    arithmetic …       all, set     of δ⁻ and δ⁺: arithmetic, geometric, minimum, product
-    floored_ras        all, set     RAS with floored denominators, silenced neurons kept
-    l1_…, l2_…         all, set     mean absolute and root mean square change, on safety and on reasoning prompts
-    cka_ratio          all, set     (1 − CKA of harmful) / (1 − CKA of harmless) of these neurons' activations
-    cka_ratio          model        the same of the residual stream, over all layers
-    cka_harmful …      model        debiased linear CKA of base and tuned, mean over layers
-    whitened_cosine_…  model        of safety and reasoning direction in the base, in the tuned model, and of the safety
-                                    direction with what training moved on reasoning (shift)
-    kl                 model        KL(base ‖ tuned) per task token
-    weight_drift       model        relative L2 distance of all weights
-    refusal_change_…   model        tuned − base, mean refusal score of harmful and of harmless requests
-    =================  ===========  ====================================================================================
+    ===================  ===========  ====================================================================================
+    metric               of           what it is
+    ===================  ===========  ====================================================================================
+    ras                  all, set     2 δ⁻δ⁺ / (δ⁻ + δ⁺), in the unit of the activations
+    safety_drop          all, set     δ⁻, on harmful requests
+    reasoning_rise       all, set     δ⁺, on reasoning prompts
+    arithmetic …         all, set     of δ⁻ and δ⁺: arithmetic, geometric, minimum, product
+    floored_ras          all, set     RAS with floored denominators, silenced neurons kept
+    `l1_…`, `l2_…`       all, set     mean absolute and root mean square change, on safety and on reasoning prompts
+    cka_ratio            all, set     (1 − CKA of harmful) / (1 − CKA of harmless) of these neurons' activations
+    cka_ratio            model        the same of the residual stream, over all layers
+    cka_harmful …        model        debiased linear CKA of base and tuned, mean over layers
+    `whitened_cosine_…`  model        of safety and reasoning direction in the base, in the tuned model, and of the safety
+                                      direction with what training moved on reasoning (shift)
+    kl                   model        KL(base ‖ tuned) per task token
+    weight_drift         model        relative L2 distance of all weights
+    `refusal_change_…`   model        tuned − base, mean refusal score of harmful and of harmless requests
+    ===================  ===========  ====================================================================================
 
     Intervals resample families of prompts (half of them for CKA, a statistic of pairs); those of quantities that cannot be
     negative lie too high where little moved, as every resample moves a little. What p and percentile show, and what none of

@@ -129,8 +129,8 @@ def compare_heads(base: RefusalHeads, tuned: RefusalHeads, *, seed: int = 0) -> 
         A `HeadComparison`. Columns of its table: layer, head; verdict_base and verdict_tuned; for effect, effect_twins and
         specificity the mean in base and tuned, for effect with its 95 % interval in each (effect_base_low, …); change, change_twins and change_specificity (tuned − base, paired by
         request) with their 95 % intervals over families and p (sign flips over families, max-statistic over the heads of
-        this table); and every column about attention that both tables have (moves_…, mass_…, sink), with _base and
-        _tuned. Largest change first.
+        this table); and every column about attention that both tables have (`moves_…`, `mass_…`, sink), with `_base` and
+        `_tuned`. Largest change first.
 
     Raises:
         ReferenceMismatch: The two were measured on other requests, with another editor, rows or reading, or have

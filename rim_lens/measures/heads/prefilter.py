@@ -129,7 +129,7 @@ def prefiltered(
 ) -> xr.Dataset:
     """Effects of the heads that matter most by an estimate, each measured exactly; the others are not tested.
 
-    Heads are ranked by the mean over prompts of |estimate|, so that a head which raises refusal here and lowers it
+    Heads are ranked by the mean over prompts of the estimate's size, so that a head which raises refusal here and lowers it
     there is not lost. Confirmed are the first `n_confirm`, and all heads of `always_layers`, where estimates mislead.
 
     What it does not show: that a head which was not tested has no effect. On one model, all of whose 270 heads were
@@ -151,7 +151,7 @@ def prefiltered(
 
     Returns:
         Dataset with ``effect`` (prompt, layer, head), exact, in the reading's unit, NaN where not tested; ``estimate`` (mean of
-        |estimate|), ``rank`` (1 is the largest) and ``status`` ("confirmed" or "not tested"), by (layer, head); ``baseline``
+        the estimate's size), ``rank`` (1 is the largest) and ``status`` ("confirmed" or "not tested"), by (layer, head); ``baseline``
         (prompt). "confirmed" says that the effect was measured, whatever it came to.
 
     Raises:

@@ -53,19 +53,19 @@ def removal_effects(
 ) -> RemovalEffects:
     """Remove heads and measure what changes: refusal, over-refusal, reasoning, and text that has nothing to do with them.
 
-    ==============  ==========================  ===================================================================
-    measure         on                          in
-    ==============  ==========================  ===================================================================
-    refuse, comply  harmful and harmless        every condition: share of replies, judged as by `generate`. *refuse* on
-    other, empty                                harmless requests is over-refusal; *other* is neither refusal nor
-                                                compliance, and *empty* (of these) nothing at all
-    refuse_in_think harmful and harmless        open conditions: refusals inside the think block
-    score           harmful and harmless        closed conditions: `refusal_score`, nats
-    specificity     harmful − harmless          closed conditions: score of each harmful request minus that of its twin
-    correct         reasoning                   every condition but controls: share of right answers written
-    answer          reasoning                   closed ones of these: log-probability of the checked answer, nats
-    kl              neutral                     KL(plain ‖ edited) of next-token predictions, nats per token
-    ==============  ==========================  ===================================================================
+    ===============  ==========================  ===================================================================
+    measure          on                          in
+    ===============  ==========================  ===================================================================
+    refuse, comply   harmful and harmless        every condition: share of replies, judged as by `generate`. *refuse* on
+    other, empty                                 harmless requests is over-refusal; *other* is neither refusal nor
+                                                 compliance, and *empty* (of these) nothing at all
+    refuse_in_think  harmful and harmless        open conditions: refusals inside the think block
+    score            harmful and harmless        closed conditions: `refusal_score`, nats
+    specificity      harmful − harmless          closed conditions: score of each harmful request minus that of its twin
+    correct          reasoning                   every condition but controls: share of right answers written
+    answer           reasoning                   closed ones of these: log-probability of the checked answer, nats
+    kl               neutral                     KL(plain ‖ edited) of next-token predictions, nats per token
+    ===============  ==========================  ===================================================================
 
     Every row stands beside the same edit on random sets with as many heads in each layer. What is read in a few passes (score,
     answer, kl) is read for all `n_random_sets` of them, what is written for the first `n_written`: look at `n_controls`.

@@ -60,7 +60,7 @@ def refusal_score(
     Returns:
         DataArray (prompt) with coordinates ``first_token`` (the most probable first word), ``first_probability``
         (its probability) and ``skipped`` (whitespace tokens passed over). The attribute ``first_tokens`` is a line of
-        the likeliest first words over all prompts, mean probabilities beside them, openers marked with *.
+        the likeliest first words over all prompts, mean probabilities beside them, openers marked with an asterisk.
 
     Raises:
         ConditionError: The think block is open, so that the next token belongs to the CoT; or the prompts end with
