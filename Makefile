@@ -44,7 +44,7 @@ evidence: .venv/ready-dev evidence-oracles evidence-statistics evidence-heads ev
 	  --condition filler --condition unrelated --out docs/evidence
 	.venv/bin/rim-lens measures runs/smollm2-newline/seed-0 --requests 24 --name smollm2-newline --out docs/evidence
 	.venv/bin/rim-lens direction smollm2-refusal --requests 24 --controls 30 --candidates 32 --out docs/evidence
-	.venv/bin/rim-lens heads smollm2-refusal --requests 16 --n-test 270 --no-probes --no-removing --out runs/heads-smollm2-refusal
+	.venv/bin/rim-lens heads smollm2-refusal --requests 16 --n-test 270 --no-probes --no-removing --no-statistics --out runs/heads-smollm2-refusal
 	cp runs/heads-smollm2-refusal/report.md docs/evidence/heads_smollm2-refusal.md
 	cp runs/heads-smollm2-refusal/heads/heads.json docs/evidence/heads_smollm2-refusal.json
 

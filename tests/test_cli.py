@@ -83,7 +83,7 @@ def test_heads_plans_the_parts_and_conditions_asked_for(tmp_path):
     assert "added" in result.output
     assert "filler:confirm:statement" in result.output
     plan = json.loads(run(cli.app, [*asked, "--plan", "--json"]).output)
-    stages = {"gate", "attention", "scores", "outcomes", "heads", "removing", "probes"}
+    stages = {"gate", "attention", "scores", "outcomes", "heads", "statistics", "removing", "probes"}
     assert {step["stage"] for step in plan["steps"]} == stages
     fewer = ["--no-probes", "--no-removing", "--tuned", "toy:deviate"]
     without = json.loads(run(cli.app, [*asked, "--plan", "--json", *fewer]).output)
@@ -118,7 +118,7 @@ def test_heads_of_a_file_with_both_kinds(tmp_path):
         "--n-test",
         "3",
     ]
-    result = run(cli.app, [*words, "--no-probes", "--no-removing", "--out", str(folder)])
+    result = run(cli.app, [*words, "--no-probes", "--no-removing", "--no-statistics", "--out", str(folder)])
     assert result.exit_code == 0, result.output
     study = rl.load_study(folder)
     assert study.measured

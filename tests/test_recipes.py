@@ -64,7 +64,7 @@ def test_the_command_for_qwen3_4b_runs_on_a_tiny_qwen3(tiny_qwen3: Path, tmp_pat
     study = rl.load_study(tmp_path / "run")
     assert study.measured
     assert study.design["facts"]["dtype"] == "torch.bfloat16"
-    assert study.parts == ("heads", "removing", "probes")
+    assert study.parts == ("heads", "statistics", "removing", "probes")
     assert set(study.conditions) == {"off", "open", "careful", "filler", "unrelated"}
     assert "moves_empty" in study.heads.scan.columns
     assert (tmp_path / "run" / "report.html").exists()

@@ -110,6 +110,9 @@ def heads(
     tuned: Annotated[
         list[str] | None, typer.Option(help="A fine-tuned variant whose heads stand beside; repeat for more.")
     ] = None,
+    statistics: Annotated[
+        bool, typer.Option(help="What all heads write and how they look, and pairs of the found ones.")
+    ] = True,
     removing: Annotated[
         bool, typer.Option(help="Remove the found heads, and edit them under chains of thought.")
     ] = True,
@@ -141,7 +144,12 @@ def heads(
             "heads",
             *(
                 part
-                for part, asked in (("removing", removing), ("comparing", tuned), ("probes", probes))
+                for part, asked in (
+                    ("statistics", statistics),
+                    ("removing", removing),
+                    ("comparing", tuned),
+                    ("probes", probes),
+                )
                 if asked
             ),
         ),

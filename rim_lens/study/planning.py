@@ -21,6 +21,8 @@ from rim_lens.study import removing
 from rim_lens.study.probing import n_sets, probed_conditions, with_thoughts
 from rim_lens.study.removing import WRITTEN_SETS
 from rim_lens.study.stages import ROWS_SHOWN, Bench
+from rim_lens.study.statistics import FILE as STATISTICS
+from rim_lens.study.statistics import MOST_PAIRED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -194,6 +196,20 @@ def make_plan(bench: Bench, n_tuned: int, parts: Sequence[str] = ("heads", "neur
             "heads", "their attention, key by key", ROWS_SHOWN, len(conditions), "heads/rows.json", cot, True
         ),
     ]
+    if "statistics" in parts:
+        pairs = MOST_PAIRED * (MOST_PAIRED + 1) // 2
+        steps += [
+            reading("statistics", "direct effects, attention within chains", n_evaluate, 3, STATISTICS, cot),
+            reading("statistics", "gradients, and back", n_select, 3, STATISTICS, at_most=True),
+            reading(
+                "statistics",
+                "pairs of heads removed",
+                n_evaluate,
+                1 + pairs,
+                "statistics/pairs.jsonl",
+                at_most=True,
+            ),
+        ]
     if "removing" in parts:
         steps += _removal_steps(bench, reading, writing, cot)
     if "comparing" in parts:

@@ -21,6 +21,7 @@ from rim_lens.measures.probes.result import ProbeResult, joined
 from rim_lens.showing import shown_by
 from rim_lens.study.asking import asked_before
 from rim_lens.study.stages import CONDITIONS, attention_name, read_condition, written
+from rim_lens.study.statistics import FILE as STATISTICS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # What each part writes last.
 LAST_FILE = {
     "heads": "heads/rows.json",
+    "statistics": STATISTICS,
     "removing": "restoring/tables.json",
     "comparing": "tuned/compared.json",
     "probes": "probes/cliff.json",
@@ -124,6 +126,22 @@ class StudyResult:
             folder.read("heads/rows.json")["rows"] if folder.has("heads/rows.json") else []
         )
         return rows
+
+    @cached_property
+    def statistics(self) -> dict[str, Any] | None:
+        """What heads do beside what their removal does; None without the part "statistics".
+
+        heads: a table of all heads, evaluate side: argmax_shift and mass_shift (open → off, on harmful requests and twins),
+        sink mass and entropy_share in off, direct effect on the score (nats), estimate (gradient × activation, select side),
+        kurtosis of attention over a chain's sentences; beside effect_select, effect and verdict. pairs: `pair_interactions`.
+        reliability: `split_half` by name. estimates: how the estimate ranks heads. reasons: what could not be had, and why.
+        """
+        folder = ResultFolder(self.path)
+        if not folder.has(STATISTICS):
+            return None
+        told = folder.read(STATISTICS)
+        pairs = None if told["pairs"] is None else frame_from_json(told["pairs"])
+        return {**told, "heads": frame_from_json(told["heads"]), "pairs": pairs}
 
     @cached_property
     def removal(self) -> RemovalEffects | None:

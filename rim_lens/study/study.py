@@ -27,10 +27,11 @@ from rim_lens.study.removing import compared, run_comparing, run_removing
 from rim_lens.study.requests import requests_by_split
 from rim_lens.study.results import StudyResult, load_study
 from rim_lens.study.stages import Bench, Settings
+from rim_lens.study.statistics import run_statistics
 from rim_lens.study.tuned import Source, Tuned, by_name, same_shape, same_weights
 
 Requests = Sequence[Prompt | str]
-PARTS = ("heads", "removing", "comparing", "probes", "neurons")
+PARTS = ("heads", "statistics", "removing", "comparing", "probes", "neurons")
 
 
 @dataclass
@@ -43,7 +44,8 @@ class Study:
     `evaluate` ones beside all other heads of their layers and per-layer random sets; neuron activations on safety
     and reasoning prompts, and RAS between the model and its tuned variants beside random sets.
 
-    They fall into parts: "heads" (all up to the heads, without which nothing is measured), "removing" (what removing the
+    They fall into parts: "heads" (all up to the heads, without which nothing is measured), "statistics" (of all
+    heads what they write, how steadily they look and where within a chain; of the found ones which stand in for each other), "removing" (what removing the
     found ones does to refusal, reasoning and other text, and whether editing them under a chain of thought restores refusal),
     "comparing" (the same table of heads for each tuned model), "probes" (what separates in each condition, what ablating it
     does, and what removing the heads does to it) and "neurons".
@@ -164,6 +166,9 @@ class Study:
             stages.run_outcomes(bench)
         with clock("heads", "heads whose removal changes refusal"):
             found = stages.run_heads(bench)
+        if "statistics" in self.parts:
+            with clock("statistics", "what heads write, how steadily they look, and who works with whom"):
+                run_statistics(bench, found)
         if "removing" in self.parts:
             with clock("removing", "what removing the heads does, and what restores refusal"):
                 run_removing(bench, found)

@@ -160,6 +160,7 @@ def _sections(result: StudyResult, said: list[Finding]) -> list[Section]:
         ),
         _attention(result),
         _heads(result),
+        *_statistics(result),
         *_removing(result),
         *_comparing(result),
         *_probes(result),
@@ -310,6 +311,25 @@ def _heads(result: StudyResult) -> Section:
         figures,
         tables.head_tables(result.heads),
     )
+
+
+def _statistics(result: StudyResult) -> list[Section]:
+    told = result.statistics
+    if told is None:
+        return []
+    missing = tuple(f"Not there: {name}. {why}" for name, why in told["reasons"].items())
+    return [
+        Section(
+            "statistics",
+            "What heads write, and who works with whom",
+            (
+                "All heads, on the evaluate side. None of these is an effect: removal is, and stands beside them. A head with a direct"
+                " effect writes the words; one with an effect of removal and no direct one works through what reads it.",
+                *missing,
+            ),
+            tables=tables.statistics_tables(result),
+        )
+    ]
 
 
 def _removing(result: StudyResult) -> list[Section]:

@@ -37,6 +37,8 @@ def command(result: StudyResult) -> str | None:
         words += ["--tuned", source]
     if own:
         words += ["--think", ",".join(result.conditions), "--n-test", str(design["settings"]["n_test"])]
+    if own and "statistics" not in parts:
+        words.append("--no-statistics")
     if own and "removing" not in parts:
         words.append("--no-removing")
     if ("probes" in parts) != own:

@@ -599,6 +599,112 @@ def removal_table(result: EffectTables, what: str = "found heads", unit: str = "
     )
 
 
+def statistics_tables(result: StudyResult) -> list[Table]:
+    """What heads do beside what their removal does: all of them, how steadily, and pairs."""
+    told = result.statistics
+    if told is None:
+        return []
+
+    def shown(value: float) -> str:
+        return "–" if math.isnan(value) else plain(value, 2)
+
+    rows = tuple(
+        (
+            numbers.head_name(row["layer"], row["head"]),
+            *(
+                shown(row[name])
+                for name in (
+                    *(
+                        "effect_select",
+                        "estimate",
+                        "direct",
+                        "direct_twins",
+                        "argmax_shift",
+                        "argmax_shift_twins",
+                    ),
+                    *("mass_shift", "mass_shift_twins", "sink", "entropy_share", "kurtosis"),
+                )
+            ),
+        )
+        for row in told["heads"].to_dict("records")
+    )
+    about, agreement = told["reliability"], told["estimates"]
+    ranked = (
+        f" The estimate ranks heads as their removal does with r = {share(agreement['rank_correlation'])}, and"
+        f" {agreement['top_shared']} of its first {agreement['top']} are among the exact first."
+        if agreement.get("top")
+        else ""
+    )
+    steady = tuple(
+        (
+            name,
+            share(one["value"]),
+            between(one["low"], one["high"]),
+            str(one["n_families"]),
+            str(one["n_heads"]),
+        )
+        for name, one in about.items()
+    )
+    tables = [
+        Table(
+            "head_statistics",
+            f"All {len(rows)} heads: what they write and how they look",
+            (
+                *(
+                    "head",
+                    "removal, select",
+                    "estimate",
+                    "direct",
+                    "direct, twins",
+                    "argmax moves",
+                    "… twins",
+                ),
+                *("mass moves", "… twins", "sink", "entropy", "kurtosis"),
+            ),
+            rows,
+            "Removal, estimate (gradient × activation): nats, on the select side; direct: nats that leave with the head's own output at"
+            " the last row. Argmax moves: share of requests on which its argmax leaves the role word (open) for the empty block (off);"
+            " mass moves: mass on the role word, open − off. Sink: mass on the first token; entropy: share of that of an even look, in off."
+            f" Kurtosis: how far its attention within a chain is heaped on few sentences.{ranked}",
+            folded=True,
+        )
+    ]
+    if steady:
+        tables.append(
+            Table(
+                "reliability",
+                "How steadily heads are ranked: halves of the requests against each other",
+                ("statistic", "reliability", "over splits [95 %]", "families", "heads"),
+                steady,
+                "Spearman and Brown: 1 is the same order in both halves. A positional head is steady as well.",
+            )
+        )
+    if told["pairs"] is not None:
+        rows = tuple(
+            (
+                row["pair"],
+                signed(row["effect_first"]),
+                signed(row["effect_second"]),
+                signed(row["effect"]),
+                f"{signed(row['interaction'])} {between(row['low'], row['high'])}",
+                p_value(row["p"]),
+                row["kind"],
+            )
+            for row in told["pairs"].to_dict("records")
+        )
+        tables.append(
+            Table(
+                "pairs",
+                "Pairs of heads removed together, on the evaluate side",
+                ("pair", "first", "second", "both", "interaction [95 %]", "p", "kind"),
+                rows,
+                "Nats. Redundant: both together do more than the sum, so that they stand in for each other. Overlapping: less. p: corrected"
+                " over the pairs.",
+            )
+        )
+    return tables
+
+
 def restored_table(table: pd.DataFrame) -> Table:
     """Whether editing the found heads under a chain of thought brings refusal back."""
     rows = tuple(
