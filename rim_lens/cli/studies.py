@@ -50,7 +50,10 @@ def demo(
     as_json: AsJson = False,
     gate: Gate = True,
 ) -> None:
-    """Run the main study and write its report: by default on the toy, with its three fine-tuned variants."""
+    """Run the main study and write its report: by default on the toy, with neurons and its three fine-tuned variants.
+
+    On a real model it measures heads; see neurons for the other half.
+    """
     toy = model == "toy"
     _study(
         model,
@@ -61,6 +64,7 @@ def demo(
         plan_only=plan,
         as_json=as_json,
         gate=gate,
+        parts=("heads", "neurons") if toy else ("heads",),
     )
 
 

@@ -7,6 +7,7 @@ from rim_lens.lens.facts import Head, Hook, Model, ModelFacts, model_facts, requ
 from rim_lens.lens.loading import known_sources, load_model, load_plain, register_source, wrap_hf
 from rim_lens.lens.running import Decoder, all_logits, last_logits, require_finite
 from rim_lens.lens.sites import Site, hook_name
+from rim_lens.lens.sources import is_path, require_source, same_source, source_digest
 
 __all__ = [
     "Decoder",
@@ -21,6 +22,7 @@ __all__ = [
     "hook_name",
     "hooked",
     "is_adapter",
+    "is_path",
     "is_quiet",
     "known_sources",
     "last_logits",
@@ -32,6 +34,9 @@ __all__ = [
     "register_source",
     "require_eval",
     "require_finite",
+    "require_source",
+    "same_source",
+    "source_digest",
     "tokenizer_of",
     "verify",
     "weights_digest",

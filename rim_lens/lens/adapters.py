@@ -21,7 +21,7 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def adapter_base(folder: str | Path) -> str:
-    """The model an adapter was trained on, as its configuration names it.
+    """The model an adapter was trained on, as its configuration names it; ``../base`` is seen from the adapter's folder.
 
     Raises:
         CorruptWeights: The configuration cannot be read.
@@ -39,7 +39,8 @@ def adapter_base(folder: str | Path) -> str:
             f"{path} says base_model_name_or_path={base!r}, which names no model. Write the name or folder of the model there"
             " that the adapter was trained on."
         )
-    return base
+    beside = Path(folder) / base
+    return str(beside.resolve()) if base.startswith("..") and beside.is_dir() else base
 
 
 def require_adapter(folder: str | Path) -> None:

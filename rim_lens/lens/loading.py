@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,14 +18,16 @@ Family = Literal["auto", "bridge", "hooked"]
 Source = Callable[[str], tuple[Any, Any]]
 
 _SOURCES: dict[str, Source] = {}
+_VARIANTS: dict[str, tuple[str, ...] | None] = {}
 
 
-def register_source(name: str, source: Source) -> None:
+def register_source(name: str, source: Source, variants: Sequence[str] | None = None) -> None:
     """Let `load_model(name)` and `load_model("name:variant")` call a function.
 
     Args:
         name: Without a colon or slash, so that it cannot be mistaken for a variant or a hub name.
         source: variant → (Hugging Face causal language model, tokenizer).
+        variants: Those there are beside "", so that others are refused before anything is loaded; None: only the source knows.
 
     Raises:
         ValueError: The name is taken, or holds a colon or slash.
@@ -33,11 +35,17 @@ def register_source(name: str, source: Source) -> None:
     if name in _SOURCES or ":" in name or "/" in name:
         raise ValueError(f"a source called {name!r} was offered; names are unique, without ':' and '/'.")
     _SOURCES[name] = source
+    _VARIANTS[name] = None if variants is None else tuple(variants)
 
 
 def known_sources() -> list[str]:
     """Names that `load_model` knows without a hub or a folder."""
     return sorted(_SOURCES)
+
+
+def variants_of(name: str) -> tuple[str, ...] | None:
+    """What may follow the colon after a known name; None where only loading tells."""
+    return _VARIANTS[name]
 
 
 def load_model(

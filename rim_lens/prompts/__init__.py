@@ -3,7 +3,7 @@
 from rim_lens.prompts.cots import cot_texts, self_statement, statement_texts
 from rim_lens.prompts.files import assign_splits, check_splits, load_benchmark, load_file
 from rim_lens.prompts.intents import with_intent
-from rim_lens.prompts.records import Prompt, as_prompts, spread
+from rim_lens.prompts.records import Prompt, as_prompts, prompts_digest, spread
 from rim_lens.prompts.sets import load_prompts
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "load_benchmark",
     "load_file",
     "load_prompts",
+    "prompts_digest",
     "self_statement",
     "spread",
     "statement_texts",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -72,3 +74,9 @@ def spread(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
     if limit is None or len(prompts) <= limit:
         return list(prompts)
     return [prompts[index * len(prompts) // limit] for index in range(limit)]
+
+
+def prompts_digest(prompts: Iterable[Prompt]) -> str:
+    """A digest of records, all that they hold, in their order: 16 hexadecimal digits."""
+    told = json.dumps([prompt.to_dict() for prompt in prompts], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]

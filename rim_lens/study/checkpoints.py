@@ -28,14 +28,15 @@ from rim_lens.measures.neurons.pairs import Pair, counterfactual_pairs
 from rim_lens.measures.neurons.safety import safety_neurons
 from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.organisms import load_model
+from rim_lens.prompts import prompts_digest
 from rim_lens.study import stages
 from rim_lens.study.checkpoint_results import CLAIM, CheckpointStudyResult, load_checkpoint_study
 from rim_lens.study.clock import Clock
-from rim_lens.study.design import prompts_digest, settings_asked, source_name, versions
+from rim_lens.study.design import settings_asked, source_name, versions
 from rim_lens.study.neuron_results import keep_table, read_table
 from rim_lens.study.neurons import SHARE
 from rim_lens.study.planning import MEAN_COT, MLP_WIDTHS, Counted, Plan, Step, estimated, memory_of
-from rim_lens.study.requests import Requests, requests_by_split
+from rim_lens.study.requests import Given, Requests, requests_by_split
 from rim_lens.study.runs import (
     CONTROL,
     KINDS,
@@ -50,7 +51,6 @@ from rim_lens.study.runs import (
     told_source,
 )
 from rim_lens.study.stages import Bench, Settings
-from rim_lens.study.study import Requests as Given
 from rim_lens.study.tuned import Source
 from rim_lens.training import FineTuned, TrainConfig, fine_tune
 from rim_lens.training.lora import require_peft

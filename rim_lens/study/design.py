@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import platform
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from rim_lens.lens import Model, model_facts
-from rim_lens.prompts import Prompt
 
 HOW_RUN = ("max_rows", "progress")  # settings that are no part of what is asked
 
@@ -26,12 +22,6 @@ def versions() -> dict[str, str]:
         **{name: importlib.metadata.version(name) for name in packages},
         "python": platform.python_version(),
     }
-
-
-def prompts_digest(prompts: Iterable[Prompt]) -> str:
-    """A digest of records, in their order."""
-    told = json.dumps([prompt.to_dict() for prompt in prompts], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def source_name(source: str | Path | Model, model: Model) -> str:

@@ -19,7 +19,7 @@ from rim_lens.study.asking import asked_before
 if TYPE_CHECKING:
     import pandas as pd
 
-CLAIM = "neuron_study.json"
+CLAIM, GATE = "neuron_study.json", "gate.json"
 OF_SET, OF_TUNED = ("dose", "writers"), ("entanglement", "restoring", "multiverse")
 PARTS = (*OF_SET, *OF_TUNED)
 
@@ -161,4 +161,4 @@ def load_neuron_study(folder: str | Path) -> NeuronStudyResult:
         raise StudyFolderError(
             f"{stored.path} was written in format {study.get('format_version')}; this version reads {FORMAT_VERSION}."
         )
-    return NeuronStudyResult(stored.path, study["design"], stored.read("gate.json"), asked_before(stored))
+    return NeuronStudyResult(stored.path, study["design"], stored.read(GATE), asked_before(stored))

@@ -28,19 +28,20 @@ from rim_lens.measures.neurons.safety import safety_neurons
 from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.measures.neurons.writers import direct_to_logits
 from rim_lens.organisms import load_model
+from rim_lens.prompts import prompts_digest
 from rim_lens.study.asking import asked_before, asked_now
 from rim_lens.study.clock import Clock
-from rim_lens.study.design import prompts_digest, settings_asked, source_name, versions
+from rim_lens.study.design import settings_asked, source_name, versions
 from rim_lens.study.neuron_results import (
     CLAIM,
+    GATE,
     PARTS,
     NeuronStudyResult,
     keep_table,
     load_neuron_study,
 )
-from rim_lens.study.planning import MEAN_COT, Counted, Plan, estimated, memory_of
-from rim_lens.study.requests import Requests, requests_by_split
-from rim_lens.study.study import Requests as Given
+from rim_lens.study.planning import MEAN_COT, Counted, Plan, Step, estimated, memory_of
+from rim_lens.study.requests import Given, Requests, requests_by_split
 from rim_lens.study.tuned import Source, Tuned, by_name, same_shape, same_weights
 
 SHARE = 0.05  # of the neurons of a layer, for m where none is given
@@ -235,11 +236,11 @@ class NeuronStudy:
         )
         try:
             found = choose(gate=True)
-            kept.once("gate.json", lambda: {"passed": True, "reason": ""})
+            kept.once(GATE, lambda: {"passed": True, "reason": ""})
             return found
         except GateNotPassed as stopped:
             reason = str(stopped)
-            kept.once("gate.json", lambda: {"passed": False, "reason": reason})
+            kept.once(GATE, lambda: {"passed": False, "reason": reason})
         return None if settings.gate else choose(gate=False)
 
     def _apart(self, kept: ResultFolder, found: NeuronSet, clock: Clock) -> None:
@@ -296,8 +297,6 @@ class NeuronStudy:
         settings, sides = self.settings, self._sides
         wanted = [part for part in ("entanglement", "restoring", "multiverse") if part in self.parts]
         below = {part: f"tuned/{name}/{part}.json" for part in wanted}
-        if all(kept.has(file) for file in below.values()):
-            return
         tuned = self._load(source)
         same_shape(self._model, tuned, name)
         same_weights(kept, tuned, name, list(below.values()))
@@ -403,6 +402,14 @@ class NeuronStudy:
             return self.settings.m
         return int(np.ceil(SHARE * model_facts(self._model).d_mlp))
 
+    @cached_property
+    def _length(self) -> int:
+        return round(float(self._rendered(self.settings.conditions[0]).lengths.float().mean()))
+
+    @property
+    def _cot(self) -> int:
+        return 7 if self._chat.name == "toy" else MEAN_COT
+
     def _rendered(self, condition: str) -> Any:
         from rim_lens.chat import render_conditions
 
@@ -450,13 +457,12 @@ class NeuronStudy:
             "versions": versions(),
         }
 
-    def _plan(self, parts: Sequence[str], n_tuned: int) -> Plan:
+    def counted(self, parts: Sequence[str], n_tuned: int) -> list[Step]:
+        """The steps of a plan with these parts and so many tuned models."""
         settings, facts = self.settings, model_facts(self._model)
         n_select, n_evaluate = len(self._both["select"].harmful), len(self._sides.harmful)
         n_reasoning, n_sets = len(self._sides.reasoning), settings.n_random_sets
-        first = settings.conditions[0]
-        length = round(float(self._rendered(first).lengths.float().mean()))
-        cot, new = 7 if self._chat.name == "toy" else MEAN_COT, settings.max_new_tokens
+        length, cot, new = self._length, self._cot, settings.max_new_tokens
         counted = Counted(settings.max_rows, length, new)
         reading, writing = counted.reading, counted.writing
         own, forms = settings.response == "own", 2 + (settings.pairs == "intent")
@@ -559,7 +565,16 @@ class NeuronStudy:
                 writing("multiverse", "answers of base and tuned", rows, 1, where),
                 reading("multiverse", "activations by response, pool and tensor", rows, 8, where, new, True),
             ]
-        memory = memory_of(self._model, max_rows=settings.max_rows, length=length + max(cot, new))
+        return steps
+
+    def _plan(self, parts: Sequence[str], n_tuned: int) -> Plan:
+        steps = self.counted(parts, n_tuned)
+        length, cot = self._length, self._cot
+        memory = memory_of(
+            self._model,
+            max_rows=self.settings.max_rows,
+            length=length + max(cot, self.settings.max_new_tokens),
+        )
         if n_tuned:
             memory += sum(one.numel() * one.element_size() for one in self._model.parameters())
         return estimated(self._model, steps, memory)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,11 +130,17 @@ class Plan:
         )
 
 
-def make_plan(bench: Bench, n_tuned: int, parts: Sequence[str] = ("heads", "neurons")) -> Plan:
-    """Count rows, forward passes and tokens of every stage, and estimate the time. Runs no model."""
+def make_plan(bench: Bench, n_tuned: int, parts: Sequence[str], of_neurons: Sequence[Step]) -> Plan:
+    """Count rows, forward passes and tokens of every stage, and estimate the time. Runs no model.
+
+    Args:
+        bench: What is worked on.
+        n_tuned: Number of tuned models.
+        parts: What is measured, see `Study`.
+        of_neurons: The steps of its study of neurons, where that is a part.
+    """
     facts, settings = model_facts(bench.model), bench.settings
     n_select, n_evaluate = len(bench.select.harmful), len(bench.evaluate.harmful)
-    n_reasoning = len(bench.evaluate.reasoning)
     off = bench.render(bench.evaluate.harmful[:8], "off")
     length = round(float(off.lengths.float().mean()))
     cot = 7 if bench.chat.name == "toy" else MEAN_COT
@@ -241,23 +247,14 @@ def make_plan(bench: Bench, n_tuned: int, parts: Sequence[str] = ("heads", "neur
         ]
     if "probes" in parts:
         steps += _probe_steps(bench, reading, writing, cot)
-    if "neurons" in parts:
-        steps += [
-            reading("neurons", "activations, select side", n_select, 2, "neurons/*/capture.nc"),
-            reading(
-                "neurons",
-                "activations, base and tuned",
-                n_evaluate + n_reasoning,
-                1 + n_tuned,
-                "neurons/*, shift.json",
-                cot,
-            ),
-        ]
     if n_tuned and "neurons" in parts:
         steps.append(
             writing("neurons", "refusal of the tuned models", n_evaluate, 2 * n_tuned, "outcomes/*.json")
         )
+    steps += [replace(step, stage="neurons", files="neurons/*") for step in of_neurons]
     memory = memory_of(bench.model, max_rows=settings.max_rows, length=length + max(cot, new))
+    if n_tuned:  # each stands beside the base
+        memory += sum(one.numel() * one.element_size() for one in bench.model.parameters())
     return estimated(bench.model, steps, memory, _notes(bench))
 
 

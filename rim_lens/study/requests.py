@@ -11,6 +11,9 @@ from rim_lens.prompts import Prompt, as_prompts, assign_splits, check_splits, lo
 from rim_lens.prompts.records import Split
 from rim_lens.prompts.toy import toy_prompts
 
+# Requests as a user gives them.
+Given = Sequence[Prompt | str]
+
 
 @dataclass(frozen=True)
 class Requests:

@@ -20,6 +20,7 @@ from rim_lens.measures.probes.groups import Contrast
 from rim_lens.measures.probes.result import ProbeResult, joined
 from rim_lens.showing import shown_by
 from rim_lens.study.asking import asked_before
+from rim_lens.study.neuron_results import GATE, NeuronStudyResult, load_neuron_study
 from rim_lens.study.stages import CONDITIONS, attention_name, read_condition, written
 from rim_lens.study.statistics import FILE as STATISTICS
 
@@ -27,15 +28,20 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray as xr
 
-# What each part writes last.
+# What each part writes last; of neurons see `StudyResult.neurons`.
 LAST_FILE = {
     "heads": "heads/rows.json",
     "statistics": STATISTICS,
     "removing": "restoring/tables.json",
     "comparing": "tuned/compared.json",
     "probes": "probes/cliff.json",
-    "neurons": "neurons/shift.json",
 }
+NEURONS = "neurons"  # the folder of the part of that name, a study of its own
+
+
+def outcomes_of(name: str) -> tuple[str, ...]:
+    """The files of what a tuned model writes."""
+    return tuple(f"outcomes/{kind}_off_{name}.json" for kind in ("harmful", "harmless"))
 
 
 @shown_by("rim_lens.views", "study_html")
@@ -74,6 +80,16 @@ class StudyResult:
 
     def _tuned_in(self, part: str) -> list[str]:
         """Tuned models that a part is through with."""
+        if part == "neurons":
+            mine = self.neurons
+            if mine is None:
+                return []
+            return [
+                name
+                for name in mine.tuned
+                if all((self.path / file).exists() for file in outcomes_of(name))
+                and not any(file.startswith(("neurons", f"tuned/{name}/")) for file in mine.missing)
+            ]
         folder = ResultFolder(self.path)
         told = folder.read(LAST_FILE[part]) if folder.has(LAST_FILE[part]) else []
         return list(told["tuned"] if isinstance(told, dict) else told)
@@ -81,7 +97,13 @@ class StudyResult:
     @property
     def parts(self) -> tuple[str, ...]:
         """What was asked for, in all runs together, and is finished; see `Study` and `missing`."""
-        return tuple(part for part in self.asked["parts"] if (self.path / LAST_FILE[part]).exists())
+        return tuple(part for part in self.asked["parts"] if self._through(part))
+
+    def _through(self, part: str) -> bool:
+        if part == "neurons":
+            mine = self.neurons
+            return mine is not None and all(file.startswith("tuned/") for file in mine.missing)
+        return (self.path / LAST_FILE[part]).exists()
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -201,11 +223,11 @@ class StudyResult:
         return {(one["kind"], one["condition"]): Cliff.from_dict(one) for one in told["curves"]}
 
     @cached_property
-    def shift(self) -> dict[str, Any]:
-        """RAS per tuned model: on all neurons, the safety set, random sets; with counts. No model without the part neurons."""
-        if "neurons" not in self.parts:
-            return {"tuned": {}}
-        return ResultFolder(self.path).read("neurons/shift.json")
+    def neurons(self) -> NeuronStudyResult | None:
+        """The study of neurons, as far as it came; None without the part neurons, or before its gate."""
+        folder = self.path / NEURONS
+        there = "neurons" in self.asked["parts"] and (folder / GATE).exists()
+        return load_neuron_study(folder) if there else None
 
     @cached_property
     def timings(self) -> dict[str, float]:

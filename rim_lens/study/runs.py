@@ -10,9 +10,8 @@ from typing import Any
 
 from rim_lens.chat import ChatFormat
 from rim_lens.errors import ModelError, UnknownModel
-from rim_lens.lens import Model, model_facts
+from rim_lens.lens import Model, model_facts, require_source, same_source
 from rim_lens.lens.adapters import adapter_base, is_adapter
-from rim_lens.lens.loading import known_sources
 from rim_lens.organisms.toy.recipe import FINE_TUNE, toy_rows
 from rim_lens.study.tuned import Source, check_names, own_name, same_shape
 from rim_lens.training import Drawn, FineTuned, LoRA, Row, TrainConfig, maths_rows
@@ -122,33 +121,26 @@ def check_runs(base: Source, model: Model, runs: Mapping[str, Run]) -> None:
         UnknownModel: There is no such folder.
     """
     for name, run in runs.items():
-        if isinstance(run, FineTuned) and isinstance(base, str | Path) and not _same(run.base, base):
+        if isinstance(run, FineTuned) and isinstance(base, str | Path) and not same_source(run.base, base):
             raise ModelError(
                 f"run {name!r} began with {run.base!r}, and the base given is {str(base)!r}. Compare it with its own base."
             )
         for source in sources_of(run):
             if not isinstance(source, str | Path):
                 same_shape(model, source, name)
-            elif Path(source).is_dir():
+                continue
+            try:
+                require_source(source)
+            except UnknownModel as problem:
+                raise UnknownModel(f"run {name!r}: {problem}") from problem
+            if Path(source).is_dir():
                 _check_folder(base, model, Path(source), name)
-            elif _is_path(source):
-                raise UnknownModel(
-                    f"run {name!r}: there is no folder {str(source)!r}. Give one with a model or an adapter, or a name that"
-                    " load_model knows."
-                )
-
-
-def _is_path(source: str | Path) -> bool:
-    """Whether it can be nothing but a folder: a hub name has one slash at most."""
-    text = str(source)
-    known = text.partition(":")[0] in known_sources()
-    return not known and (isinstance(source, Path) or text.startswith((".", "/", "~")) or text.count("/") > 1)
 
 
 def _check_folder(base: Source, model: Model, folder: Path, name: str) -> None:
     if is_adapter(folder):
         other = adapter_base(folder)
-        if isinstance(base, str | Path) and not _same(other, base):
+        if isinstance(base, str | Path) and not same_source(other, base):
             raise ModelError(
                 f"run {name!r}: the adapter in {folder} is of {other!r}, and the base given is {str(base)!r}. Compare it with its"
                 " own base, or write the base's name into its adapter_config.json."
@@ -170,11 +162,6 @@ def _check_folder(base: Source, model: Model, folder: Path, name: str) -> None:
             f"run {name!r}: the model in {folder} has {theirs[0]} layers of width {theirs[1]}, the base {ours[0]} of width"
             f" {ours[1]}: it is not a fine-tune of this base."
         )
-
-
-def _same(one: str | Path, other: str | Path) -> bool:
-    """Whether two names mean one model: the same words, or the same folder."""
-    return str(one) == str(other) or (Path(one).exists() and Path(one).resolve() == Path(other).resolve())
 
 
 @dataclass(frozen=True)

@@ -7,32 +7,24 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from rim_lens.capturing import capture
 from rim_lens.chat import ChatFormat, SpanBatch, render_conditions
 from rim_lens.chat.conditions import STANDARD, is_control, leaves_open
 from rim_lens.folder import ResultFolder
 from rim_lens.generation import generate
-from rim_lens.hooks import AblateHeads, AttentionRows, NeuronActivations, SpanAttention
-from rim_lens.lens import Head, Model, model_facts
-from rim_lens.measures.controls import (
-    percentile_among,
-    random_neurons_per_layer,
-)
+from rim_lens.hooks import AblateHeads, AttentionRows, SpanAttention
+from rim_lens.lens import Head, Model
 from rim_lens.measures.heads.refusing import HeadSearch, refusal_heads
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.refusal.rates import refusal_rate
 from rim_lens.measures.refusal.score import refusal_score
-from rim_lens.measures.shift import reciprocal_activation_shift
 from rim_lens.prompts import Prompt
 from rim_lens.study.requests import Requests
 
 if TYPE_CHECKING:
-    import xarray as xr
+    pass
 
 CONDITIONS = STANDARD
-SHIFT = "neurons/shift.json"
 ROWS_SHOWN = 3  # harmful requests whose attention rows are kept for a picture
 
 
@@ -48,7 +40,6 @@ class Settings:
         n_random_sets: Random sets per layer beside a found set: all of them where fewer exist.
         n_probed: Probe directions ablated in each condition, those that separate best on the select side.
         n_probe_controls: Directions that mix both classes alike, beside each of these.
-        neurons_per_layer: Size of the safety set in each layer, as a share of its neurons.
         max_new_tokens: Most tokens generated per prompt; the CoT of an open prompt is among them.
         min_refusal: Gate: at least this share of harmful requests must be refused in off.
         max_twin_ratio: Gate: twins may be refused at most this many times as often as harmful requests.
@@ -64,7 +55,6 @@ class Settings:
     n_random_sets: int = 100
     n_probed: int = 2
     n_probe_controls: int = 8
-    neurons_per_layer: float = 0.02
     max_new_tokens: int = 64
     min_refusal: float = 0.5
     max_twin_ratio: float = 0.5
@@ -304,104 +294,10 @@ def _rows_of(bench: Bench, heads: Sequence[Head]) -> dict[str, Any]:
     return {"kind": "harmful", "query": "prompt_last", "rows": rows}
 
 
-def run_neurons(bench: Bench, name: str, model: Model) -> None:
-    """Max-pooled activation of every neuron on safety and reasoning prompts, for the base or a tuned model."""
-    jobs: list[tuple[str, Sequence[Prompt], str]] = [
-        ("harmful", bench.evaluate.harmful, "off"),
-        ("reasoning", bench.evaluate.reasoning, "careful"),
-    ]
-    if name == "base":
-        jobs += [
-            ("select_harmful", bench.select.harmful, "off"),
-            ("select_harmless", bench.select.twins, "off"),
-        ]
-    for job, requests, condition in jobs:
-        out = bench.folder.path / "neurons" / f"{name}_{job}"
-        capture(
-            model, bench.render(requests, condition), NeuronActivations(), out=out, **_running(bench)
-        ).close()
-
-
 def run_refusal_of(bench: Bench, name: str, model: Model) -> None:
     """Generated refusal of a tuned model with thinking off, on harmful requests and on their twins."""
     tuned = replace(bench, model=model)
     run_outcomes(tuned, conditions=("off",), suffix=f"_{name}")
-
-
-def run_shift(bench: Bench, tuned: Sequence[str]) -> dict[str, Any]:
-    """RAS between the base and each tuned model: all neurons, the safety set, and random sets of the same layers.
-
-    Measured for all anew where a model joins those that are there: what it needs was read before.
-    """
-    before = list(bench.folder.read(SHIFT)["tuned"]) if bench.folder.has(SHIFT) else []
-    tuned = list(dict.fromkeys([*before, *tuned]))
-    facts, settings = model_facts(bench.model), bench.settings
-
-    def activations(name: str, job: str) -> xr.DataArray:
-        from rim_lens.capturing import open_capture
-
-        with open_capture(bench.folder.path / "neurons" / f"{name}_{job}") as data:
-            return data["neuron_activation"].load()
-
-    def measure() -> dict[str, Any]:
-        contrast = (
-            activations("base", "select_harmful").mean("prompt").values
-            - activations("base", "select_harmless").mean("prompt").values
-        )
-        size = max(1, round(settings.neurons_per_layer * facts.d_mlp))
-        safety = [
-            (layer, int(neuron))
-            for layer in range(facts.n_layers)
-            for neuron in np.argsort(-contrast[layer], kind="stable")[:size]
-        ]
-        controls = random_neurons_per_layer(safety, facts.d_mlp, settings.n_random_sets, settings.seed)
-        bench.folder.write("neurons/safety_set.json", [list(pair) for pair in safety])
-        _write_tensors(bench, contrast, tuned, activations)
-        untuned = {job: activations("base", job) for job in ("harmful", "reasoning")}
-        result = {}
-        for name in tuned:
-            after = {job: activations(name, job) for job in ("harmful", "reasoning")}
-            arrays = (untuned["harmful"], after["harmful"], untuned["reasoning"], after["reasoning"])
-            on_all = reciprocal_activation_shift(*arrays)
-            on_safety = reciprocal_activation_shift(*(_pick(array, safety) for array in arrays))
-            on_random = [
-                reciprocal_activation_shift(*(_pick(array, control) for array in arrays)).value
-                for control in controls
-            ]
-            usable = [value for value in on_random if np.isfinite(value)]
-            comparable = bool(usable) and bool(np.isfinite(on_safety.value))
-            result[name] = {
-                "all": on_all.to_dict(),
-                "safety": on_safety.to_dict(),
-                "random": usable,
-                "n_controls": len(usable),
-                "percentile": percentile_among(on_safety.value, usable).percentile if comparable else None,
-            }
-        return {"set_size": len(safety), "per_layer": size, "tuned": result}
-
-    if not bench.folder.has(SHIFT) or tuned != before:
-        bench.folder.write(SHIFT, measure())
-    return bench.folder.read(SHIFT)
-
-
-def _pick(activations: xr.DataArray, neurons: Sequence[tuple[int, int]]) -> xr.DataArray:
-    """Some neurons of every prompt, [prompt, neuron]; labels kept, so that mixed-up prompts are noticed."""
-    import xarray as xr
-
-    layers, numbers = zip(*neurons, strict=True)
-    return activations.isel(
-        layer=xr.DataArray(list(layers), dims="unit"), neuron=xr.DataArray(list(numbers), dims="unit")
-    )
-
-
-def _write_tensors(bench: Bench, contrast: np.ndarray, tuned: Sequence[str], activations: Any) -> None:
-    from safetensors.numpy import save_file
-
-    tensors = {"contrast": contrast.astype(np.float32)}
-    for name in ("base", *tuned):
-        for job in ("harmful", "reasoning"):
-            tensors[f"{name}_{job}_mean"] = activations(name, job).mean("prompt").values.astype(np.float32)
-    save_file(tensors, bench.folder.path / "neurons" / "means.safetensors")
 
 
 def _running(bench: Bench) -> dict[str, Any]:

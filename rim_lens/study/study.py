@@ -16,22 +16,23 @@ from rim_lens.errors import ConditionError
 from rim_lens.folder import ResultFolder
 from rim_lens.lens import Model, model_facts, verify, weights_digest
 from rim_lens.organisms import load_model
-from rim_lens.prompts import Prompt
+from rim_lens.prompts import prompts_digest
 from rim_lens.study import stages
 from rim_lens.study.asking import asked_before, asked_now
 from rim_lens.study.clock import Clock
-from rim_lens.study.design import prompts_digest, settings_asked, source_name, versions
+from rim_lens.study.design import settings_asked, source_name, versions
+from rim_lens.study.neurons import NeuronSettings, NeuronStudy
 from rim_lens.study.planning import Plan, make_plan
 from rim_lens.study.probing import run_probes
 from rim_lens.study.removing import compared, run_comparing, run_removing
-from rim_lens.study.requests import requests_by_split
-from rim_lens.study.results import StudyResult, load_study
+from rim_lens.study.requests import Given, requests_by_split
+from rim_lens.study.results import NEURONS, StudyResult, load_study, outcomes_of
 from rim_lens.study.stages import Bench, Settings
 from rim_lens.study.statistics import run_statistics
 from rim_lens.study.tuned import Source, Tuned, by_name, same_shape, same_weights
 
-Requests = Sequence[Prompt | str]
 PARTS = ("heads", "statistics", "removing", "comparing", "probes", "neurons")
+OF_TUNED = ("entanglement", "restoring")  # what is measured of neurons and a tuned model
 
 
 @dataclass
@@ -41,14 +42,16 @@ class Study:
     The stages: a gate (the model refuses harmful requests and spares their twins with thinking off);
     attention mass of every head on every span in off, careful, filler, unrelated and open; refusal scores in the
     closed conditions and generated outcomes in all; heads found by ablation on `select` requests and tested on
-    `evaluate` ones beside all other heads of their layers and per-layer random sets; neuron activations on safety
-    and reasoning prompts, and RAS between the model and its tuned variants beside random sets.
+    `evaluate` ones beside all other heads of their layers and per-layer random sets; neurons found by pairs on `select`
+    requests and tested on `evaluate` ones, and what tuning did to them.
 
     They fall into parts: "heads" (all up to the heads, without which nothing is measured), "statistics" (of all
     heads what they write, how steadily they look and where within a chain; of the found ones which stand in for each other), "removing" (what removing the
     found ones does to refusal, reasoning and other text, and whether editing them under a chain of thought restores refusal),
     "comparing" (the same table of heads for each tuned model), "probes" (what separates in each condition, what ablating it
-    does, and what removing the heads does to it) and "neurons".
+    does, and what removing the heads does to it) and "neurons" (a `NeuronStudy` with thinking off, in the folder's ``neurons``: the
+    set, what removing it does, and of each tuned model what it refuses, RAS with its rivals, and what the base's activations
+    restore; doses, writers and the multiverse are asked for there).
 
     Args:
         model: A name for `rl.load_model`, or a model of your own.
@@ -74,9 +77,9 @@ class Study:
 
     model: str | Model
     tuned: Tuned = ()
-    harmful: Requests | None = None
-    harmless: Requests | None = None
-    reasoning: Requests | None = None
+    harmful: Given | None = None
+    harmless: Given | None = None
+    reasoning: Given | None = None
     n_requests: int | None = None
     settings: Settings = field(default_factory=Settings)
     parts: Sequence[str] = ("heads", "neurons")
@@ -112,7 +115,7 @@ class Study:
 
     def plan(self) -> Plan:
         """Count rows, forward passes, tokens and files, and estimate the time; runs no model."""
-        return make_plan(self._bench(Path()), len(self._tuned), self.parts)
+        return self._plan(self._bench(Path()), self.parts, len(self._tuned))
 
     def run(self, folder: str | Path, say: Callable[[str], None] | None = None) -> StudyResult:
         """Measure what is not measured yet, and return everything.
@@ -153,7 +156,7 @@ class Study:
                 self._variant(folder, name, source)
         if now != asked_before(folder) or not folder.has("plan.json"):
             bench = self._bench(folder.path)
-            folder.write("plan.json", make_plan(bench, len(now["tuned"]), now["parts"]).to_dict())
+            folder.write("plan.json", self._plan(bench, now["parts"], len(now["tuned"])).to_dict())
             folder.write("asked.json", now)
 
     def _measure(self, bench: Bench, clock: Clock) -> None:
@@ -181,16 +184,47 @@ class Study:
             with clock("probes", "what probes separate, and what ablating it does"):
                 run_probes(bench, found)
         if "neurons" in self.parts:
-            self._tuning(bench, clock)
+            self._on_neurons(bench, clock)
 
-    def _tuning(self, bench: Bench, clock: Clock) -> None:
-        with clock("neurons", "neuron activations, base and tuned"):
-            stages.run_neurons(bench, "base", bench.model)
+    def _on_neurons(self, bench: Bench, clock: Clock) -> None:
+        with clock(
+            "neurons", "neurons that pairs choose, what removing them does, and what tuning did to them"
+        ):
             for name, source in self._tuned.items():
-                variant = self._variant(bench.folder, name, source)
-                stages.run_neurons(bench, name, variant)
-                stages.run_refusal_of(bench, name, variant)
-            stages.run_shift(bench, list(self._tuned))
+                stages.run_refusal_of(bench, name, self._variant(bench.folder, name, source))
+            self._neurons.run(bench.folder.path / NEURONS)
+
+    @cached_property
+    def _neurons(self) -> NeuronStudy:
+        """The study of neurons that is the part of that name."""
+        mine = self.settings
+        study = NeuronStudy(
+            self.model,
+            tuned=self.tuned,
+            harmful=self.harmful,
+            harmless=self.harmless,
+            reasoning=self.reasoning,
+            n_requests=self.n_requests,
+            settings=NeuronSettings(
+                conditions=("off",),
+                n_random_sets=mine.n_random_sets,
+                written=False,
+                max_new_tokens=mine.max_new_tokens,
+                gate=mine.gate,
+                seed=mine.seed,
+                max_rows=mine.max_rows,
+                progress=mine.progress,
+            ),
+            parts=OF_TUNED,
+            device=self.device,
+            dtype=self.dtype,
+        )
+        study._model = self._model  # it is loaded already
+        return study
+
+    def _plan(self, bench: Bench, parts: Sequence[str], n_tuned: int) -> Plan:
+        of_neurons = self._neurons.counted(OF_TUNED, n_tuned) if "neurons" in parts else ()
+        return make_plan(bench, n_tuned, parts, of_neurons)
 
     @cached_property
     def _model(self) -> Model:
@@ -203,7 +237,7 @@ class Study:
     def _variant(self, folder: ResultFolder, name: str, source: Source) -> Model:
         variant = self._load(source)
         same_shape(self._model, variant, name)
-        same_weights(folder, variant, name, (f"tuned/{name}/heads", f"neurons/{name}_harmful"))
+        same_weights(folder, variant, name, (f"tuned/{name}/heads", *outcomes_of(name)))
         return variant
 
     @property

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rim_lens.errors import ModelError, StudyFolderError
 from rim_lens.folder import ResultFolder
-from rim_lens.lens import Model, model_facts, weights_digest
+from rim_lens.lens import Model, model_facts, require_source, weights_digest
 
 Source = str | Path | Model
 Tuned = Sequence[str | Path] | Mapping[str, Source]
@@ -20,9 +20,10 @@ def by_name(tuned: Tuned) -> dict[str, Source]:
 
     Raises:
         ValueError: A name is no name of a folder, or means something else, or two models share one.
+        UnknownModel: One cannot be loaded, as far as that can be seen before.
 
-    >>> by_name(["toy:careful", "runs/ck-3"])
-    {'toy_careful': 'toy:careful', 'runs_ck-3': 'runs/ck-3'}
+    >>> by_name(["toy:careful", "me/ck-3"])
+    {'toy_careful': 'toy:careful', 'me_ck-3': 'me/ck-3'}
     """
     if isinstance(tuned, Mapping):
         named = [(str(name), source) for name, source in tuned.items()]
@@ -30,6 +31,9 @@ def by_name(tuned: Tuned) -> dict[str, Source]:
         given = [tuned] if isinstance(tuned, str) else tuned
         named = [(own_name(source), source) for source in given]
     check_names([(name, str(source)) for name, source in named])
+    for _, source in named:
+        if isinstance(source, str | Path):
+            require_source(source)
     return dict(named)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -165,7 +165,7 @@ def fine_tune(
         penalty: How hard, in nats per squared unit of weight. AdamW rescales it with the rest of the gradient.
         stop_at_drift: Stop after the first step at which ‖W − W₀‖ / ‖W₀‖ is at least this: for a control that went as far
             as another run. The schedule of the learning rate is not shortened.
-        seed: Of the rows' order and the adapter's start.
+        seed: Of the rows' order, the adapter's start, and dropout where a model has any.
         row_average: Whether every row counts alike, or every token.
         autocast: dtype of matrix products.
         device: Where to train.
@@ -228,7 +228,7 @@ def fine_tune(
         return FineTuned.load(out)
     if named is None:
         _save_whole(hf_model, tokenizer, folder.path / BASE)
-    base = named or str(folder.path.resolve() / BASE)
+    base = named or f"../{BASE}"  # as seen from a checkpoint, so that the run may be moved
     hf_model.requires_grad_(lora is None)
     before = _drift_from(hf_model, lora)
     adapted = None if lora is None else add_lora(hf_model, lora, seed)
@@ -236,6 +236,7 @@ def fine_tune(
     losses, drift = [], {}
     stopped_by = "steps"
     with ExitStack() as stack:
+        stack.enter_context(_dropout_of(seed, torch.device(device)))
         entries = stack.enter_context(frozen(hold(trained, held))) if held else []
         moved = hold(trained, pulled) if pulled else None
 
@@ -302,6 +303,15 @@ def _checked(
             f"a checkpoint at step {strange} was asked for; training takes steps 1 to {config.steps}."
         )
     return sorted({*map(int, checkpoints), config.steps})
+
+
+@contextmanager
+def _dropout_of(seed: int, device: torch.device) -> Iterator[None]:
+    """What is dropped out, where a model drops anything, comes from the seed; the caller's generators stay as they were."""
+    devices = [device.index or 0] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
 
 
 def _name(model: str | Path) -> str:

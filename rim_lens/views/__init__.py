@@ -10,10 +10,11 @@ from rim_lens.views.explorer import (
     head_view,
     write_explorer,
 )
+from rim_lens.views.finding import Finding
 from rim_lens.views.neuron_report import neuron_study_html, write_neuron_report
 from rim_lens.views.report import heads_html, probes_html, study_html, write_report
 from rim_lens.views.terminal import print_checkpoints, print_neurons, print_study
-from rim_lens.views.verdict import Finding, findings
+from rim_lens.views.verdict import findings
 
 __all__ = [
     "Finding",

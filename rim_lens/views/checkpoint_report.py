@@ -28,7 +28,7 @@ from rim_lens.views.text import visible
 
 if TYPE_CHECKING:
     from rim_lens.study import CheckpointStudyResult
-    from rim_lens.views.verdict import Finding
+    from rim_lens.views.finding import Finding
 
 FORMAT_VERSION = 1
 # What `rim-lens compare` can give; others need Python.

@@ -6,8 +6,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from rim_lens.views.checkpoint_tables import told_metric
+from rim_lens.views.finding import HIGH, LEVEL, Finding, Status
 from rim_lens.views.plots.checkpoints import METRICS
-from rim_lens.views.verdict import HIGH, LEVEL, Finding, Status, gate_finding
+from rim_lens.views.verdict import gate_finding
 from rim_lens.views.words import listed, p_value, per_cent, plain, share, signed
 
 if TYPE_CHECKING:

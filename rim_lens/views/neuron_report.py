@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
     from rim_lens.study import NeuronStudyResult
-    from rim_lens.views.verdict import Finding
+    from rim_lens.views.finding import Finding
 
 FORMAT_VERSION = 1
 # What `rim-lens neurons` can give; others need Python.
@@ -144,16 +144,21 @@ def _changed(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sections(result: NeuronStudyResult) -> list[Section]:
-    found = result.neurons
-    measured: list[Section] = []
-    if found is not None:
-        measured = [
-            _chosen(result),
-            *_removed(result),
-            *(section for name in result.tuned for section in _tuned(result, name)),
-            Section("limits", "What none of this shows", LIMITS),
-        ]
+    measured = neuron_sections(result)
+    if measured:
+        measured.append(Section("limits", "What none of this shows", LIMITS))
     return [*measured, _methods(result), _reproduce(result), _files(result)]
+
+
+def neuron_sections(result: NeuronStudyResult) -> list[Section]:
+    """The set, what removing it does, and each tuned model; none where no set was looked for."""
+    if result.neurons is None:
+        return []
+    return [
+        _chosen(result),
+        *_removed(result),
+        *(section for name in result.tuned for section in _tuned(result, name)),
+    ]
 
 
 def _chosen(result: NeuronStudyResult) -> Section:
@@ -327,23 +332,27 @@ def _files(result: NeuronStudyResult) -> Section:
     return Section("files", "Time and files", tables=[tables.time_table(result), tables.file_table(result)])
 
 
-def _json(result: NeuronStudyResult, said: list[Finding], sections: list[Section]) -> str:
+def neuron_measures(result: NeuronStudyResult) -> dict[str, Any]:
+    """The numbers of a study of neurons as plain data; none where no set was looked for."""
     found = result.neurons
-    measured: dict[str, Any] = {}
-    if found is not None:
-        measured = {
-            "neurons": found.to_dataframe().to_dict(orient="records"),
-            "made_by": found.made_by,
-            "effects": None if found.effects is None else found.effects.table.to_dict(orient="records"),
-            "verdict_of_set": None if found.effects is None else found.effects.verdict,
-            "dose": None if result.dose is None else result.dose.to_dict(orient="records"),
-            "writers": None if result.writers is None else result.writers.to_dict(orient="records"),
-            "entanglement": {
-                name: one.table.to_dict(orient="records") for name, one in result.entanglement.items()
-            },
-            "restored": {name: one.to_dict(orient="records") for name, one in result.restored.items()},
-            "multiverse": {name: one.to_dict(orient="records") for name, one in result.multiverse.items()},
-        }
+    if found is None:
+        return {}
+    return {
+        "neurons": found.to_dataframe().to_dict(orient="records"),
+        "made_by": found.made_by,
+        "effects": None if found.effects is None else found.effects.table.to_dict(orient="records"),
+        "verdict_of_set": None if found.effects is None else found.effects.verdict,
+        "dose": None if result.dose is None else result.dose.to_dict(orient="records"),
+        "writers": None if result.writers is None else result.writers.to_dict(orient="records"),
+        "entanglement": {
+            name: one.table.to_dict(orient="records") for name, one in result.entanglement.items()
+        },
+        "restored": {name: one.to_dict(orient="records") for name, one in result.restored.items()},
+        "multiverse": {name: one.to_dict(orient="records") for name, one in result.multiverse.items()},
+    }
+
+
+def _json(result: NeuronStudyResult, said: list[Finding], sections: list[Section]) -> str:
     whole = {
         "format_version": FORMAT_VERSION,
         "question": neuron_question(result),
@@ -351,7 +360,7 @@ def _json(result: NeuronStudyResult, said: list[Finding], sections: list[Section
         "caveats": list(LIMITS),
         "gate": result.gate,
         "missing": list(result.missing),
-        **measured,
+        **neuron_measures(result),
         "design": result.design,
         "plan": numbers.plan_of(result),
         "timings": result.timings,

@@ -6,7 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from rim_lens.measures.removal_table import DIFFERENCE
-from rim_lens.views.verdict import LEVEL, SPECIFIC, Finding, Status, besides_finding
+from rim_lens.views.finding import LEVEL, SPECIFIC, Finding, Status
+from rim_lens.views.head_words import besides_finding
 from rim_lens.views.words import between, listed, p_value, per_cent, plain, share, signed
 
 if TYPE_CHECKING:

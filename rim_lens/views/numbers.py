@@ -76,6 +76,12 @@ def outcome_shares(result: StudyResult) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def tuned_written(result: StudyResult) -> list[str]:
+    """Names of the tuned models whose answers are there."""
+    there = set(result.outcomes["model"])
+    return [name for name in result.tuned if name in there]
+
+
 def score_means(result: StudyResult) -> pd.DataFrame:
     """Mean refusal score per kind and condition, nats, with a 95 % bootstrap interval over families.
 

@@ -24,7 +24,7 @@ from rim_lens.views.text import markdown_block, markdown_code, markdown_text, vi
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-    from rim_lens.views.verdict import Finding
+    from rim_lens.views.finding import Finding
 
 _NUMBER = re.compile(
     r"^(p [=<] |< )?[≤−+\[]?[\d.,]+( nats| s| min| %| B| kB| MB)?( ?[\[/(].*| of .*)?$|^\[.*\]$|^–$"

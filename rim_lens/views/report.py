@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from rim_lens.chat.conditions import controls_of, is_control, leaves_open
 from rim_lens.measures.probes.groups import CONTRASTS
-from rim_lens.views import numbers, plots, reproduce, tables, verdict
+from rim_lens.views import neuron_words, numbers, plots, reproduce, tables, verdict
+from rim_lens.views.head_words import head_findings
+from rim_lens.views.neuron_report import neuron_measures, neuron_sections
 from rim_lens.views.page import (
     Figure,
     Page,
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from rim_lens.measures.heads.result import RefusalHeads
     from rim_lens.measures.probes.result import ProbeResult
     from rim_lens.study import StudyResult
-    from rim_lens.views.verdict import Finding
+    from rim_lens.views.finding import Finding
 
 FORMAT_VERSION = 1
 
@@ -91,7 +93,7 @@ def heads_html(heads: RefusalHeads) -> str:
         "heads",
         model,
         f"Which attention heads does refusal depend on in {model}?",
-        verdict.head_findings(heads, asked),
+        head_findings(heads, asked),
         [*reversed(tables.head_tables(heads)), tables.asked_table(settings)],
     )
 
@@ -164,16 +166,21 @@ def _sections(result: StudyResult, said: list[Finding]) -> list[Section]:
         *_removing(result),
         *_comparing(result),
         *_probes(result),
-        *_shift(result),
+        *_neurons(result),
         Section(
             "words",
             "First words",
             ("Enough to judge the judge by. Control characters are written out.",),
             tables=tables.words_tables(result),
         ),
-        Section("limits", "What none of this shows", verdict.ALWAYS),
+        Section("limits", "What none of this shows", _limits(result)),
         *ending,
     ]
+
+
+def _limits(result: StudyResult) -> tuple[str, ...]:
+    of_neurons = () if result.neurons is None else neuron_words.LIMITS
+    return tuple(dict.fromkeys((*of_neurons, *verdict.ALWAYS)))
 
 
 def _attention(result: StudyResult) -> Section:
@@ -467,38 +474,26 @@ def _probes(result: StudyResult) -> list[Section]:
     ]
 
 
-def _shift(result: StudyResult) -> list[Section]:
-    table = tables.shift_table(result)
-    if table is None:
+def _neurons(result: StudyResult) -> list[Section]:
+    if result.neurons is None:
         return []
+    if not numbers.tuned_written(result):
+        return neuron_sections(result.neurons)
     return [
+        *neuron_sections(result.neurons),
         Section(
-            "shift",
-            "What tuning moved",
-            (
-                "RAS is the harmonic mean of two one-sided relative shifts: how far neurons fall on safety prompts and"
-                " rise on reasoning prompts, from the base to the tuned model. The safety set holds, in each layer, the"
-                " neurons most active on harmful requests beyond their twins, on the select side.",
-                verdict.UNSPECIFIC,
-            ),
-            [
-                Figure(
-                    "shift",
-                    plots.activation_shift(result),
-                    "The diamond (safety set) should lie beyond the grey points (random sets) before it means anything.",
-                    "That refusal got worse, that these neurons did it, or that they are special. Values of different models"
-                    " do not compare.",
-                ),
+            "tuned_outcomes",
+            "What tuned models write",
+            figures=[
                 Figure(
                     "tuned_outcomes",
                     plots.tuned_outcomes(result),
                     "Blue: refused with thinking off, by the base and by each tuned model. Grey replies are neither refusal"
                     " nor compliance.",
                     "Whether twins are spared: what the models write to these stands in the verdict and in the table of outcomes.",
-                ),
+                )
             ],
-            [table],
-        )
+        ),
     ]
 
 
@@ -522,8 +517,9 @@ def _methods(result: StudyResult, measured: bool) -> Section:
         " in the table of verdicts.",
         "Tests. Signs of paired differences flipped by request family, corrected by the largest statistic. Intervals at"
         " 95 %: bootstrap over families; Wilson for shares. Random sets match the number of heads or neurons in each layer.",
-        "RAS. Activations of mlp.hook_post, maximum over tokens, mean over prompts; a neuron whose activation is not positive"
-        " in either model is left out of that side's sum and counted (arXiv 2509.00544, section 4).",
+        "Neurons. Of each pair of request and twin on the select side, the neurons whose activation (mlp.hook_post, maximum over"
+        " tokens, request and answer) rises most; of these, those that half of the pairs share. RAS: mean over prompts first; a neuron"
+        " whose activation is not positive in either model is left out of that side's sum and counted (arXiv 2509.00544, section 4).",
     )
     return Section(
         "methods",
@@ -619,14 +615,14 @@ def _json(result: StudyResult, said: list[Finding], sections: list[Section]) -> 
                 if "probes" in result.parts
                 else {}
             ),
-            "shift": result.shift,
+            **({"neurons": neuron_measures(result.neurons)} if result.neurons is not None else {}),
         }
     gate = {key: value for key, value in result.gate.items() if key != "outcomes"}
     whole = {
         "format_version": FORMAT_VERSION,
         "question": verdict.question(result),
         "verdict": [finding.to_dict() for finding in said],
-        "caveats": list(verdict.ALWAYS),
+        "caveats": list(_limits(result)),
         "gate": gate,
         **measured,
         "design": result.design,

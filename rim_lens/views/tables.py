@@ -431,44 +431,6 @@ def cliff_table(curves: Mapping[tuple[str, str], Cliff]) -> Table:
     )
 
 
-def shift_table(result: StudyResult) -> Table | None:
-    """RAS per tuned model; None where there is none."""
-    shifts = result.shift["tuned"]
-    if not shifts:
-        return None
-    rows = tuple(
-        (
-            Token(name),
-            neurons,
-            plain(part["value"]),
-            plain(part["safety_drop"]),
-            plain(part["reasoning_rise"]),
-            _sides(part, "n_used"),
-            _sides(part, "n_excluded"),
-            per_cent(found["percentile"]) if key == "safety" and found["percentile"] is not None else "–",
-            _random_range(found["random"]) if key == "safety" else "–",
-        )
-        for name, found in shifts.items()
-        for key, neurons in (
-            ("safety", f"safety set ({result.shift['set_size']})"),
-            ("all", "all neurons"),
-        )
-        for part in (found[key],)
-    )
-    columns = (
-        *("tuned model", "neurons", "RAS", "safety drop", "reasoning rise", "used", "left out"),
-        *("percentile", "random sets: median (range)"),
-    )
-    return Table(
-        "shift",
-        "Reciprocal activation shift, base to tuned",
-        columns,
-        rows,
-        "In the unit of the activations. Percentile: among random sets of the same size per layer. Used and left out: neurons on safety / reasoning prompts; a neuron with an"
-        " activation that is not positive is left out. Not established as specific: see the verdict.",
-    )
-
-
 def words_tables(result: StudyResult) -> list[Table]:
     """The commonest first words per condition, and every reply's."""
     base = result.outcomes[result.outcomes["model"] == "base"]
@@ -791,17 +753,3 @@ def file_table(result: AnyResult) -> Table:
 def _in_order(result: StudyResult, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rank = {condition: place for place, condition in enumerate(result.conditions)}
     return sorted(rows, key=lambda row: (row["kind"] != "harmful", rank[row["condition"]]))
-
-
-def _sides(part: dict[str, Any], key: str) -> str:
-    sides = part.get(key)
-    return f"{sides['safety']} / {sides['reasoning']}" if sides else "–"
-
-
-def _random_range(values: list[float | None]) -> str:
-    import numpy as np
-
-    usable = [value for value in values if value is not None]
-    if not usable:
-        return "–"
-    return f"{plain(float(np.median(usable)))} ({plain(min(usable))} to {plain(max(usable))})"

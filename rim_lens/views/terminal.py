@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
     from rim_lens.study import CheckpointStudyResult, NeuronStudyResult, StudyResult
-    from rim_lens.views.verdict import Finding
+    from rim_lens.views.finding import Finding
 
 _LONGEST_WORD = 14
 # What a terminal is wide enough for; the rest is for the report.
@@ -45,7 +45,7 @@ _STYLES = {"shown": "green", "not shown": "yellow", "cannot tell": "yellow", "no
 
 
 def print_study(result: StudyResult, console: Console) -> None:
-    """Print the question, the verdict, and the tables of gate, outcomes, heads, set and RAS.
+    """Print the question, the verdict, and the tables of gate, outcomes, heads and neurons.
 
     Args:
         result: A study that came to its end, or stopped at its gate.
@@ -61,11 +61,10 @@ def print_study(result: StudyResult, console: Console) -> None:
     console.print()
     shown = [tables.gate_table(result)]
     if len(said) > 1:
-        shift = tables.shift_table(result)
         shown += [tables.outcome_table(result), *_found_only(tables.head_tables(result.heads))]
         if "probes" in result.parts:
             shown.append(_columns(tables.probe_table(result.probes()), _OF_PROBES))
-        shown += [shift] if shift else []
+        shown += _of_neurons(result.neurons)
     for table in shown:
         console.print(_rich(table))
         console.print()
@@ -86,18 +85,24 @@ def print_neurons(result: NeuronStudyResult, console: Console) -> None:
 
     console.print(Text(visible(neuron_words.neuron_question(result)), style="bold"))
     console.print()
-    found = result.neurons
-    if found is not None and len(found):
-        listed = neuron_tables.set_table(found, result.writers)
-        first = replace(listed, rows=listed.rows[:_MOST_NEURONS])
-        console.print(_rich(first if result.writers is not None else _columns(first, _NOT_WRITERS)))
+    for table in _of_neurons(result):
+        console.print(_rich(table))
         console.print()
-        if found.effects is not None:
-            console.print(
-                _rich(_columns(tables.removal_table(found.effects, "chosen neurons", "neurons"), _OF_REMOVAL))
-            )
-            console.print()
     _say(neuron_words.neuron_findings(result), console)
+
+
+def _of_neurons(result: NeuronStudyResult | None) -> list[Table]:
+    """The neurons, and what removing them does; of a study that has come so far."""
+    found = None if result is None else result.neurons
+    if result is None or found is None or not len(found):
+        return []
+    listed = neuron_tables.set_table(found, result.writers)
+    first = replace(listed, rows=listed.rows[:_MOST_NEURONS])
+    shown = [first if result.writers is not None else _columns(first, _NOT_WRITERS)]
+    if found.effects is not None:
+        removed = tables.removal_table(found.effects, "chosen neurons", "neurons")
+        shown.append(_columns(removed, _OF_REMOVAL))
+    return shown
 
 
 def print_checkpoints(result: CheckpointStudyResult, console: Console) -> None:

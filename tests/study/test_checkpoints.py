@@ -21,6 +21,7 @@ from rim_lens.organisms.toy.recipe import FINE_TUNE, toy_rows
 from rim_lens.study import checkpoints as checkpoints_module
 from rim_lens.study.runs import control_name, given_runs
 from tests.families import fill
+from tests.true_tokenizers import load_tokenizer
 from tests.verdicts import random_toy
 
 FAST = rl.CheckpointSettings(
@@ -309,3 +310,50 @@ def test_a_run_trained_elsewhere_gives_the_same_numbers(whole, tmp_path):
 def test_a_given_base_stays_where_it_is():
     with pytest.raises(ValueError, match="stays as it is"):
         rl.CheckpointStudy(rl.load_model("toy"), ["toy:careful"], dtype=torch.float16)
+
+
+@pytest.mark.npm
+def test_a_model_that_is_no_toy_is_trained_by_adapters_that_are_folded_in_one_at_a_time(tmp_path):
+    """A random Qwen3 with its true tokenizer and our maths: the whole way by LoRA, held to `rl.fine_tune` and plain numbers."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = load_tokenizer("qwen3")
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    hf = Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=512, **shape, **heads)
+    )
+    fill(hf)
+    base = tmp_path / "base"
+    hf.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    settings = replace(FAST, gate=False, m=4, min_fraction=0.1, max_new_tokens=2, max_cot_tokens=2)
+    study = rl.CheckpointStudy(
+        str(base),
+        train=["careful", "heuristic"],
+        train_seeds=[0],
+        steps=3,
+        n_checkpoints=3,
+        n_requests=6,
+        settings=settings,
+    )
+    found = study.run(tmp_path / "study")
+    assert found.measured
+    for name, run in found.training.items():
+        assert all((step / "adapter_model.safetensors").is_file() for step in run.checkpoints), name
+    run = found.training["heuristic_0"]
+    assert found.training["careful_0"].losses[0] != run.losses[0]
+    row = found.comparison.row("heuristic_0", 3)
+    # An adapter beside its base, not folded in, gives the same drift.
+    from peft import PeftModel
+
+    beside = PeftModel.from_pretrained(Qwen3ForCausalLM.from_pretrained(base), str(run.checkpoints[-1]))
+    moved = beside.merge_and_unload().state_dict()
+    before = hf.state_dict()
+    names = [name for name in before if name != "lm_head.weight"]  # tied: the embedding once more
+    far = sum(float((moved[name].double() - before[name].double()).pow(2).sum()) for name in names)
+    size = sum(float(before[name].double().pow(2).sum()) for name in names)
+    assert run.drift[-1] == pytest.approx((far / size) ** 0.5, rel=1e-4)
+    if rl.model_facts(rl.load_model(str(base))).family == "TransformerBridge":
+        assert row["weight_drift"] == pytest.approx(run.drift[-1], rel=1e-3)
+    assert row["weights_digest"] == rl.weights_digest(rl.load_model(str(run.checkpoints[-1])))

@@ -132,7 +132,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_result(tmp_path, monkeypatc
         return call
 
     with monkeypatch.context() as patch:
-        for name in ("generate", "capture", "refusal_score", "reciprocal_activation_shift"):
+        for name in ("generate", "capture", "refusal_score"):
             patch.setattr(stages, name, counting(stages, name, after))
         patch.setattr(readings, "refusal_score", counting(readings, "refusal_score", after))
         with pytest.raises(Stop):
@@ -161,7 +161,7 @@ def test_a_folder_takes_more_parts_and_more_tuned_models(tmp_path, small_study, 
     with monkeypatch.context() as patch:
         for module, name in ((stages, "generate"), (stages, "refusal_score"), (readings, "refusal_score")):
             patch.setattr(module, name, lambda *_, **__: pytest.fail("measured twice"))
-        patch.setattr(stages, "run_shift", lambda *_: (_ for _ in ()).throw(Stop))
+        patch.setattr(study_module.NeuronStudy, "run", lambda *_: (_ for _ in ()).throw(Stop))
         with pytest.raises(Stop):
             again.run(tmp_path)
         half = rl.load_study(tmp_path)
@@ -422,9 +422,33 @@ def test_the_toy_report_says_what_is_true(toy_study):
     assert chosen["percentile"] >= 90
     assert chosen["n_controls"] == FAST.n_random_sets
     assert all(set(map(tuple, c["heads"])) != found for c in chosen["controls"])
-    shift = toy_study.shift["tuned"]["deviate"]
-    assert shift["n_controls"] > 0
-    assert shift["safety"]["n_used"]["safety"] > 0
+    neurons = toy_study.neurons
+    assert neurons.measured
+    assert neurons.tuned == ["deviate"]
+    assert neurons.entanglement["deviate"].row("ras")["n_exchanged"] > 0
+    assert set(neurons.restored) == {"deviate"}
+
+
+def test_its_part_neurons_is_a_study_of_neurons(toy_study, tmp_path):
+    settings = rl.NeuronSettings(
+        conditions=("off",),
+        written=False,
+        n_random_sets=FAST.n_random_sets,
+        max_new_tokens=FAST.max_new_tokens,
+    )
+    alone = rl.NeuronStudy(
+        "toy",
+        tuned={"deviate": "toy:deviate"},
+        n_requests=24,
+        settings=settings,
+        parts=("entanglement", "restoring"),
+    ).run(tmp_path)
+    inside = toy_study.neurons
+    assert inside.neurons == alone.neurons
+    assert inside.neurons.effects.table.equals(alone.neurons.effects.table)
+    assert inside.entanglement["deviate"].table.equals(alone.entanglement["deviate"].table)
+    settings, same = (one.design["settings"] for one in (inside, alone))
+    assert settings == same
 
 
 def test_a_study_read_back_is_the_same(toy_study):

@@ -12,7 +12,7 @@ import torch
 import rim_lens as rl
 from rim_lens.chat import ChatFormat
 from rim_lens.errors import MissingExtra, StatisticsError, StudyFolderError, UnknownNeuron, UnsupportedModel
-from rim_lens.lens import load_plain, wrap_hf
+from rim_lens.lens import adapter_base, load_plain, wrap_hf
 from rim_lens.organisms.toy import load_toy, recipe, toy_tokenizer
 from rim_lens.organisms.toy.rows import draw_requests, predict_chain, safe_conjunctions, with_chain
 from rim_lens.prompts.toy import toy_cot, toy_prompts
@@ -192,6 +192,22 @@ def test_a_folded_checkpoint_computes_what_peft_computes(tmp_path):
     )
 
 
+@needs_peft
+def test_a_run_of_a_given_model_may_be_moved(tmp_path):
+    run = tuned_given(tmp_path / "here")
+    before = rl.weights_digest(rl.load_model(run.checkpoints[-1]))
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = rl.FineTuned.load(tmp_path / "there")
+    assert rl.weights_digest(rl.load_model(moved.checkpoints[-1])) == before
+    assert adapter_base(moved.checkpoints[-1]) == moved.base
+
+
+def tuned_given(out):
+    config = replace(HARD, steps=2)
+    rows = recipe.toy_rows("confirm")
+    return rl.fine_tune(load_toy(), rows, out=out, config=config, lora=SMALL, checkpoints=1, progress=False)
+
+
 def test_training_stops_where_the_drift_is_reached(tmp_path, plain_run):
     target = plain_run.drift[0]
     run = tuned(tmp_path, kind="careful", config=replace(HARD, steps=60), stop_at_drift=target)
@@ -239,6 +255,32 @@ def test_an_interrupted_run_begins_anew_with_the_same_numbers(tmp_path, monkeypa
     monkeypatch.undo()
     run = tuned(tmp_path)
     assert (run.losses, run.drift) == (plain_run.losses, plain_run.drift)
+
+
+def test_dropout_comes_from_the_seed_and_leaves_the_callers_generator_alone(tmp_path):
+    model, words = load_toy()
+    model.config.resid_pdrop = model.config.embd_pdrop = 0.2
+    model = type(model)(model.config)
+
+    def losses(name, seed):
+        torch.manual_seed(len(name))
+        state = torch.get_rng_state()
+        config = replace(HARD, steps=3)
+        run = rl.fine_tune(
+            (model, words),
+            recipe.toy_rows("careful"),
+            out=tmp_path / name,
+            config=config,
+            lora=None,
+            seed=seed,
+            progress=False,
+        )
+        assert torch.equal(torch.get_rng_state(), state)
+        return run.losses
+
+    first = losses("a", 0)
+    assert losses("bb", 0) == first
+    assert losses("ccc", 1) != first
 
 
 @needs_peft

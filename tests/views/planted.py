@@ -16,6 +16,7 @@ from rim_lens.folder import ResultFolder
 from rim_lens.measures.controls import control_p, percentile_among, random_heads_per_layer
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.heads.table import head_table
+from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.measures.refusal.rates import refusal_rate
 from rim_lens.measures.stats import bootstrap_interval
 from rim_lens.study import StudyResult, load_study
@@ -40,7 +41,7 @@ class Planted:
     found: Sequence[tuple[int, int]] = ((1, 2), (2, 5))
     effect: float = -6.0
     effect_on_twins: float = 0.0
-    tuned: Mapping[str, float] = field(default_factory=lambda: {"confirm": 2.0})
+    tuned: Sequence[str] = ("confirm",)
     gate: bool = True
     gate_refused: int | None = None
     model: str = "planted by hand"
@@ -79,7 +80,7 @@ def write(folder: Path, planted: Planted) -> StudyResult:
     _scores(stored, planted, rng)
     _heads(stored, planted, rng)
     stored.write("heads/rows.json", {"kind": "harmful", "query": "prompt_last", "rows": []})
-    _shift(stored, planted, rng)
+    _neurons(folder, planted)
     return load_study(folder)
 
 
@@ -107,7 +108,6 @@ def _design(planted: Planted) -> dict[str, Any]:
         "settings": {
             "max_heads": 6,
             "n_random_sets": 100,
-            "neurons_per_layer": 0.02,
             "max_new_tokens": 64,
             "min_refusal": 0.5,
             "max_twin_ratio": 0.5,
@@ -294,16 +294,17 @@ def _set_effect(planted: Planted, base: Mapping[str, np.ndarray], scores: Any) -
     }
 
 
-def _shift(stored: ResultFolder, planted: Planted, rng: np.random.Generator) -> None:
-    result = {}
-    for name, value in planted.tuned.items():
-        random = rng.uniform(0, 1, 100).tolist()
-        part = {"value": value, "safety_drop": value, "reasoning_rise": value, "n": 8, "reason": None}
-        result[name] = {
-            "all": {**part, "value": 0.5},
-            "safety": part,
-            "random": random,
-            "n_controls": 100,
-            "percentile": percentile_among(value, random).percentile,
-        }
-    stored.write("neurons/shift.json", {"set_size": 8, "per_layer": 2, "tuned": result})
+def _neurons(folder: Path, planted: Planted) -> None:
+    """A study of neurons whose pairs agreed on none; one with neurons is measured, see `toy_study`."""
+    stored = ResultFolder(folder / "neurons")
+    settings = {"m": 2, "scope": "layer", "min_fraction": 0.5, "pairs": "twins", "gate": True}
+    design = _design(planted) | {"settings": settings}
+    stored.write("neuron_study.json", {"format_version": 1, "design": design})
+    stored.write("gate.json", {"passed": True, "reason": ""})
+    stored.write(
+        "asked.json",
+        {"parts": ["entanglement", "restoring"], "tuned": {name: f"toy:{name}" for name in planted.tuned}},
+    )
+    swept = {"m": 2, "min_fraction": 0.5, "size": 0, "by_chance": 0.1, "n_layers": 0, "largest_layer": 0}
+    made_by = {"n_pairs": planted.n, "n_families": planted.n_families, "sweep": [swept]}
+    NeuronSet([], planted.shape[0], 64, made_by=made_by).save(folder / "neurons" / "neurons")

@@ -112,11 +112,6 @@ def test_pictures_of_found_heads_need_found_heads(draw: Any, planted: Make) -> N
         draw(planted(found=()))
 
 
-def test_a_shift_needs_a_tuned_model(planted: Make) -> None:
-    with pytest.raises(ValueError, match="no tuned model"):
-        plots.activation_shift(planted(tuned={}))
-
-
 def test_probe_curves_hold_the_shares_of_the_table(toy_study: StudyResult) -> None:
     probes = toy_study.probes()
     figure = plots.probe_curves(probes)

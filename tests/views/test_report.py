@@ -99,7 +99,9 @@ def test_numbers_for_machines_are_those_of_the_study(toy_study: StudyResult, toy
     assert told["reproduce"]["command"] is None  # no command runs every part
     assert "parts=('heads', 'removing', 'comparing', 'probes', 'neurons')" in told["reproduce"]["python"]
     assert {"removal", "restored", "compared", "probes", "cliff"} <= set(told)
-    assert {"Gate", "What RAS does not show"} <= {finding["topic"] for finding in told["verdict"]}
+    assert {"Gate", "RAS after tuning to toy_deviate", "What toy_deviate writes"} <= {
+        finding["topic"] for finding in told["verdict"]
+    }
 
 
 def test_markdown_says_the_same(toy_study: StudyResult, toy_report: Path) -> None:
@@ -118,7 +120,7 @@ def hostile_study(tmp_path_factory: pytest.TempPathFactory) -> StudyResult:
             model=f"model {HOSTILE}",
             first_token=HOSTILE,
             first_words=TOKENS,
-            tuned={"<think>%{x}": 0.4},
+            tuned=["<think>%{x}"],
             n=8,
             n_families=6,
         ),
@@ -151,7 +153,7 @@ def test_a_study_stopped_at_its_gate_shows_the_gate_and_nothing_else(planted: Ma
     assert "0.04 [0.01, 0.20]" in page.text
     assert "RAS" not in page.text
     told = json.loads(report.with_suffix(".json").read_text())
-    assert {"outcomes", "heads", "shift"}.isdisjoint(told)
+    assert {"outcomes", "heads", "neurons"}.isdisjoint(told)
     assert "outcomes" not in told["gate"]
 
 
@@ -264,16 +266,16 @@ def test_hostile_text_runs_nothing_and_is_seen(hostile_study: StudyResult, brows
     )
     assert HOSTILE in codes
     labels = browser.execute_script(
-        "return [...document.querySelectorAll('#figure-shift .ytick text, #figure-tuned_outcomes .xtick text')]"
+        "return [...document.querySelectorAll('#figure-tuned_outcomes .xtick text')]"
         ".map(text => text.textContent)"
     )
-    assert labels.count("<think>%{x}") == 2
-    diamond = "#figure-shift .scatterlayer .trace:nth-child(3) .point"
+    assert labels.count("<think>%{x}") == 1
+    bar = "#figure-tuned_outcomes .barlayer .trace:nth-child(1) .point:nth-child(2) path"
     hover = act_until(
         browser,
-        lambda page: page.find_element(By.CSS_SELECTOR, diamond),
+        lambda page: page.find_element(By.CSS_SELECTOR, bar),
         lambda page: page.execute_script(
-            "return document.querySelector('#figure-shift .hoverlayer').textContent"
+            "return document.querySelector('#figure-tuned_outcomes .hoverlayer').textContent"
         ),
         click=False,
     )

@@ -17,20 +17,28 @@ def printed(result: StudyResult, width: int = 140) -> str:
     return file.getvalue()
 
 
-def test_the_summary_holds_gate_outcomes_heads_set_and_ras(planted: Make) -> None:
+def test_the_summary_holds_gate_outcomes_heads_and_the_verdict(planted: Make) -> None:
     text = printed(planted())
-    for wanted in ("asked for", "unrelated", "L1H2", "found set", "safety set (8)", "[shown] Gate"):
+    for wanted in ("asked for", "unrelated", "L1H2", "found set", "[shown] Gate", "What confirm writes"):
         assert wanted in text
+
+
+def test_neurons_of_a_study_stand_as_in_a_study_of_neurons(toy_study: StudyResult) -> None:
+    found = toy_study.neurons.neurons
+    text = printed(toy_study)
+    for layer, neuron in found.neurons[:3]:
+        assert f"L{layer}N{neuron}" in text
+    assert "chosen neurons" in text
 
 
 def test_a_gate_stop_prints_the_reason_and_no_other_table(planted: Make) -> None:
     text = printed(planted(gate_refused=1))
     assert "Stopped" in text
-    assert "safety set" not in text
+    assert "Neurons" not in text
 
 
 def test_brackets_in_names_are_no_markup(planted: Make) -> None:
-    text = printed(planted(model="[red]model[/red] [bold", tuned={"[link=x]": 0.4}))
+    text = printed(planted(model="[red]model[/red] [bold", tuned=["[link=x]"]))
     assert "[red]model[/red] [bold" in text
     assert "[link=x]" in text
 

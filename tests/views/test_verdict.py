@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -10,7 +9,10 @@ import pytest
 from rim_lens.errors import StudyFolderError
 from rim_lens.measures.refusal.rates import refusal_rate
 from rim_lens.study import StudyResult
-from rim_lens.views.verdict import Finding, findings, gate_finding, question, removal_findings
+from rim_lens.views.finding import Finding
+from rim_lens.views.head_words import removal_findings
+from rim_lens.views.neuron_words import neuron_findings
+from rim_lens.views.verdict import findings, gate_finding, question
 
 Make = Callable[..., StudyResult]
 NO_CHANGE = {"off": 24, "careful": 24, "filler": 24, "unrelated": 24, "open": 24}
@@ -124,32 +126,18 @@ def test_broken_replies_are_not_called_compliance(planted: Make) -> None:
     assert "may break the reply" in by_topic(planted())["What it writes without these heads"].text
 
 
-@pytest.mark.parametrize(("value", "status"), [(2.0, "note"), (0.3, "not shown")])
-def test_ras_is_placed_among_random_sets_and_never_called_specific(
-    planted: Make, value: float, status: str
-) -> None:
-    result = planted(tuned={"confirm": value})
-    said = by_topic(result)
-    assert said["RAS, confirm"].status == status
-    percentile = result.shift["tuned"]["confirm"]["percentile"]
-    assert f"{percentile:.0f} % of 100 random sets" in said["RAS, confirm"].text
-    assert "5 of 24 harmful requests" in said["RAS, confirm"].text
-    assert "not established as specific" in said["What RAS does not show"].text
-
-
-def test_an_undefined_ras_says_why(planted: Make) -> None:
-    result = planted()
-    path = result.path / "neurons" / "shift.json"
-    shift = json.loads(path.read_text())
-    shift["tuned"]["confirm"]["safety"] |= {"value": None, "reason": "none of 8 neurons is positive"}
-    path.write_text(json.dumps(shift))
-    said = by_topic(result)["RAS, confirm"]
-    assert said.status == "cannot tell"
-    assert "none of 8 neurons is positive" in said.text
+def test_a_study_says_of_neurons_what_its_study_of_neurons_says(toy_study: StudyResult) -> None:
+    said = by_topic(toy_study)
+    mine = neuron_findings(toy_study.neurons)
+    assert len(mine) > 4
+    assert all(said[one.topic] == one for one in mine)
+    refused = toy_study.refusal_by_condition().set_index(["model", "kind", "condition"])["refuse"]
+    n = round(8 * refused["toy_deviate", "harmful", "off"])
+    assert f"it refused {n} of 8 harmful requests" in said["What toy_deviate writes"].text
 
 
 def test_without_tuned_models_nothing_is_said_of_ras(planted: Make) -> None:
-    result = planted(tuned={})
+    result = planted(tuned=())
     assert not [topic for topic in by_topic(result) if "RAS" in topic]
     assert "tuning" not in question(result)
 
@@ -169,7 +157,7 @@ def test_an_overridden_gate_is_said_before_all_else(planted: Make) -> None:
 
 def test_an_interrupted_study_is_refused_with_advice(planted: Make) -> None:
     result = planted()
-    (result.path / "neurons" / "shift.json").unlink()
+    (result.path / "neurons" / "gate.json").unlink()
     assert by_topic(result)["Interrupted"].text.startswith("Asked for and not measured yet: neurons")
     (result.path / "heads" / "rows.json").unlink()
     with pytest.raises(StudyFolderError, match="interrupted before its end"):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,12 +15,21 @@ from jaxtyping import Float
 
 from rim_lens.batching import MAX_ROWS
 from rim_lens.chat import ChatFormat, render_conditions
-from rim_lens.errors import AnswerError, ConditionError, NotEnoughData, StatisticsError
+from rim_lens.errors import AnswerError, ConditionError, NotEnoughData
 from rim_lens.folder import ResultFolder
 from rim_lens.generation import generate
 from rim_lens.hooks.activations import Pool
-from rim_lens.lens import Model
+from rim_lens.lens import Model, weights_digest
 from rim_lens.measures.checkpoints.result import Comparison
+from rim_lens.measures.checkpoints.which import (
+    Checkpoint,
+    called,
+    identity,
+    is_loader,
+    require_same,
+    runs_of,
+    slug,
+)
 from rim_lens.measures.entanglement.between import Neuron, check_options, entangled
 from rim_lens.measures.entanglement.entangling import opened, own_or_none
 from rim_lens.measures.entanglement.reading import ModelReading, Site, check_requests, read_model
@@ -32,14 +41,12 @@ from rim_lens.measures.neurons.pairs import Pair, Pairs, as_pairs
 from rim_lens.measures.reasoning import reasoning_accuracy
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.shift import Average
-from rim_lens.prompts import Prompt
+from rim_lens.prompts import Prompt, prompts_digest
 from rim_lens.training import FineTuned
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# A checkpoint: a name or folder for `load_model`, a function that loads a model, or a model.
-Checkpoint = Model | str | Path | Callable[[], Model]
 RISES = "rises.safetensors"
 OF_SETS = (*SHIFTS, "cka_ratio")
 # How much of a metric of the whole model a base has against itself.
@@ -83,7 +90,7 @@ def compare(
 
     Models are loaded one after the other, each let go before the next (give names, folders or functions: a model you hold
     yourself stays). With `folder` every checkpoint is kept as soon as it is measured, and a comparison that was cut short
-    goes on where it stopped.
+    goes on where it stopped; other weights, requests or options are refused there. The folder may be moved.
 
     What it does not show: that entanglement weakens refusal. Checkpoints of a run follow each other, so that all that
     training moves goes together; `Comparison.correlations` says what can be tested, `Comparison.drift_matched` holds a run
@@ -127,7 +134,7 @@ def compare(
         StatisticsError: A run or step is there twice, runs have other bases, or an option is out of range.
         AnswerError: Accuracy is asked for, and a question has no checked answer.
         ReferenceMismatch: A checkpoint is of another shape than the base.
-        StudyFolderError: The folder holds another comparison.
+        StudyFolderError: The folder holds another comparison: of other weights, requests or options.
         NotFinite: A model gives NaN or infinity; what was measured before stays.
 
     >>> import rim_lens as rl
@@ -140,7 +147,7 @@ def compare(
     >>> found.table["step"].tolist(), bool(found.table["lost"].iloc[2] > found.table["lost"].iloc[1])
     ([0, 1, 2], True)
     """
-    start, runs = _runs(models, base)
+    start, runs = runs_of(models, base)
     check_options(n_random_sets, matched, average, floor, n_boot, 0.95)
     asked = check_requests(harmful, harmless, reasoning)
     _check_answers(response, accuracy, asked["reasoning"])
@@ -162,11 +169,13 @@ def compare(
         "openers": None if openers is None else list(openers),
     }
     settings: dict[str, Any] = {
-        "base": _called(start),
-        "runs": {run: [[step, _called(model)] for step, model in its] for run, its in runs.items()},
+        "base": identity(start),
+        "runs": {run: [[step, *identity(model)] for step, model in its] for run, its in runs.items()},
+        "dtype": str(dtype),
+        "chat_format": None if chat is None else chat.name,
         "neurons": None if chosen is None else [list(pair) for pair in chosen],
-        "pairs": [[pair.less.id, pair.more.id] for pair in made],
-        "prompts": {kind: [prompt.id for prompt in prompts] for kind, prompts in asked.items()},
+        "pairs": prompts_digest(form for pair in made for form in (pair.less, pair.more)),
+        "prompts": {kind: prompts_digest(prompts) for kind, prompts in asked.items()},
         "accuracy": list(accuracy),
         "response": response,
         "average": average,
@@ -186,31 +195,10 @@ def compare(
         kept = ResultFolder(place)
         kept.claim(settings, "asked.json")
 
-        def measured(model: Checkpoint, where: str, against: ModelReading | None) -> ModelReading:
-            """Read a model, or find it read already, without loading it."""
-            wanted = ["outcomes.json", "reading/reading.json"] + [RISES] * (against is None and bool(made))
-            if not all(kept.has(f"{where}/{name}") for name in wanted):
-                with opened(model, device, dtype) as here:
-                    its = chat or ChatFormat.from_model(here)
-                    if RISES in wanted:
-                        _read_pairs(here, its, made, kept.path / where, response, reading)
-                    _measure(
-                        here,
-                        its,
-                        requests,
-                        kept,
-                        where,
-                        against,
-                        response,
-                        accuracy,
-                        reading,
-                        writing,
-                        thinking,
-                    )
-                    del here  # or it would still be there when the next one is loaded
-            return ModelReading.load(place / where / "reading")
-
-        before = measured(start, "base", None)
+        read = _Reader(
+            kept, requests, made, chat, response, accuracy, reading, writing, thinking, device, dtype
+        )
+        before = read(start, "base", None)
         difference = _rises(kept.path / "base") if made else None
         everyone = [
             (layer, neuron)
@@ -222,11 +210,11 @@ def compare(
         prompts: list[dict[str, Any]] = []
         at_base = _outcomes(before, kept.read("base/outcomes.json"), asked)
         for run, its in runs.items():
-            rows.append({"run": run, "step": 0, "model": _called(start), **_of_base(before, at_base)})
+            rows.append({"run": run, "step": 0, "model": called(start), **_of_base(before, at_base)})
             prompts += [{"run": run, "step": 0, **line} for line in at_base["prompts"]]
             for number, (step, model) in enumerate(its):
-                where = f"{_slug(run, list(runs))}/{number:03d}"
-                after = measured(model, where, before)
+                where = f"{slug(run, list(runs))}/{number:03d}"
+                after = read(model, where, before)
                 found = entangled(
                     before,
                     after,
@@ -242,7 +230,7 @@ def compare(
                 )
                 now = _outcomes(after, kept.read(f"{where}/outcomes.json"), asked)
                 label = {"run": run, "step": step}
-                rows.append({**label, "model": _called(model), **_of_checkpoint(after, now, at_base, found)})
+                rows.append({**label, "model": called(model), **_of_checkpoint(after, now, at_base, found)})
                 prompts += [{**label, **line} for line in now["prompts"]]
                 random.append(_random(found).assign(**label))
                 del after
@@ -250,6 +238,67 @@ def compare(
         if folder is not None:
             result.save(folder)
     return result
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads a model, or finds it read already, without loading it."""
+
+    kept: ResultFolder
+    requests: Sequence[Sequence[Prompt]]
+    pairs: Sequence[Pair]
+    chat: ChatFormat | None
+    response: str
+    accuracy: Sequence[str]
+    reading: Mapping[str, Any]
+    writing: Mapping[str, Any]
+    thinking: Mapping[str, Any]
+    device: str | torch.device
+    dtype: torch.dtype
+
+    def __call__(self, model: Checkpoint, where: str, against: ModelReading | None) -> ModelReading:
+        place, of_pairs = self.kept.path / where, against is None and bool(self.pairs)
+        wanted = ["outcomes.json", "reading/reading.json"] + [RISES] * of_pairs
+        if not all((place / name).exists() for name in wanted):
+            with opened(model, self.device, self.dtype) as here:
+                chat = self.chat or ChatFormat.from_model(here)
+                if of_pairs:
+                    _read_pairs(here, chat, self.pairs, place, self.response, self.reading)
+                self._measure(here, chat, where, against)
+                del here  # or it would still be there when the next one is loaded
+        elif is_loader(model):  # nothing but its weights says what a function gives
+            with opened(model, self.device, self.dtype) as here:
+                require_same(weights_digest(here), place)
+                del here
+        return ModelReading.load(place / "reading")
+
+    def _measure(self, model: Model, chat: ChatFormat, where: str, against: ModelReading | None) -> None:
+        """What a model writes, and what it reads like."""
+        written: dict[str, Any] = {}
+        outcomes: dict[str, Any] = {"accuracy": {}}
+        for kind, prompts in zip(("harmful", "harmless", "reasoning"), self.requests, strict=True):
+            if not prompts or (kind == "reasoning" and self.response == "none"):
+                continue
+            condition = self.reading["reasoning_think" if kind == "reasoning" else "think"]
+            batch = render_conditions(chat, prompts, [condition])[condition]
+            out = generate(model, batch, chat=chat, **self.writing)
+            written[kind] = out.batch
+            if kind != "reasoning":
+                outcomes[kind] = list(out.outcome)
+        for condition in self.accuracy:
+            batch = render_conditions(chat, self.requests[2], [condition])[condition]
+            out = generate(model, batch, chat=chat, **self.writing, **self.thinking)
+            outcomes["accuracy"][condition] = reasoning_accuracy(out).rows["correct"].astype(bool).tolist()
+        read_model(
+            model,
+            chat,
+            *self.requests,
+            folder=self.kept.path / where / "reading",
+            against=against,
+            response=written if self.response == "own" else "none",
+            **self.reading,
+        )
+        self.kept.write(f"{where}/outcomes.json", outcomes)
 
 
 def _check_answers(response: str, accuracy: Sequence[str], questions: Sequence[Prompt]) -> None:
@@ -301,107 +350,6 @@ def _rises(folder: Path) -> Float[np.ndarray, "pair layer neuron"]:
     from safetensors.numpy import load_file
 
     return np.asarray(load_file(folder / RISES)["rises"])
-
-
-def _runs(models: Any, base: Checkpoint | None) -> tuple[Checkpoint, dict[str, list[tuple[int, Checkpoint]]]]:
-    """The base, and run → (step, checkpoint)."""
-    if isinstance(models, FineTuned):
-        models = {models.folder.name: models}
-    elif not isinstance(models, Mapping):
-        listed = list(models)
-        if base is None:
-            base, listed = (listed[0], listed[1:]) if listed else (None, [])
-        models = {"run": listed}
-    bases = list(dict.fromkeys(one.base for one in models.values() if isinstance(one, FineTuned)))
-    if base is None:
-        if len(bases) != 1:
-            told = f"the runs began with {', '.join(bases)}" if bases else "none was given"
-            raise StatisticsError(
-                f"a comparison is with one base, and {told}. Give base=, or compare the runs of each base and join them"
-                " (Comparison.joined)."
-            )
-        base = bases[0]
-    runs: dict[str, list[tuple[int, Checkpoint]]] = {}
-    for run, its in models.items():
-        if isinstance(its, FineTuned):
-            runs[str(run)] = list(zip(its.steps, map(str, its.checkpoints), strict=True))
-            continue
-        listed = list(its)
-        named = [_step(model) for model in listed]
-        counted = range(1, len(listed) + 1)
-        runs[str(run)] = [
-            (place if None in named or step is None else step, model)
-            for place, step, model in zip(counted, named, listed, strict=True)
-        ]
-    for run, checkpoints in runs.items():
-        steps = [step for step, _ in checkpoints]
-        if not checkpoints:
-            raise NotEnoughData(f"run {run!r} has no checkpoint; give the base and at least one.")
-        if len(set(steps)) < len(steps) or min(steps) < 1:
-            raise StatisticsError(f"run {run!r} has steps {steps}; each is to be there once, from 1 on.")
-        checkpoints.sort(key=lambda one: one[0])
-    if not runs:
-        raise NotEnoughData("no run was given; give the base and at least one checkpoint.")
-    return base, runs
-
-
-def _step(model: Any) -> int | None:
-    """The step in the name of a checkpoint's folder, as `rl.fine_tune` and the Hugging Face trainer write it."""
-    found = (
-        re.fullmatch(r"(?:step|checkpoint)-(\d+)", Path(model).name)
-        if isinstance(model, str | Path)
-        else None
-    )
-    return None if found is None else int(found[1])
-
-
-def _called(model: Any) -> str:
-    return str(model) if isinstance(model, str | Path) else f"given {type(model).__name__}"
-
-
-def _slug(run: str, runs: list[str]) -> str:
-    return f"{runs.index(run):03d}-{re.sub(r'[^A-Za-z0-9]+', '-', run)[:40]}"
-
-
-def _measure(
-    model: Model,
-    chat: ChatFormat,
-    requests: Sequence[Sequence[Prompt]],
-    kept: ResultFolder,
-    where: str,
-    against: ModelReading | None,
-    response: str,
-    accuracy: Sequence[str],
-    reading: Mapping[str, Any],
-    writing: Mapping[str, Any],
-    thinking: Mapping[str, Any],
-) -> None:
-    """What a model writes, and what it reads like."""
-    written: dict[str, Any] = {}
-    outcomes: dict[str, Any] = {"accuracy": {}}
-    for kind, prompts in zip(("harmful", "harmless", "reasoning"), requests, strict=True):
-        if not prompts or (kind == "reasoning" and response == "none"):
-            continue
-        condition = reading["reasoning_think"] if kind == "reasoning" else reading["think"]
-        batch = render_conditions(chat, prompts, [condition])[condition]
-        out = generate(model, batch, chat=chat, **writing)
-        written[kind] = out.batch
-        if kind != "reasoning":
-            outcomes[kind] = list(out.outcome)
-    for condition in accuracy:
-        batch = render_conditions(chat, requests[2], [condition])[condition]
-        out = generate(model, batch, chat=chat, **writing, **thinking)
-        outcomes["accuracy"][condition] = reasoning_accuracy(out).rows["correct"].astype(bool).tolist()
-    read_model(
-        model,
-        chat,
-        *requests,
-        folder=kept.path / where / "reading",
-        against=against,
-        response=written if response == "own" else "none",
-        **reading,
-    )
-    kept.write(f"{where}/outcomes.json", outcomes)
 
 
 def _outcomes(

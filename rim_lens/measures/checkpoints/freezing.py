@@ -1,14 +1,14 @@
-"""Does it help to know? Fine-tuning with the found neurons frozen, beside frozen random ones and beside none."""
+"""Does it help to know? Fine-tuning with the found neurons held, beside held random ones and beside none."""
 
 from __future__ import annotations
 
 import html
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from rim_lens.measures.checkpoints.comparing import compare
 from rim_lens.measures.checkpoints.result import Comparison
 from rim_lens.measures.controls import control_p, percentile_among, random_neurons_per_layer
 from rim_lens.measures.frames import frame_from_json, frame_to_json
+from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.measures.stats import bootstrap_interval
 from rim_lens.prompts import Prompt
 from rim_lens.training import Drawn, FineTuned, Row, fine_tune
@@ -32,10 +33,10 @@ FREE, SET = "nothing", "set"
 
 @dataclass(frozen=True, eq=False)
 class Freezing:
-    """What freezing neurons keeps of refusal, and what it costs.
+    """What holding neurons in training keeps of refusal, and what it costs.
 
     Attributes:
-        table: One row per run: frozen ("nothing", "set", "random 0", …); n_neurons; lost (nats of refusal score, base − tuned)
+        table: One row per run: frozen ("nothing", "set", "random 0", …), which names what was held; n_neurons; lost (nats of refusal score, base − tuned)
             and lost_rate; kept (lost with nothing frozen − lost here, nats, paired by request) with low and high (95 %, over
             families); `accuracy_…` and `gained_…` (accuracy − base); twins_refused; weight_drift.
         p: Chance of the set's kept refusal being so high a rank if it were one more random set; never below
@@ -111,7 +112,7 @@ class Freezing:
 def freezing(
     model: str | Path | tuple[Any, Any],
     rows: Sequence[Row] | Drawn,
-    neurons: Iterable[tuple[int, int]],
+    neurons: NeuronSet | Sequence[tuple[int, int]],
     chat: ChatFormat | None,
     harmful: Sequence[Prompt | str],
     harmless: Sequence[Prompt | str],
@@ -119,14 +120,17 @@ def freezing(
     *,
     folder: str | Path,
     n_random_sets: int = 3,
+    penalty: float | None = None,
+    matched: Literal["activity"] | None = None,
     training: dict[str, Any] | None = None,
     seed: int = 0,
     progress: bool = False,
     **measuring: Any,
 ) -> Freezing:
-    """Fine-tune once with nothing frozen, once with the found neurons frozen, and once per random set; compare the ends.
+    """Fine-tune once with nothing held, once with the found neurons held, and once per random set; compare the ends.
 
-    Every run sees the same rows from the same start. Random sets have as many neurons in each layer as the found one.
+    Held neurons are frozen, or pulled back to where they began (`penalty`), see `rl.fine_tune`. Every run sees the same rows from
+    the same start. Random sets have as many neurons in each layer as the found one.
     Runs and measurements are kept in the folder, and one that was cut short goes on where it stopped.
 
     What it does not show: with few random sets no small p is possible, and `kept` is to be read beside theirs. Freezing
@@ -142,13 +146,17 @@ def freezing(
         reasoning: Questions, other ones than were trained on.
         folder: Where all is kept; adapters or weights of every run too.
         n_random_sets: At least 3.
+        penalty: Pull the neurons back by penalty · ‖W − W₀‖² instead of freezing them; None freezes.
+        matched: "activity": random neurons about as active in the base as the found ones, which then are a `NeuronSet` that knows
+            its activity; None: any of the layer.
         training: Of `rl.fine_tune`: config, steps, lora, …
         seed: Of the random sets, and of the training where it names none.
         progress: Show progress bars.
         **measuring: Of `rl.compare`: accuracy, max_new_tokens, ….
 
     Raises:
-        StatisticsError: Fewer than 3 random sets are asked for.
+        StatisticsError: Fewer than 3 random sets are asked for, a penalty that is not positive, or neurons whose activity is not
+            known are to be matched.
         NotEnoughData: There is no neuron, or fewer than 3 other sets exist.
         ...: And what `rl.fine_tune` and `rl.compare` raise.
     """
@@ -158,11 +166,14 @@ def freezing(
         raise StatisticsError(
             f"{n_random_sets} random sets were asked for; a set is held against at least 3."
         )
+    if penalty is not None and not (math.isfinite(penalty) and penalty > 0):
+        raise StatisticsError(f"penalty={penalty} was asked for; give a positive number, or None to freeze.")
+    activity = _activity(neurons) if matched == "activity" else None
     chosen = sorted({(int(layer), int(neuron)) for layer, neuron in neurons})
     if not chosen:
         raise NotEnoughData("freezing an empty set of neurons was asked for; give at least one neuron.")
     width = _width(model)
-    controls = random_neurons_per_layer(chosen, width, n_random_sets, seed)
+    controls = random_neurons_per_layer(chosen, width, n_random_sets, seed, activity)
     if len(controls) < 3:
         raise NotEnoughData(
             f"only {len(controls)} other sets have as many neurons in the same layers; 3 are needed beside the found one."
@@ -176,7 +187,7 @@ def freezing(
     options = {"checkpoints": 1, "seed": seed, "progress": progress, **(training or {})}
     runs: dict[str, FineTuned] = {
         name: fine_tune(
-            model, rows, out=folder / "runs" / name.replace(" ", "-"), freeze=its or None, **options
+            model, rows, out=folder / "runs" / name.replace(" ", "-"), **_held(its, penalty), **options
         )
         for name, its in frozen.items()
     }
@@ -205,12 +216,31 @@ def freezing(
         settings={
             "neurons": [list(pair) for pair in chosen],
             "controls": [[list(pair) for pair in control] for control in controls[:n_random_sets]],
+            "penalty": penalty,
+            "matched": matched,
             "seed": seed,
             "fine_tuning": runs[FREE].settings,
         },
     )
     found.save(folder)
     return found
+
+
+def _activity(neurons: Any) -> Any:
+    known = getattr(neurons, "activity", None)
+    if known is None:
+        raise StatisticsError(
+            'matched="activity" was asked for, and the neurons do not say how active each neuron of the model is. Give the NeuronSet'
+            " that rl.safety_neurons returned, or matched=None."
+        )
+    return known
+
+
+def _held(neurons: Sequence[tuple[int, int]], penalty: float | None) -> dict[str, Any]:
+    """How `fine_tune` is told to hold neurons."""
+    if not neurons:
+        return {}
+    return {"freeze": neurons} if penalty is None else {"penalise": neurons, "penalty": penalty}
 
 
 def _width(model: str | Path | tuple[Any, Any]) -> int:

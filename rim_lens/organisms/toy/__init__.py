@@ -4,6 +4,6 @@ from rim_lens.lens.loading import register_source
 from rim_lens.organisms.toy.host import TOKEN, toy_model, toy_tokenizer
 from rim_lens.organisms.toy.shipped import VARIANTS, load_toy, ship, toy_truth
 
-register_source("toy", load_toy)
+register_source("toy", load_toy, VARIANTS)
 
 __all__ = ["TOKEN", "VARIANTS", "load_toy", "ship", "toy_model", "toy_tokenizer", "toy_truth"]

@@ -18,12 +18,10 @@ from rim_lens.views.plots.heads import head_bubbles, head_effects, head_scan, he
 from rim_lens.views.plots.looking import argmax_positions, attention_pattern, head_pattern
 from rim_lens.views.plots.neurons import neuron_sweep, neurons_by_layer
 from rim_lens.views.plots.probes import probe_curves, probes_without_heads, refusal_cliff
-from rim_lens.views.plots.refusal import outcomes, scores
+from rim_lens.views.plots.refusal import outcomes, scores, tuned_outcomes
 from rim_lens.views.plots.removing import compared_heads, removal_beside_random, restored_refusal
-from rim_lens.views.plots.shift import activation_shift, tuned_outcomes
 
 __all__ = [
-    "activation_shift",
     "argmax_positions",
     "attention_by_head",
     "attention_map",

@@ -196,3 +196,26 @@ def scores(result: StudyResult, theme: Theme = "light") -> go.Figure:
     )
     canvas.update_yaxes(title_text="refusal score (log-odds, nats)", zeroline=False)
     return canvas
+
+
+def tuned_outcomes(result: StudyResult, theme: Theme = "light") -> go.Figure:
+    """What the base and each tuned model write to harmful requests with thinking off.
+
+    Raises:
+        ValueError: The study has no answers of a tuned model.
+    """
+    tuned = numbers.tuned_written(result)
+    if not tuned:
+        raise ValueError("this study has no answers of a tuned model, so that there is nothing to draw.")
+    shares = numbers.outcome_shares(result)
+    models = ["base", *tuned]
+    rows = [
+        {**row, "label": plotly_text(model)}
+        for model in models
+        for row in shares[
+            (shares["model"] == model) & (shares["kind"] == "harmful") & (shares["condition"] == "off")
+        ].to_dict(orient="records")
+    ]
+    return stacked(
+        [(f"harmful requests, thinking off (n = {rows[0]['n']})", rows)], theme, axis="model", height=360
+    )

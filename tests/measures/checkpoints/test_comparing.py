@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import shutil
 import weakref
 
 import numpy as np
@@ -148,7 +149,7 @@ def test_a_comparison_comes_back_from_disk(found):
 
 def test_what_is_measured_is_not_measured_again(found, runs, monkeypatch):
     comparison, folder = found
-    monkeypatch.setattr(comparing, "_measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(comparing._Reader, "_measure", lambda *_: pytest.fail("measured again"))
     again = rl.compare(runs, None, *requests(), folder=folder, **OPTIONS)
     np.testing.assert_array_equal(comparison.table.to_numpy(dtype=str), again.table.to_numpy(dtype=str))
     with pytest.raises(StudyFolderError, match="neurons"):
@@ -171,8 +172,10 @@ def test_killed_in_the_middle_of_a_model_and_taken_up_again_gives_the_same(runs,
     with pytest.raises(KeyboardInterrupt):
         rl.compare(one, None, *asked, folder=tmp_path / "cut", **OPTIONS)
     monkeypatch.undo()
-    measured, measure = [], comparing._measure
-    monkeypatch.setattr(comparing, "_measure", lambda *args: (measured.append(args[4]), measure(*args)))
+    measured, measure = [], comparing._Reader._measure
+    monkeypatch.setattr(
+        comparing._Reader, "_measure", lambda *args: (measured.append(args[3]), measure(*args))
+    )
     again = rl.compare(one, None, *asked, folder=tmp_path / "cut", **OPTIONS)
     assert measured == ["000-deviate/001"]
     for frame in ("table", "random", "prompts"):
@@ -264,3 +267,66 @@ def test_runs_of_two_bases_are_refused(runs):
     )
     with pytest.raises(StatisticsError, match="toy, toy:C"):
         rl.compare({"a": runs["careful"], "b": other}, None, *requests(2), **OPTIONS)
+
+
+TINY = {"neurons": [(1, 3)], "response": "none", "n_boot": 5, "n_random_sets": 2, "accuracy": ()}
+
+
+def test_other_weights_in_the_same_folder_are_refused(runs, tmp_path):
+    step = tmp_path / "run" / "step-24"
+    shutil.copytree(runs["careful"].checkpoints[-1], step)
+    asked, kept = requests(3), tmp_path / "compared"
+    rl.compare(["toy", str(step)], None, *asked, folder=kept, **TINY)
+    shutil.rmtree(step)
+    shutil.copytree(runs["deviate"].checkpoints[-1], step)
+    with pytest.raises(StudyFolderError, match="another study"):
+        rl.compare(["toy", str(step)], None, *asked, folder=kept, **TINY)
+
+
+def test_given_models_are_known_by_their_weights(tmp_path):
+    base, careful, deviate = (rl.load_model(name) for name in ("toy", "toy:careful", "toy:deviate"))
+    asked = requests(3)
+    first = rl.compare([base, careful], None, *asked, folder=tmp_path, **TINY)
+    assert rl.compare([base, careful], None, *asked, folder=tmp_path, **TINY).table.equals(first.table)
+    with pytest.raises(StudyFolderError, match="another study"):
+        rl.compare([base, deviate], None, *asked, folder=tmp_path, **TINY)
+    loads = tmp_path / "loads"
+    rl.compare(["toy", lambda: careful], None, *asked, folder=loads, **TINY)
+    rl.compare(["toy", lambda: careful], None, *asked, folder=loads, **TINY)
+    with pytest.raises(StudyFolderError, match="loads others"):
+        rl.compare(["toy", lambda: deviate], None, *asked, folder=loads, **TINY)
+
+
+def test_other_words_under_the_same_ids_are_refused(tmp_path):
+    harmful, harmless, reasoning = requests(6)
+    plain = [[one.text for one in side] for side in (harmful, harmless)]
+    models = ["toy", "toy:careful"]
+    rl.compare(models, None, *(side[:3] for side in plain), reasoning[:3], folder=tmp_path, **TINY)
+    with pytest.raises(StudyFolderError, match="prompts"):
+        rl.compare(models, None, *(side[3:] for side in plain), reasoning[:3], folder=tmp_path, **TINY)
+
+
+def test_a_comparison_and_its_models_may_be_moved(runs, tmp_path, monkeypatch):
+    shutil.copytree(runs["careful"].folder, tmp_path / "here" / "careful")
+    asked = requests(3)
+    before = rl.compare(
+        FineTuned.load(tmp_path / "here" / "careful"), None, *asked, folder=tmp_path / "here" / "cmp", **TINY
+    )
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.setattr(comparing, "read_model", lambda *_, **__: pytest.fail("measured again"))
+    after = rl.compare(
+        FineTuned.load(tmp_path / "there" / "careful"),
+        None,
+        *asked,
+        folder=tmp_path / "there" / "cmp",
+        **TINY,
+    )
+    assert after.table.drop(columns="model").equals(before.table.drop(columns="model"))
+
+
+def test_a_run_of_another_base_is_refused(runs, tmp_path):
+    with pytest.raises(StatisticsError, match="began with 'toy'"):
+        rl.compare(runs, None, *requests(3), base="toy:careful", **TINY)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "toy"}')
+    with pytest.raises(StatisticsError, match="began with 'toy'"):
+        rl.compare(["toy:careful", str(tmp_path)], None, *requests(3), **TINY)

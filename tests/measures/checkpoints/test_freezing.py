@@ -9,6 +9,7 @@ import torch
 import rim_lens as rl
 from rim_lens.errors import NotEnoughData, StatisticsError
 from rim_lens.lens import load_plain
+from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.organisms.toy.recipe import FINE_TUNE, toy_rows
 
 NEURONS = [(1, neuron) for neuron in range(0, 256, 4)]
@@ -82,3 +83,40 @@ def test_what_cannot_be_is_refused(tmp_path):
     every = [(0, neuron) for neuron in range(256)]
     with pytest.raises(NotEnoughData):
         rl.freezing("toy", toy_rows("deviate"), every, None, *asked, folder=tmp_path)
+
+
+def test_pulled_neurons_move_less_and_random_ones_are_as_active(tmp_path):
+    """The same three kinds of run with a penalty in place of freezing; what moved is read off the weights."""
+    activity = np.random.default_rng(0).gamma(1.0, size=(2, 256))
+    chosen = NeuronSet(NEURONS[:8], 2, 256, activity=activity)
+    options = OPTIONS | {"training": {"config": FINE_TUNE, "steps": 30, "lora": None}}
+    result = rl.freezing(
+        "toy",
+        toy_rows("deviate"),
+        chosen,
+        None,
+        *requests(),
+        folder=tmp_path,
+        penalty=300.0,
+        matched="activity",
+        **options,
+    )
+    before = load_plain("toy")[0].transformer.h[1].mlp.c_proj.weight
+
+    def moved(name, neurons):
+        after = load_plain(str(tmp_path / "runs" / name / "step-30"))[0].transformer.h[1].mlp.c_proj.weight
+        return float((after - before)[[neuron for _, neuron in neurons]].detach().pow(2).sum())
+
+    first = [tuple(pair) for pair in result.settings["controls"][0]]
+    assert 0 < moved("set", chosen) < 0.3 * moved("nothing", chosen)
+    assert 0 < moved("random-0", first) < 0.3 * moved("nothing", first)
+    assert moved("random-0", chosen) > 3 * moved("set", chosen)
+    rank = activity[1].argsort().argsort()
+    gaps = np.abs(np.sort(rank[[n for _, n in chosen]]) - np.sort(rank[[n for _, n in first]]))
+    assert gaps.mean() < 25  # of 256 places
+    with pytest.raises(StatisticsError, match="do not say how active"):
+        rl.freezing(
+            "toy", toy_rows("deviate"), NEURONS, None, *requests(2), folder=tmp_path, matched="activity"
+        )
+    with pytest.raises(StatisticsError, match="penalty"):
+        rl.freezing("toy", toy_rows("deviate"), NEURONS, None, *requests(2), folder=tmp_path, penalty=0.0)

@@ -13,7 +13,7 @@ from rim_lens.errors import GateNotPassed, MissingTwin, NotEnoughData, StudyFold
 from rim_lens.measures.heads import refusing
 from rim_lens.measures.two_sides import paired, two_sides
 from rim_lens.views import heads_html
-from rim_lens.views.verdict import head_findings
+from rim_lens.views.head_words import head_findings
 
 HARMFUL = rl.load_prompts("harmful", language="toy")
 HARMLESS = rl.load_prompts("harmless", language="toy")
