@@ -71,7 +71,8 @@ def neuron_findings(result: NeuronStudyResult) -> list[Finding]:
         said.append(_dose(result.dose))
     if result.writers is not None:
         said.append(_writers(result.writers))
-    said += [_entangled(name, one) for name, one in result.entanglement.items()]
+    verdict = "not tested" if found.effects is None else found.effects.verdict
+    said += [_entangled(name, one, verdict) for name, one in result.entanglement.items()]
     said += [_multiverse(name, one) for name, one in result.multiverse.items()]
     said += [_restored(name, one) for name, one in result.restored.items()]
     return said
@@ -179,7 +180,7 @@ def _writers(table: pd.DataFrame) -> Finding:
     return Finding("Writers of the words", "note", f"{told}; {many}{left}.")
 
 
-def _entangled(name: str, found: Entanglement) -> Finding:
+def _entangled(name: str, found: Entanglement, verdict: str) -> Finding:
     ras, everyone = found.row("ras"), found.value("ras", "all")
     topic = f"RAS after tuning to {name}"
     if math.isnan(ras["value"]):
@@ -201,7 +202,12 @@ def _entangled(name: str, found: Entanglement) -> Finding:
         if shown
         else "Tuning is not shown to move this set further, both ways, than sets chosen alike for no reason"
     )
-    return Finding(topic, "shown" if shown else "not shown", f"{said}: {numbers}.")
+    unrelated = (
+        ""
+        if verdict == "refusal"
+        else f" Removing the set is not shown to be about refusal (verdict: {verdict}), so neither is this."
+    )
+    return Finding(topic, "shown" if shown else "not shown", f"{said}: {numbers}.{unrelated}")
 
 
 def _multiverse(name: str, table: pd.DataFrame) -> Finding:

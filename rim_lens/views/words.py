@@ -6,12 +6,12 @@ import math
 
 
 def share(value: float) -> str:
-    """A share between 0 and 1.
+    """A share, between 0 and 1 mostly.
 
-    >>> share(0.956)
-    '0.96'
+    >>> share(0.956), share(-0.001), share(-0.2)
+    ('0.96', '0.00', '−0.20')
     """
-    return "–" if _missing(value) else f"{value:.2f}"
+    return signed(value).removeprefix("+")
 
 
 def signed(value: float, digits: int = 2) -> str:
