@@ -21,8 +21,8 @@ from rim_lens.hooks.activations import Pool
 from rim_lens.lens import Model, model_facts, verify, weights_digest
 from rim_lens.measures.checkpoints.comparing import compare
 from rim_lens.measures.checkpoints.ending import at_the_end, beyond_drift
+from rim_lens.measures.checkpoints.exchanging import FEWEST_RUNS
 from rim_lens.measures.checkpoints.foreseeing import gradient_forecast
-from rim_lens.measures.checkpoints.relating import FEWEST_RUNS
 from rim_lens.measures.checkpoints.result import DRIFTS, FILE, Comparison
 from rim_lens.measures.neurons.pairs import Pair, counterfactual_pairs
 from rim_lens.measures.neurons.safety import safety_neurons
