@@ -42,8 +42,8 @@ def at_the_end(comparison: Comparison, *, n_resamples: int = 2000, seed: int = 0
         One row per run: run, step; and for each of lost (refusal score of harmful requests, nats), lost_rate (share of them
         refused), lost_harmless and lost_rate_harmless (the same of twins) and lost_right (share of reasoning questions
         answered right, in the first condition of accuracy): base − last checkpoint, with _before, _after, _low, _high
-        (bootstrap over families), _p (sign flips by family, two-sided, for each by itself), _n and _families; NaN where it
-        was not measured.
+        (bootstrap over families), _p (sign flips by family, two-sided, for each by itself), _n and _families (of
+        `Comparison.prompts`, so that twins which swap the same words are one); NaN where it was not measured.
     """
     import pandas as pd
 

@@ -48,8 +48,9 @@ class Comparison:
             (`…_all`), mean of the random sets (`…_random`), of the model (cka_ratio_model, …); at that checkpoint, ras_percentile
             of the set among random sets, and ras_p, its rank among sets that the same pairs choose with labels exchanged.
         random: The metrics of each random set: run, step, set and a column each. The sets are the same at all checkpoints.
-        prompts: One row per checkpoint and prompt: run, step, kind, prompt, family, score (nats), outcome (refuse, comply,
-            other; of reasoning questions right or wrong, in the first condition of accuracy).
+        prompts: One row per checkpoint and prompt: run, step, kind, prompt, family (those whose twins swap the same
+            words are one, see `rim_lens.measures.twins.witnesses`), score (nats), outcome (refuse, comply, other; of reasoning
+            questions right or wrong, in the first condition of accuracy).
         settings: What was asked, models, neurons, digests.
     """
 
