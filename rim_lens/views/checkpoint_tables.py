@@ -53,8 +53,8 @@ def ends_table(result: CheckpointStudyResult) -> Table:
         "Base → last checkpoint of each run",
         columns,
         rows,
-        "Lost: base minus last checkpoint, paired over the same requests; p by flipping signs by family, each for itself. An interval"
-        " of no width: every request moved alike.",
+        "Lost: base minus last checkpoint, paired over the same requests; p by flipping signs by family (one, where twins swap the"
+        " same words), each for itself. An interval of no width: every request moved alike.",
     )
 
 
