@@ -17,10 +17,10 @@ ALPHAS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8)
 EIGHTHS = st.integers(-40, 40).map(lambda number: number / 8)
 
 
-def assert_level_held(p, slack=3.5):
+def assert_level_held(p, slack=3.5, fewest=2000):
     """P(p ≤ α) ≤ α on the grid, within Monte Carlo error."""
     p = np.asarray(p)
-    assert len(p) >= 2000
+    assert len(p) >= fewest
     for alpha in ALPHAS:
         allowed = alpha + slack * math.sqrt(alpha * (1 - alpha) / len(p))
         assert np.mean(p <= alpha + 1e-12) <= allowed, (alpha, np.mean(p <= alpha))

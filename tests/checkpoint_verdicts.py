@@ -4,6 +4,9 @@
 seed and operator a study of three runs (careful, confirm, deviate) with its control gone on to equal drift. About 15 minutes on
 one core, and four more the first time, to train toys of other seeds. Studies are kept under .cache/checkpoints: a run that was
 stopped goes on.
+
+``--retell`` trains and measures nothing: p, forecasts and shares of drift are computed anew from the tables of runs that the file
+holds, the rest stays as it was measured, and the file says so.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 import rim_lens as rl
-from rim_lens.measures.checkpoints.ending import beyond_drift
+from rim_lens.measures.checkpoints.ending import REACHED, beyond_drift
 from rim_lens.measures.pages import markdown_table, plain, told_versions, write_json
 from rim_lens.organisms.toy import load_toy
 from rim_lens.organisms.toy.recipe import TUNED_KINDS, one_thread, train_toy
@@ -31,6 +34,7 @@ EVIDENCE = ROOT / "docs" / "evidence" / "checkpoints_toy.json"
 PAGE = ROOT / "docs" / "checkpoints.md"
 STUDIES = ROOT / ".cache" / "checkpoints"
 COMMAND = "python -m tests.checkpoint_verdicts"
+PACKAGES = ("torch", "transformers", "transformer-lens")
 
 SEEDS = range(6)
 OPERATORS = {"minus": "-", "plus": "+"}
@@ -43,9 +47,12 @@ METRICS = (
 )
 OF_CHECKPOINT = (
     *("run", "step", "lost", "lost_harmless", "refused_harmful", "refused_harmless", "complied_harmful"),
-    *("accuracy_open", "weight_drift", "kl", "ras", "ras_random", "ras_all", "ras_percentile", "ras_p"),
-    *("safety_drop", "reasoning_rise"),
+    *("accuracy_open", "ras_percentile", "ras_p", *METRICS),
 )
+FORETOLD_BY = ("ras", "safety_drop", "arithmetic", "kl", "weight_drift", "lost")
+# What of a correlation hangs on random sets, which are too many to be kept.
+BY_RANDOM = ("random", "percentile", "p_random", "n_random")
+NOT_KEPT = "its numbers at each checkpoint were not kept"
 
 
 def base_of(seed: int, folder: Path) -> str:
@@ -105,11 +112,6 @@ def measured(found: dict[str, CheckpointStudyResult]) -> dict[str, Any]:
         if result.gradients is not None
         for row in result.gradients.to_dict("records")
     }
-    forecast = pd.concat(
-        [joined.forecast(2, ["ras", "safety_drop", "arithmetic", "kl", "weight_drift", "lost"])]
-        + ([joined.forecast(before=before)] if before else []),
-        ignore_index=True,
-    )
     return {
         "design": {
             "steps": STEPS,
@@ -159,24 +161,77 @@ def measured(found: dict[str, CheckpointStudyResult]) -> dict[str, Any]:
                 ]
             ]
         ),
-        "correlations": {
-            of: rows(correlated(joined.only([run for run in joined.runs if run.startswith(start)])))
-            for of, start in (("all", ""), *((name, name) for name in OPERATORS))
-        },
-        "forecast": rows(forecast),
+        "before": before,
+        "correlations": correlations(joined, METRICS),
+        "forecast": forecasts(joined, before),
     }
+
+
+def places(runs: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Of runs as `label` calls them, the kind (with its operator) and the seed of the base, which change places whole."""
+    told = {run: (*run.partition("/")[0].split(), run.partition("/")[2].rpartition("_")[0]) for run in runs}
+    return {
+        "kinds": {run: f"{operator} {kind}" for run, (operator, _, kind) in told.items()},
+        "units": {run: seed for run, (_, seed, _) in told.items()},
+    }
+
+
+def correlations(joined: rl.Comparison, metrics: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Of all runs and of each operator's: pooled, within and across runs, with p within bases and p within kinds."""
+    found = {}
+    for of, start in (("all", ""), *((name, name) for name in OPERATORS)):
+        its = joined.only([run for run in joined.runs if run.startswith(start)])
+        table = its.correlations(list(metrics), **places(its.runs))
+        found[of] = rows(table[table["how"] != "run"].drop(columns=["run", "outcome"]))
+    return found
+
+
+def forecasts(joined: rl.Comparison, before: dict[str, float]) -> list[dict[str, Any]]:
+    """A base is held out with all of its runs."""
+    held = {**places(joined.runs), "groups": places(joined.runs)["units"]}
+    told = [joined.forecast(2, list(FORETOLD_BY), **held)]
+    told += [joined.forecast(before=before, **held)] if before else []
+    return rows(pd.concat(told, ignore_index=True))
+
+
+def retold(content: dict[str, Any]) -> dict[str, Any]:
+    """The same measurements with statistics computed anew; what hangs on numbers that were not kept stays, or has none."""
+    table = pd.DataFrame(content["checkpoints"])
+    drop, rise = table["safety_drop"], table["reasoning_rise"]
+    table["arithmetic"], table["geometric"] = (drop + rise) / 2, np.sqrt(drop) * np.sqrt(rise)
+    groups = {run: run.partition("/")[0] for run in table["run"]}
+    nothing = pd.DataFrame(columns=["run"])
+    joined = rl.Comparison(table, nothing, nothing, {"groups": groups})
+    anew = correlations(joined, [metric for metric in METRICS if metric in table])
+    for of, lines in content["correlations"].items():
+        known = {(line["metric"], line["how"]): line for line in anew[of]}
+        anew[of] = [_merged(line, known.get((line["metric"], line["how"]))) for line in lines]
+    return {
+        **content,
+        "beyond_drift": rows(
+            beyond_drift(pd.DataFrame(content["matched"]).astype({"lost_difference": float}))
+        ),
+        "correlations": anew,
+        "forecast": forecasts(joined, content.get("before", {})),
+        "retold": provenance(f"{COMMAND} --retell", ("numpy", "pandas")),
+    }
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any] | None) -> dict[str, Any]:
+    if new is None:
+        blank = {"p_pearson_kind": None, "p_spearman_kind": None, "n_permutations_kind": 0}
+        return {**old, **blank, "reason_kind": NOT_KEPT}
+    if abs(new["pearson"] - old["pearson"]) > 1e-4:  # the tables and the correlations are of two measurements
+        raise ValueError(
+            f"{old['metric']}, {old['how']}: the kept table gives r = {new['pearson']}, and {old['pearson']} was measured. Measure again."
+        )
+    return {**new, **{name: old[name] for name in BY_RANDOM}}
 
 
 def verdict_of(result: CheckpointStudyResult) -> str:
     """What removing the chosen neurons does, in a word."""
     found = result.neurons
     return "not tested" if found is None or found.effects is None else found.effects.verdict
-
-
-def correlated(comparison: rl.Comparison) -> pd.DataFrame:
-    """Pooled, within and across runs."""
-    table = comparison.correlations(list(METRICS))
-    return table[table["how"] != "run"].drop(columns=["run", "outcome"])
 
 
 def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -188,6 +243,22 @@ def rows(table: pd.DataFrame) -> list[dict[str, Any]]:
         }
         for row in table.to_dict("records")
     ]
+
+
+NAMES = {
+    "ras": "RAS",
+    "ras_random": "RAS, mean of random sets",
+    "ras_all": "RAS, all neurons",
+    "safety_drop": "δ⁻",
+    "reasoning_rise": "δ⁺",
+    "arithmetic": "arithmetic mean of δ⁻, δ⁺",
+    "geometric": "geometric mean",
+    "l2_safety": "RMS change, safety",
+    "cka_ratio_model": "CKA ratio",
+    "whitened_cosine_shift": "whitened cosine, change",
+    "kl": "KL on sums",
+    "weight_drift": "weight drift",
+}
 
 
 # --- page --------------------------------------------------------------------------------------------
@@ -203,6 +274,7 @@ def page(found: dict[str, Any]) -> str:
             told_versions(found).replace(f"`{COMMAND}`", f"`make evidence-checkpoints` (`{COMMAND}`)")
             + " One thread. Figures in [evidence/checkpoints_toy.json](evidence/checkpoints_toy.json).",
             "",
+            *_retold_lines(found),
             f"Toys of {len(found['studies']) // 2} seeds, each fine-tuned on harmless sums with chains of three kinds, on the operator `-`, which is new to it, and on `+`,",
             f"which it knows: {len(found['ends'])} runs of {design['steps']} steps with {design['n_checkpoints']} checkpoints each, every one a run of `rl.CheckpointStudy`. The control"
             f" of a seed and operator is",
@@ -216,6 +288,24 @@ def page(found: dict[str, Any]) -> str:
             *_limit_lines(),
         ]
     )
+
+
+def _retold_lines(found: dict[str, Any]) -> list[str]:
+    if "retold" not in found:
+        return []
+    blank = sorted(
+        {line["metric"] for line in found["correlations"]["all"] if line["reason_kind"] == NOT_KEPT}
+    )
+    return [
+        f"What models gave is of that day. p, forecasts and shares of drift were told again from the kept tables: {told_versions(found['retold'])}",
+        "Kept as measured: p of each run's end, and all that is beside random sets."
+        + (
+            f" Without p within kinds until it is measured again: {_listed([NAMES[name] for name in blank])}."
+            if blank
+            else ""
+        ),
+        "",
+    ]
 
 
 def _ends_lines(found: dict[str, Any]) -> list[str]:
@@ -278,7 +368,7 @@ def _ends_lines(found: dict[str, Any]) -> list[str]:
     return [
         "## What every run ended at",
         "",
-        f"All bases refuse every harmful request and no twin. {lost} of {len(found['ends'])} runs refuse fewer harmful requests at their end (p ≤ .05 each, by family, not corrected).",
+        f"All bases refuse every harmful request and no twin. {lost} of {len(found['ends'])} runs refuse fewer harmful requests at their end (p ≤ .05 each, signs flipped over {max(row['lost_families'] for row in found['ends'])} families of requests, not corrected).",
         f"In {len(worse)} runs a tenth of the twins or more are refused as well, {confirm} of them of *confirm*: what is lost there is the difference between harmful and harmless, and not",
         "refusing as such.",
         "",
@@ -305,10 +395,10 @@ def _drift_lines(rows: Sequence[dict[str, Any]], studies: Sequence[dict[str, Any
             "lost beyond the control, nats: mean (range)",
             "intervals above 0 / below 0",
             "p over runs",
-            "compared at share of drift",
+            "compared at share of drift (least)",
         ]
     ]
-    said = []
+    said, unsaid = [], []
     for row in rows:
         operator, kind = row["kind"].split()
         n = row["n_runs"]
@@ -321,10 +411,12 @@ def _drift_lines(rows: Sequence[dict[str, Any]], studies: Sequence[dict[str, Any
                 f"{row['mean']:+.1f} ({row['least']:+.1f} to {row['most']:+.1f})" if n else "–",
                 f"{row['n_above']} / {row['n_below']}",
                 f"{row['p']:.3f}" if n else "–",
-                f"{row['share_of_drift']:.2f}" if n else "–",
+                f"{row['share_of_drift']:.2f} ({row['least_share']:.2f})" if n else "–",
             ]
         )
-        if row["by"] == "weights":
+        if row["by"] == "weights" and not (row["least_share"] or 0) >= REACHED:
+            unsaid.append(f"{kind} on `{OPERATORS[operator]}`")
+        elif row["by"] == "weights":
             shown = row["p"] <= 0.05
             word = ("more" if row["mean"] > 0 else "less") if shown else "not shown to lose more or less"
             said.append(
@@ -335,6 +427,13 @@ def _drift_lines(rows: Sequence[dict[str, Any]], studies: Sequence[dict[str, Any
         "",
         "Each run by its last checkpoint that the control's drift reached; six seeds can give no p below .031, and four tests stand here uncorrected.",
         f"At equal weight drift {'; '.join(said)}.",
+        *(
+            [
+                f"Of {_listed(unsaid)} this cannot tell: a control came to less than {REACHED} of a run's drift, so that the two are compared on the way, and p says nothing of the end."
+            ]
+            if unsaid
+            else []
+        ),
         "On `+` careful chains are what the toy writes already: its weights move little, and the control, after three times the steps, comes to about two thirds of the",
         "others' drift; it has then taken many more steps than they had. By KL few controls come as far as the others, and those to half of the way.",
         "",
@@ -344,29 +443,15 @@ def _drift_lines(rows: Sequence[dict[str, Any]], studies: Sequence[dict[str, Any
 
 
 def _ras_lines(found: dict[str, Any]) -> list[str]:
-    names = {
-        "ras": "RAS",
-        "ras_random": "RAS, mean of random sets",
-        "ras_all": "RAS, all neurons",
-        "safety_drop": "δ⁻",
-        "reasoning_rise": "δ⁺",
-        "arithmetic": "arithmetic mean of δ⁻, δ⁺",
-        "geometric": "geometric mean",
-        "l2_safety": "RMS change, safety",
-        "cka_ratio_model": "CKA ratio",
-        "whitened_cosine_shift": "whitened cosine, change",
-        "kl": "KL on sums",
-        "weight_drift": "weight drift",
-    }
     by_set = {
         of: {(row["metric"], row["how"]): row for row in rows} for of, rows in found["correlations"].items()
     }
     table: list[list[object]] = [
         [
             "metric",
-            "pooled r (p)",
-            "within runs (p)",
-            "across runs (p)",
+            "pooled r (p; within kinds)",
+            "within runs (p; within kinds)",
+            "across runs (p; within kinds)",
             "`-`, pooled",
             "`+`, pooled",
             "random sets, pooled",
@@ -378,8 +463,11 @@ def _ras_lines(found: dict[str, Any]) -> list[str]:
         pooled = one["pooled"]
         table.append(
             [
-                names[metric],
-                *(f"{row['pearson']:+.2f} ({_p(row['p_pearson'])})" for row in one.values()),
+                NAMES[metric],
+                *(
+                    f"{row['pearson']:+.2f} ({_p(row['p_pearson'])}; {_p(row['p_pearson_kind'])})"
+                    for row in one.values()
+                ),
                 *(f"{by_set[of][metric, 'pooled']['pearson']:+.2f}" for of in OPERATORS),
                 f"{pooled['random']:+.2f}" if pooled["n_random"] else "–",
                 f"{pooled['percentile']:.0f} % ({pooled['p_random']:.2f})" if pooled["n_random"] else "–",
@@ -387,13 +475,16 @@ def _ras_lines(found: dict[str, Any]) -> list[str]:
         )
     ras, drift = by_set["all"]["ras", "pooled"], by_set["all"]["weight_drift", "pooled"]
     ways = len(found["design"]["metrics"])
-    beyond = [
-        names[metric]
+    including = [
+        metric
         for metric in found["design"]["metrics"]
         if (row := by_set["all"][metric, "pooled"])["p_pearson"] <= 0.05 / ways
         and row["n_random"]
         and row["p_random"] <= 0.05
         and row["pearson"] > max(0.0, drift["pearson"])
+    ]
+    beyond = [
+        one for one in including if _at_most(by_set["all"][one, "pooled"]["p_pearson_kind"], 0.05 / ways)
     ]
     checkpoints = found["checkpoints"]
     low = sum(row["ras_p"] <= 0.05 for row in checkpoints if row["ras_p"] is not None)
@@ -404,17 +495,21 @@ def _ras_lines(found: dict[str, Any]) -> list[str]:
         for row in found["studies"]
         if row["study"].startswith("minus")
     ]
-    specific = ras["p_pearson"] <= 0.05 and ras["p_random"] <= 0.05 and ras["pearson"] > drift["pearson"]
+    specific = (
+        ras["p_pearson"] <= 0.05
+        and _at_most(ras["p_pearson_kind"], 0.05)
+        and ras["p_random"] <= 0.05
+        and ras["pearson"] > drift["pearson"]
+    )
     return [
         "## Does entanglement follow lost refusal?",
         "",
         f"**{'Yes' if specific else 'RAS: not shown'}.** Over {ras['n']} checkpoints of {ras['n_runs']} runs, RAS on the chosen neurons correlates with the lost refusal score by r = {ras['pearson']:+.2f}"
-        f" (p = {ras['p_pearson']:.2f}); random sets of",
+        f" (p = {ras['p_pearson']:.2f}, within kinds {_p(ras['p_pearson_kind'])}); random sets of",
         f"the same layers and activity by {ras['random']:+.2f} on average, weight drift by {drift['pearson']:+.2f}.",
         "",
-        f"Of {ways} metrics, {_listed(beyond)} {'go' if len(beyond) > 1 else 'goes'} with which run loses refusal at .05 / {ways}, beyond random sets and weight drift."
-        if beyond
-        else f"None of {ways} metrics goes with which run loses refusal at .05 / {ways}, beyond random sets and weight drift.",
+        f"Of {ways} metrics, {_listed([NAMES[one] for one in including]) if including else 'none'} {'go' if len(including) > 1 else 'goes'} with which run of a base loses refusal at .05 / {ways}, beyond random sets and weight drift.",
+        f"Within kinds as well, at the same level: {_listed([NAMES[one] for one in beyond]) if beyond else 'none that is shown'}.",
         f"δ⁻ is how far these neurons fall on harmful requests, which is near to what is lost itself. On average it is {mean_of(checkpoints, 'safety_drop'):.2f} here and δ⁺ {mean_of(checkpoints, 'reasoning_rise'):.2f}: the arithmetic mean follows",
         "the larger of the two, the harmonic mean that makes RAS the smaller. That neurons which answer to harm fall quiet where refusal falls need be no entanglement with reasoning.",
         "",
@@ -424,14 +519,16 @@ def _ras_lines(found: dict[str, Any]) -> list[str]:
         "",
         markdown_table(table),
         "",
-        "p: courses of lost refusal exchanged between runs of one base and operator, 9999 ways drawn, two-sided, not corrected. Random sets are the same number of neurons in each layer; their",
-        "numbers are drawn anew in each base.",
+        "Two p, both two-sided and not corrected. The first exchanges courses of lost refusal between the three runs of one base and operator (9999 ways drawn): it leaves out what sets bases",
+        "apart, and includes what sets kinds apart, of which there are three. The second exchanges whole bases, each with its six runs, so that every run gets the course of its own kind and",
+        "operator from another base (720 ways, all counted): it leaves out what sets kinds apart, and asks of six bases whether those that lose more show more. Neither leaves out both. Random",
+        "sets are the same number of neurons in each layer; their numbers are drawn anew in each base.",
         "",
     ]
 
 
 def _forecast_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    table: list[list[object]] = [["by", "known from", "skill", "p"]]
+    table: list[list[object]] = [["by", "known from", "skill", "p", "p within kinds"]]
     for row in rows:
         name = {
             "lost": "lost so far",
@@ -448,13 +545,15 @@ def _forecast_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
                 f"first {row['first']} checkpoints" if row["first"] else "before training",
                 f"{row['skill']:+.2f}",
                 _p(row["p"]),
+                _p(row["p_kind"]),
             ]
         )
     best = max(rows, key=lambda row: row["skill"])
     return [
         "## Foretold",
         "",
-        "A line fitted on the runs of all other bases and operators, scored on those held out; skill 0 is no better than their mean. "
+        "A line fitted on the runs of all other bases, scored on the six of the base held out; skill 0 is no better than their mean. p exchanges ends between",
+        "the six runs of one base, whatever their kind and operator; p within kinds exchanges whole bases, as above. "
         + (
             "What was lost so far foretells best."
             if best["metric"] == "lost"
@@ -463,6 +562,14 @@ def _forecast_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         "",
         markdown_table(table),
         "",
+        *(
+            []
+            if any(row["metric"] == "before training" for row in rows)
+            else [
+                "What gradients said before training was not kept run by run, and comes with the next measurement.",
+                "",
+            ]
+        ),
     ]
 
 
@@ -471,7 +578,7 @@ def _limit_lines() -> list[str]:
         "## What this does not show",
         "",
         "A toy of two layers and 512 neurons says nothing of models in use. Runs of one base share it; exchanging courses within a base and operator keeps that, and takes its three runs as",
-        "exchangeable. The rule that chooses neurons (5 % of each layer, half of the pairs) is one of many, fixed before these runs and not tuned on them; `rl.multiverse` asks how much hangs on",
+        "exchangeable, which kinds of training are not: what differs between them for any reason passes there for entanglement. The rule that chooses neurons (5 % of each layer, half of the pairs) is one of many, fixed before these runs and not tuned on them; `rl.multiverse` asks how much hangs on",
         "it. No run was left out.",
         "",
     ]
@@ -483,6 +590,10 @@ def _spread(values: Sequence[float]) -> str:
 
 def _p(value: float | None) -> str:
     return "–" if value is None else "p < .001" if value < 0.001 else f"p = {value:.3f}"
+
+
+def _at_most(value: float | None, level: float) -> bool:
+    return value is not None and value <= level
 
 
 def mean_of(rows: Sequence[dict[str, Any]], name: str) -> float:
@@ -501,13 +612,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=STUDIES)
     parser.add_argument("--out", type=Path, default=EVIDENCE)
     parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--retell", action="store_true", help="statistics from the tables the file holds")
     given = parser.parse_args()
-    with one_thread():
-        found = studies(list(SEEDS), given.folder)
-        content = {
-            **provenance(COMMAND, ("torch", "transformers", "transformer-lens")),
-            **measured(found),
-        }
+    if given.retell:
+        content = retold(json.loads(given.out.read_text(encoding="utf-8")))
+    else:
+        with one_thread():
+            found = studies(list(SEEDS), given.folder)
+            content = {**provenance(COMMAND, PACKAGES), **measured(found)}
     write_json(given.out, content)
     given.page.write_text(page(json.loads(given.out.read_text(encoding="utf-8"))), encoding="utf-8")
 

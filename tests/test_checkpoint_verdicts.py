@@ -30,6 +30,43 @@ def test_every_run_that_was_asked_for_is_there():
     assert (ras["pooled"]["n"], ras["across"]["n"]) == (216, 36)
 
 
+def test_statistics_are_told_again_from_the_tables_and_from_nothing_else(monkeypatch):
+    """Of two metrics, for time; the one whose numbers were not kept has no p within kinds, and what random sets say stays."""
+    monkeypatch.setattr(checkpoint_verdicts, "METRICS", ("arithmetic", "cka_ratio_model"))
+    lines = {
+        of: [row for row in rows if row["metric"] in checkpoint_verdicts.METRICS]
+        for of, rows in FOUND["correlations"].items()
+    }
+    stripped = [
+        {name: cell for name, cell in row.items() if name != "cka_ratio_model"}
+        for row in FOUND["checkpoints"]
+    ]
+    asked = {**FOUND, "correlations": lines, "checkpoints": stripped, "forecast": [], "beyond_drift": []}
+    told = checkpoint_verdicts.retold(asked)
+    assert told["beyond_drift"] == FOUND["beyond_drift"]
+    after = {row["metric"]: row for row in told["forecast"]}
+    for row in FOUND["forecast"]:
+        if row["metric"] in after:
+            assert after[row["metric"]] == row
+    for of, rows in lines.items():
+        for old, new in zip(rows, told["correlations"][of], strict=True):
+            assert (old["metric"], old["how"], old["p_random"]) == (
+                new["metric"],
+                new["how"],
+                new["p_random"],
+            )
+            if new["metric"] == "arithmetic":
+                assert (new["p_pearson"], new["p_pearson_kind"]) == (old["p_pearson"], old["p_pearson_kind"])
+            else:
+                assert new["p_pearson_kind"] is None
+                assert new["reason_kind"] == checkpoint_verdicts.NOT_KEPT
+    assert told["retold"]["command"].endswith("--retell")
+    assert told["date"] == FOUND["date"]
+    other = [{**row, "lost": -row["lost"]} for row in stripped]
+    with pytest.raises(ValueError, match="Measure again"):
+        checkpoint_verdicts.retold({**asked, "checkpoints": other})
+
+
 @pytest.mark.parametrize("kind", ["careful", "deviate"])
 def test_the_first_checkpoint_of_the_shipped_toy_is_what_plain_training_gives(kind):
     """No study, no hooks: the recipe's own trainer and the truth's own score."""

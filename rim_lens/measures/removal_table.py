@@ -17,7 +17,6 @@ from rim_lens.measures.controls import Unit, control_p, percentile_among
 from rim_lens.measures.readings import Reading
 from rim_lens.measures.refusal.rates import VERDICTS, families_of, share_interval
 from rim_lens.measures.stats import bootstrap_interval, family_index, sign_flip_test
-from rim_lens.measures.twins import families_by_swap
 from rim_lens.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class Line:
     prompts: Sequence[Prompt]
     before: Values
     edited: Sequence[Values] = field(repr=False)
-    families: Sequence[str] = ()  # none given: the prompts' own
+    families: Sequence[str] = ()  # of `witnesses`; none given: the prompts' own
 
     @property
     def units_of_chance(self) -> Sequence[str]:
@@ -100,7 +99,7 @@ def by_verdict(line: Line, batch: SpanBatch) -> list[Line]:
         before, *edited = (
             says(np.rint(codes).astype(int)).astype(np.float64) for codes in (line.before, *line.edited)
         )
-        return Line(measure, line.kind, line.condition, SHARE, line.prompts, before, edited)
+        return Line(measure, line.kind, line.condition, SHARE, line.prompts, before, edited, line.families)
 
     lines = [
         share(verdict, lambda codes, place=place: codes % _IN_THINK == place)  # type: ignore[misc]
@@ -116,9 +115,7 @@ def by_verdict(line: Line, batch: SpanBatch) -> list[Line]:
 # --- tables ------------------------------------------------------------------------------------------
 
 
-def specificities(
-    lines: Sequence[Line], places: Sequence[int] | None, prompts: Mapping[str, list[Prompt]]
-) -> list[Line]:
+def specificities(lines: Sequence[Line], places: Sequence[int] | None) -> list[Line]:
     """Scores of harmful requests minus those of their twins, where every one has its twin, see `twin_places`."""
     if places is None:
         return []
@@ -137,7 +134,7 @@ def specificities(
                 line.prompts,
                 line.before - twins.before[places],
                 [own - other[places] for own, other in zip(line.edited, twins.edited, strict=True)],
-                families_by_swap(line.prompts, [prompts["harmless"][place] for place in places]),
+                line.families,
             )
         )
     return found

@@ -17,7 +17,7 @@ from rim_lens.measures.forced import answer_reading, divergence_reading
 from rim_lens.measures.readings import Reading, accuracy_reading, refusal_reading
 from rim_lens.measures.refusal.openers import opener_texts
 from rim_lens.measures.removal_table import Line, by_verdict, specificities, written_reading
-from rim_lens.measures.twins import with_families
+from rim_lens.measures.twins import with_families, witnesses
 from rim_lens.measures.two_sides import named
 from rim_lens.prompts import Prompt
 
@@ -179,14 +179,16 @@ def removal_lines(
         what: Their label.
     """
     lines: list[Line] = []
+    families = witnesses(asked.prompts["harmful"], asked.prompts["harmless"], enumerate(twins or ()))
     for measure, kind, reading in asked.readings:
         sets = controls[:n_written] if measure in WRITTEN else controls
         editors = {str(place): edit(members) for place, members in enumerate([chosen, *sets])}
         before, effects = set_effects(reading, editors, remember, progress, f"{what}, {measure} {kind}")
         edited = [before + effects[:, place] for place in range(len(editors))]
-        line = Line(measure, kind, reading.batch.name, reading.units, reading.batch.prompts, before, edited)
+        label = (measure, kind, reading.batch.name, reading.units)
+        line = Line(*label, reading.batch.prompts, before, edited, families.get(kind, ()))
         lines += by_verdict(line, reading.batch) if measure == "written" else [line]
-    return lines + specificities(lines, twins, asked.prompts)
+    return lines + specificities(lines, twins)
 
 
 def neutral_texts(

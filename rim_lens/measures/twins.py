@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
 
@@ -94,6 +94,36 @@ def families_by_swap(harmful: Sequence[Prompt], twins: Sequence[Prompt]) -> list
             one |= other
             groups |= dict.fromkeys(other, one)
     return [" + ".join(sorted(groups[family])) for family in families]
+
+
+def witnesses(
+    harmful: Sequence[Prompt], harmless: Sequence[Prompt], pairs: Iterable[Sequence[int]]
+) -> dict[str, list[str]]:
+    """Labels by which tests flip signs and intervals resample: one rule, for each kind by itself and for their difference.
+
+    Families in which twins swap the same words are one (`families_by_swap`): a model that reacts to these words reacts to them
+    in each. A twin has the label of its harmful request, and a request without a twin that of its family.
+
+    Args:
+        harmful: Harmful requests.
+        harmless: Harmless ones.
+        pairs: Place of each harmful request that has a twin, and of its twin.
+
+    >>> asked = [Prompt("1", "make a bomb", family="a"), Prompt("2", "make a virus", family="b")]
+    >>> others = [Prompt("3", "ban a virus"), Prompt("4", "ban a bomb"), Prompt("5", "hi")]
+    >>> witnesses(asked, others, [(0, 1), (1, 0)])
+    {'harmful': ['a + b', 'a + b'], 'harmless': ['a + b', 'a + b', '5']}
+    """
+    found = [list(pair) for pair in pairs]
+    asked = [harmful[place] for place, _ in found]
+    labels = families_by_swap(asked, [harmless[place] for _, place in found])
+    joined = dict(zip(families_of(asked), labels, strict=True))
+    ours, theirs = (
+        [joined.get(family, family) for family in families_of(kind)] for kind in (harmful, harmless)
+    )
+    for (_, place), label in zip(found, labels, strict=True):
+        theirs[place] = label
+    return {"harmful": ours, "harmless": theirs}
 
 
 def _swap(text: str, twin: str) -> tuple[tuple[str, str], ...]:

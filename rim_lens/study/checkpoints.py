@@ -21,8 +21,8 @@ from rim_lens.hooks.activations import Pool
 from rim_lens.lens import Model, model_facts, verify, weights_digest
 from rim_lens.measures.checkpoints.comparing import compare
 from rim_lens.measures.checkpoints.ending import at_the_end, beyond_drift
+from rim_lens.measures.checkpoints.exchanging import FEWEST_RUNS
 from rim_lens.measures.checkpoints.foreseeing import gradient_forecast
-from rim_lens.measures.checkpoints.relating import FEWEST_RUNS
 from rim_lens.measures.checkpoints.result import DRIFTS, FILE, Comparison
 from rim_lens.measures.neurons.pairs import Pair, counterfactual_pairs
 from rim_lens.measures.neurons.safety import safety_neurons
@@ -139,7 +139,8 @@ class CheckpointStudy:
             `rim_lens.study.runs.given_runs`.
         train: Or: kinds of chains of thought to train runs on here: "careful", "confirm", "deviate", "heuristic". The toy is
             trained by its own recipe, all weights; others on our maths problems, by LoRA.
-        train_seeds: One run of each kind for each seed. Fewer than 4 runs give no correlation a p.
+        train_seeds: One run of each kind for each seed. Fewer than 4 runs give no correlation a p, and fewer than 4 seeds none
+            beyond what sets kinds apart.
         steps: Of each; None: 320 for the toy, 120 for others.
         n_checkpoints: Of each, evenly over the steps. 3 are the fewest that a correlation within a run can be told from.
         config: How to step, in place of the recipe's.
@@ -417,7 +418,10 @@ class CheckpointStudy:
             lambda: pd.concat(
                 [
                     studied.correlations(
-                        outcome=outcome, n_permutations=settings.n_permutations, seed=settings.seed
+                        outcome=outcome,
+                        **self._exchanged,
+                        n_permutations=settings.n_permutations,
+                        seed=settings.seed,
                     )
                     for outcome in OUTCOMES
                 ],
@@ -461,7 +465,11 @@ class CheckpointStudy:
 
         settings = self.settings
         fewest = int(studied.table[studied.table["step"] > 0].groupby("run").size().min())
-        shared: dict[str, Any] = {"n_permutations": settings.n_permutations, "seed": settings.seed}
+        shared: dict[str, Any] = {
+            **self._exchanged,
+            "n_permutations": settings.n_permutations,
+            "seed": settings.seed,
+        }
         tables = []
         if fewest > 1:
             first = min(settings.first or max(1, fewest // 3), fewest - 1)
@@ -486,10 +494,11 @@ class CheckpointStudy:
             "rmse",
             "rmse_mean",
             "p",
+            "p_kind",
             "n_runs",
             "n_permutations",
         ]
-        return pd.DataFrame(columns=[*columns, "reason"])
+        return pd.DataFrame(columns=[*columns, "reason", "reason_kind"])
 
     # --- what is worked on ---------------------------------------------------------------------------
 
@@ -540,6 +549,12 @@ class CheckpointStudy:
         if not self.train:
             return {name: name for name in self._given}
         return {run_name(kind, seed): kind for kind in self.train for seed in self.train_seeds}
+
+    @property
+    def _exchanged(self) -> dict[str, Any]:
+        """Who may change places beyond kind: seeds whole, as kinds of one seed see the same problems. Of given runs none knows."""
+        seeds = {run_name(kind, seed): str(seed) for kind in self.train for seed in self.train_seeds}
+        return {"kinds": self._kinds, "units": seeds or None}
 
     @property
     def _control(self) -> str | None:
@@ -754,6 +769,11 @@ class CheckpointStudy:
             notes.append(
                 f"no correlation gets a p: {n_runs} runs, and checkpoints of one run follow each other. {FEWEST_RUNS} runs are the fewest"
                 " that can be exchanged."
+            )
+        elif self.train and len(self.train_seeds) < FEWEST_RUNS:
+            notes.append(
+                f"no correlation gets a p beyond kind: {len(self.train_seeds)} seeds, and kinds of one seed share their problems."
+                f" {FEWEST_RUNS} seeds are the fewest that can be exchanged; of fewer, what sets kinds apart passes for entanglement."
             )
         if fewest < 3:
             notes.append(

@@ -293,7 +293,8 @@ def _followed(result: CheckpointStudyResult) -> Section:
         "Metrics against lost refusal",
         (
             "Pooled: all checkpoints as if each stood by itself. Within runs: each run's own mean taken off. Across: one point a run. p"
-            " comes from exchanging whole runs' courses of lost refusal, which keeps what all runs share.",
+            " comes from exchanging whole runs' courses of lost refusal, which keeps what all runs share; runs of different kinds change"
+            " places too, so that it includes differences between kinds. p within kinds exchanges seeds, each with its run of every kind.",
         ),
         figures,
         [checkpoint_tables.metrics_table(result), checkpoint_tables.metrics_table(result, "lost_rate")],

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from rim_lens.measures.checkpoints.ending import REACHED
 from rim_lens.views.neuron_tables import set_table
 from rim_lens.views.plots.checkpoints import LOST, METRICS
 from rim_lens.views.tables import Table
@@ -52,8 +53,8 @@ def ends_table(result: CheckpointStudyResult) -> Table:
         "Base → last checkpoint of each run",
         columns,
         rows,
-        "Lost: base minus last checkpoint, paired over the same requests; p by flipping signs by family, each for itself. An interval"
-        " of no width: every request moved alike.",
+        "Lost: base minus last checkpoint, paired over the same requests; p by flipping signs by family (one, where twins swap the"
+        " same words), each for itself. An interval of no width: every request moved alike.",
     )
 
 
@@ -154,6 +155,7 @@ def beyond_table(result: CheckpointStudyResult) -> Table:
             p_value(row["p"]),
             plain(row["finest"]),
             share(row["share_of_drift"]),
+            share(row.get("least_share", math.nan)),
             str(int(row["n_left_out"])),
         )
         for row in result.beyond_drift.to_dict("records")
@@ -169,10 +171,17 @@ def beyond_table(result: CheckpointStudyResult) -> Table:
                 "score lost beyond the control, nats: mean (range)",
                 "runs above 0",
             ),
-            *("runs below 0", "p over runs", "least p possible", "at share of drift", "without control"),
+            *(
+                "runs below 0",
+                "p over runs",
+                "least p possible",
+                "at share of drift",
+                "least of these",
+                "without control",
+            ),
         ),
         rows,
-        "Each run by its last checkpoint that the control's drift reached. Above, below: its interval over requests leaves 0 on that"
+        f"Each run by its last checkpoint that the control's drift reached; below {REACHED} of the way that is no end. Above, below: its interval over requests leaves 0 on that"
         " side.",
     )
 
@@ -195,6 +204,7 @@ def metrics_table(result: CheckpointStudyResult, outcome: str = "lost") -> Table
                     f"{signed(one[how]['pearson'])} ({p_value(one[how]['p_pearson'])})"
                     for how in ("pooled", "within", "across")
                 ),
+                p_value(one["pooled"].get("p_pearson_kind", math.nan)),
                 f"{signed(one['pooled']['random'])}",
                 f"{per_cent(one['pooled']['percentile'])}"
                 if not math.isnan(one["pooled"]["percentile"])
@@ -204,17 +214,19 @@ def metrics_table(result: CheckpointStudyResult, outcome: str = "lost") -> Table
         )
     first = found[found["how"] == "pooled"].iloc[0] if len(found) else None
     n = f"{int(first['n'])} checkpoints of {int(first['n_runs'])} runs" if first is not None else "nothing"
-    reason = f" {first['reason']}." if first is not None and first["reason"] else ""
+    reasons = [first.get(name, "") for name in ("reason", "reason_kind")] if first is not None else []
+    reason = "".join(f" {one}." for one in reasons if one)
     return Table(
         f"metrics_{outcome}",
         f"Metrics against the {LOST[outcome].replace(', nats', '')}: Pearson correlation over {n}",
         (
             *("metric", "in one run: mean (range)", "pooled", "within runs", "across runs"),
-            *("random sets, pooled", "above random sets", "p among random sets"),
+            *("p within kinds, pooled", "random sets, pooled", "above random sets", "p among random sets"),
         ),
         tuple(rows),
-        "In one run: the paper's number, without a p, as checkpoints of a run follow each other. p: whole runs' courses exchanged;"
-        f" none is corrected for the number of metrics.{reason}",
+        "In one run: the paper's number, without a p, as checkpoints of a run follow each other. p: whole runs' courses"
+        " exchanged, of whatever kind, so that differences between kinds are included; within kinds: seeds exchanged, each with its run"
+        f" of every kind. None is corrected for the number of metrics.{reason}",
     )
 
 
@@ -269,6 +281,7 @@ def forecast_table(result: CheckpointStudyResult) -> Table:
             plain(row["rmse"]),
             plain(row["rmse_mean"]),
             p_value(row["p"]),
+            p_value(row.get("p_kind", math.nan)),
             str(int(row["n_runs"])),
         )
         for row in result.forecast.to_dict("records")
@@ -276,10 +289,11 @@ def forecast_table(result: CheckpointStudyResult) -> Table:
     return Table(
         "forecast",
         "The last checkpoint of each run, foretold from the other runs",
-        ("by", "known from", "outcome", "skill", "error", "error of the mean", "p", "runs"),
+        ("by", "known from", "outcome", "skill", "error", "error of the mean", "p", "p within kinds", "runs"),
         rows,
         "Each run in turn is held out. Skill: 1 − squared error / that of foretelling the others' mean; 0 is no better. Runs of the"
-        " same kind are among the others: what a metric knows may be no more than which kind a run is of.",
+        " same kind are among the others: what a metric knows may be no more than which kind a run is of. p within kinds, where seeds"
+        " change places with all their runs, leaves that out.",
         folded=len(rows) > _LONG,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from rim_lens.measures.checkpoints.ending import REACHED
 from rim_lens.views.checkpoint_tables import told_metric
 from rim_lens.views.finding import HIGH, LEVEL, Finding, Status
 from rim_lens.views.plots.checkpoints import METRICS
@@ -20,7 +21,8 @@ LIMITS: tuple[str, ...] = (
     "Checkpoints of one run follow each other: whatever training moves goes with whatever else it moves. Eight checkpoints of one run"
     " are one observation, and a correlation within a run has no p here.",
     "A p over runs holds for runs like these: one base, one recipe, these rows. Runs of one kind differ from those of another in"
-    " all that their rows differ in, so that a metric that tells kinds apart correlates with whatever else does.",
+    " all that their rows differ in, so that a metric that tells kinds apart correlates with whatever else does, and the p over all"
+    " runs takes it for so many runs. The p within kinds exchanges whole seeds and leaves that out: without it nothing is called shown.",
     "RAS is not established as specific: any drift of the weights moves activations both ways. It is told beside random sets, sets"
     " chosen alike for no reason, and plain weight drift, and says neither that refusal got worse nor that these neurons did it."
     " Freezing them in training asks that (rl.freezing).",
@@ -141,17 +143,21 @@ def _beyond(result: CheckpointStudyResult, kind: str) -> Finding:
             topic, "cannot tell", f"No control ({result.control}) drifted far enough to stand beside a run."
         )
     n = int(row["n_runs"])
+    reached = float(row.get("least_share", math.nan))
     status: Status = (
-        "shown"
+        "cannot tell"
+        if row["finest"] > LEVEL or not reached >= REACHED
+        else "shown"
         if row["p"] <= LEVEL and row["mean"] != 0
-        else "cannot tell"
-        if row["finest"] > LEVEL
         else "not shown"
     )
     lead = {
         "shown": f"At equal weight drift, {kind} {'loses more' if row['mean'] > 0 else 'loses less'} refusal than {result.control}",
         "not shown": f"At equal weight drift, {kind} is not shown to lose more refusal than {result.control}, or less",
-        "cannot tell": f"{_runs(n)} cannot show a difference between kinds (no p below {plain(row['finest'])})",
+        "cannot tell": f"{_runs(n)} cannot show a difference between kinds (no p below {plain(row['finest'])})"
+        if row["finest"] > LEVEL
+        else f"Where {kind} ends is not told: {result.control} came to {share(reached)} of a run's drift only, and is held against it"
+        " on the way",
     }[status]
     matched = result.drift_matched
     whole = matched[(matched["kind"] == kind) & (matched["by"] == "weights")]["lost_difference"].dropna()
@@ -170,7 +176,7 @@ def _beyond(result: CheckpointStudyResult, kind: str) -> Finding:
     return Finding(
         topic,
         status,
-        f"{lead}: difference in lost score {signed(row['mean'])} nats{over}; by requests, {int(row['n_above'])} of {n} lie above 0 and"
+        f"{lead}: difference in lost score {signed(row['mean'])} nats{over}, at {share(row['share_of_drift'])} of the way; by requests, {int(row['n_above'])} of {n} lie above 0 and"
         f" {int(row['n_below'])} below. Over all"
         f" checkpoints with a control as far, {int((whole > 0).sum())} of {len(whole)} differences are positive.{by_kl}",
     )
@@ -191,8 +197,9 @@ def _followed(result: CheckpointStudyResult) -> Finding:
         return Finding(topic, "cannot tell", f"There is no correlation: {why}.")
     numbers = (
         f"RAS against lost score: pooled r = {signed(ras['pearson'])} over {int(ras['n'])} checkpoints of {int(ras['n_runs'])} runs"
-        f" ({p_value(ras['p_pearson'])}), within runs {signed(within['pearson'])} ({p_value(within['p_pearson'])}), across runs"
-        f" {signed(across['pearson'])} ({p_value(across['p_pearson'])})"
+        f" ({p_value(ras['p_pearson'])} including differences between kinds, {_within_kinds(ras, 'p_pearson_kind')}), within runs"
+        f" {signed(within['pearson'])} ({p_value(within['p_pearson'])}, {_within_kinds(within, 'p_pearson_kind')}), across runs"
+        f" {signed(across['pearson'])} ({p_value(across['p_pearson'])}, {_within_kinds(across, 'p_pearson_kind')})"
     )
     chance = (
         f"; random sets reach {signed(ras['random'])} on average, and RAS lies above {per_cent(ras['percentile'])} of"
@@ -212,16 +219,28 @@ def _followed(result: CheckpointStudyResult) -> Finding:
     goes = ras["p_pearson"] <= LEVEL and ras["pearson"] > 0
     specific = bool(ras["n_random"]) and ras["p_random"] <= LEVEL
     better = abs(ras["pearson"]) > abs(rivals.get("weight_drift", 0.0))
-    if goes and specific and better:
+    beyond = _kind(ras, "p_pearson_kind")
+    if goes and specific and better and math.isnan(beyond):
+        return Finding(
+            topic,
+            "cannot tell",
+            f"Kinds that lose refusal show RAS; whether runs of a kind do cannot be told ({_why(ras)}). {numbers}",
+        )
+    if goes and specific and better and beyond <= LEVEL:
         return Finding(
             topic,
             "shown",
-            f"Which run loses refusal goes with which shows RAS, more than with random sets and with weight drift. {numbers}",
+            "Which run loses refusal goes with which shows RAS, within kinds too, more than with random sets and with weight drift."
+            f" {numbers}",
         )
     lacks = [
         what
         for what, there in (
             ("which run loses refusal is not shown to go with which shows RAS", goes),
+            (
+                "within kinds, which seed loses refusal is not shown to go with which shows RAS",
+                math.isnan(beyond) or beyond <= LEVEL,
+            ),
             ("the chosen neurons are not set apart from random ones", specific),
             ("plain weight drift follows it as well", better),
         )
@@ -260,18 +279,42 @@ def _foretold(result: CheckpointStudyResult) -> Finding:
     if math.isnan(ras["skill"]):
         return Finding(topic, "cannot tell", f"{ras['reason']}.")
     better = ras["skill"] > max(0.0, so_far["skill"], drift["skill"])
-    shown = bool(ras["p"] <= LEVEL and better)
+    untold = math.isnan(ras["p"]) or (bool(ras["p"] <= LEVEL) and math.isnan(_kind(ras, "p_kind")))
+    shown = bool(ras["p"] <= LEVEL and _kind(ras, "p_kind") <= LEVEL and better)
     numbers = (
-        f"From the first {'checkpoint' if ras['first'] == 1 else str(int(ras['first'])) + ' checkpoints'}, skill {signed(ras['skill'])} by RAS ({p_value(ras['p'])}), {signed(drift['skill'])}"
-        f" by weight drift ({p_value(drift['p'])}), {signed(so_far['skill'])} by what was lost so far ({p_value(so_far['p'])}); {int(ras['n_runs'])}"
+        f"From the first {'checkpoint' if ras['first'] == 1 else str(int(ras['first'])) + ' checkpoints'}, skill {signed(ras['skill'])} by RAS"
+        f" ({p_value(ras['p'])} including differences between kinds, {_within_kinds(ras, 'p_kind')}), {signed(drift['skill'])} by weight drift"
+        f" ({p_value(drift['p'])}), {signed(so_far['skill'])} by what was lost so far ({p_value(so_far['p'])}); {int(ras['n_runs'])}"
         " runs, each held out in turn. Runs of its kind are among the others"
     )
+    if better and untold:
+        why = ras["reason"] if math.isnan(ras["p"]) else _why(ras)
+        return Finding(
+            topic,
+            "cannot tell",
+            f"RAS foretells the final loss better than drift and than the loss so far, and whether by more than kinds or chance"
+            f" cannot be told ({why}). {numbers}.",
+        )
     lead = (
-        "RAS foretells the final loss better than drift and than the loss so far"
+        "RAS foretells the final loss better than drift and than the loss so far, within kinds too"
         if shown
         else "RAS is not shown to foretell the final loss better than drift and than the loss so far"
     )
     return Finding(topic, "shown" if shown else "not shown", f"{lead}. {numbers}.")
+
+
+def _kind(row: Any, name: str) -> float:
+    """A p within kinds; NaN too where the tables are of a version that had none."""
+    return float(row.get(name, math.nan))
+
+
+def _within_kinds(row: Any, name: str) -> str:
+    value = _kind(row, name)
+    return "no p within kinds" if math.isnan(value) else f"{p_value(value)} within kinds"
+
+
+def _why(row: Any) -> str:
+    return str(row.get("reason_kind", "")) or "no p within kinds was measured"
 
 
 def _gradients(result: CheckpointStudyResult) -> list[Finding]:
@@ -281,14 +324,14 @@ def _gradients(result: CheckpointStudyResult) -> list[Finding]:
     if rows.empty or rows["skill"].isna().all():
         return []
     told = "; ".join(
-        f"{told_metric(row['metric'])} {signed(row['skill'])} ({p_value(row['p'])})"
+        f"{told_metric(row['metric'])} {signed(row['skill'])} ({p_value(row['p'])}, {_within_kinds(row, 'p_kind')})"
         for row in rows.to_dict("records")
     )
     return [
         Finding(
             "Before training",
             "note",
-            f"Skill of gradients in the base: {told}. Runs of one kind have nearly one gradient, so that this tells kinds apart at best.",
+            f"Skill of gradients in the base, the first p including differences between kinds: {told}. Runs of one kind have nearly one gradient, so that this tells kinds apart at best.",
         )
     ]
 

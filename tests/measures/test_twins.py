@@ -11,7 +11,7 @@ import rim_lens as rl
 from rim_lens.errors import MissingTwin
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.removing import both_kinds
-from rim_lens.measures.twins import families_by_swap, twin_places, with_families
+from rim_lens.measures.twins import families_by_swap, twin_places, with_families, witnesses
 from rim_lens.measures.two_sides import Side, paired
 from rim_lens.prompts import Prompt
 from rim_lens.study.requests import requests_by_split
@@ -24,6 +24,23 @@ def test_conjunctions_of_one_verb_are_one_family(split: str) -> None:
     verbs = [prompt.text.split()[0] for prompt in harmful]
     assert len(set(families_of(harmful))) == 10
     assert len(set(labels)) == len(set(verbs)) == len(set(zip(labels, verbs, strict=True))) == 6
+
+
+def test_one_rule_says_of_both_kinds_what_is_one_witness() -> None:
+    harmful, harmless = (
+        rl.load_prompts(kind, language="toy", split="evaluate") for kind in ("harmful", "harmless")
+    )
+    places = twin_places(harmful, harmless[::-1])
+    labels = witnesses(harmful, harmless[::-1], enumerate(places))
+    assert labels["harmful"] == families_by_swap(harmful, harmless)
+    assert [labels["harmless"][place] for place in places] == labels["harmful"]
+    assert len(set(labels["harmless"])) == 6
+    assert witnesses(harmful, harmless, ()) == {
+        "harmful": families_of(harmful),
+        "harmless": families_of(harmless),
+    }
+    some = witnesses(harmful, harmless, [(place, place) for place in range(0, len(harmful), 2)])
+    assert set(some["harmful"]) >= set(some["harmless"])
 
 
 def test_english_families_have_words_of_their_own() -> None:

@@ -113,6 +113,25 @@ def test_too_few_runs_for_a_p_are_told_and_no_error(whole):
     assert "2 runs can be paired in 2 ways" in pooled["reason"]
     assert whole.forecast["reason"].str.contains("4 runs").all()
     assert any("no correlation gets a p" in note for note in small().plan().notes)
+    few = small(train_seeds=(0, 1, 2)).plan().notes
+    assert any("no correlation gets a p beyond kind: 3 seeds" in note for note in few)
+    assert not any("beyond kind" in note for note in small(train_seeds=(0, 1, 2, 3)).plan().notes)
+
+
+def test_beyond_kind_a_study_exchanges_whole_seeds(whole):
+    assert small(train_seeds=(0, 1))._exchanged == {
+        "kinds": {
+            "careful_0": "careful",
+            "careful_1": "careful",
+            "deviate_0": "deviate",
+            "deviate_1": "deviate",
+        },
+        "units": {"careful_0": "0", "careful_1": "1", "deviate_0": "0", "deviate_1": "1"},
+    }
+    pooled = whole.correlations.query("how == 'pooled' and metric == 'ras'")
+    assert pooled["reason_kind"].str.contains("1 units, and none").all()
+    assert pooled["p_pearson_kind"].isna().all()
+    assert "p_kind" in whole.forecast
 
 
 def test_the_ends_are_those_of_the_comparison(whole):

@@ -145,17 +145,21 @@ def with_correlations(study, **changes: dict[str, float]) -> pd.DataFrame:
 @pytest.mark.parametrize(
     ("ras", "drift", "status", "told"),
     [
-        ({"p_pearson": 0.01, "pearson": 0.9, "p_random": 0.01}, 0.5, "shown", "more than with random sets"),
-        ({"p_pearson": 0.2, "pearson": 0.9, "p_random": 0.01}, 0.5, "not shown", "is not shown to go with"),
-        ({"p_pearson": 0.01, "pearson": 0.9, "p_random": 0.3}, 0.5, "not shown", "not set apart"),
-        ({"p_pearson": 0.01, "pearson": 0.9, "p_random": 0.01}, 0.95, "not shown", "weight drift follows"),
-        ({"p_pearson": 0.01, "pearson": -0.9, "p_random": 0.01}, 0.5, "not shown", "is not shown to go with"),
+        ({}, 0.5, "shown", "more than with random sets"),
+        ({"p_pearson": 0.2}, 0.5, "not shown", "which run loses refusal is not shown to go with"),
+        ({"p_random": 0.3}, 0.5, "not shown", "not set apart"),
+        ({}, 0.95, "not shown", "weight drift follows"),
+        ({"pearson": -0.9}, 0.5, "not shown", "which run loses refusal is not shown to go with"),
+        ({"p_pearson_kind": 0.2}, 0.5, "not shown", "within kinds, which seed"),
+        ({"p_pearson_kind": math.nan}, 0.5, "cannot tell", "whether runs of a kind do cannot be told"),
+        ({"p_pearson_kind": math.nan, "p_random": 0.3}, 0.5, "not shown", "not set apart"),
     ],
 )
 def test_entanglement_follows_refusal_only_beyond_exchange_random_sets_and_drift(
     study, ras, drift, status, told
 ):
-    table = with_correlations(study, ras={**ras, "n_random": 6}, weight_drift={"pearson": drift})
+    found = {"p_pearson": 0.01, "pearson": 0.9, "p_random": 0.01, "p_pearson_kind": 0.03, "n_random": 6}
+    table = with_correlations(study, ras={**found, **ras}, weight_drift={"pearson": drift})
     found = saying(study, correlations=table)["Does entanglement follow lost refusal?"]
     assert found[0] == status
     assert told in found[1]
@@ -169,13 +173,41 @@ def test_entanglement_follows_refusal_only_beyond_exchange_random_sets_and_drift
         ({"n_runs": 6, "p": 0.3, "finest": 0.03, "mean": 2.0}, "not shown", "not shown to lose more"),
         ({"n_runs": 3, "p": 0.25, "finest": 0.25, "mean": 2.0}, "cannot tell", "no p below 0.25"),
         ({"n_runs": 0, "p": math.nan, "finest": math.nan}, "cannot tell", "far enough"),
+        (
+            {"n_runs": 6, "p": 0.03, "finest": 0.03, "mean": -2.0, "least_share": 0.66},
+            "cannot tell",
+            "came to 0.66",
+        ),
     ],
 )
 def test_a_kind_does_more_than_drift_only_by_a_test_over_runs(study, cells, status, told):
     table = study.beyond_drift.copy()
-    for name, value in cells.items():
+    for name, value in {"least_share": 1.0, **cells}.items():
         table[name] = value
     found = saying(study, beyond_drift=table)["Beyond plain drift: deviate"]
+    assert found[0] == status
+    assert told in found[1]
+
+
+@pytest.mark.parametrize(
+    ("cells", "status", "told"),
+    [
+        ({"p": 0.01, "p_kind": 0.03}, "shown", "within kinds too"),
+        ({"p": 0.01, "p_kind": 0.3}, "not shown", "is not shown to foretell"),
+        ({"p": 0.2, "p_kind": 0.03}, "not shown", "is not shown to foretell"),
+        ({"p": 0.01, "p_kind": math.nan, "reason_kind": "too few seeds"}, "cannot tell", "too few seeds"),
+        ({"p": math.nan, "reason": "too few ways"}, "cannot tell", "too few ways"),
+        ({"p": 0.01, "p_kind": 0.03, "skill": 0.1}, "not shown", "is not shown to foretell"),
+    ],
+)
+def test_a_loss_is_foretold_only_beyond_kinds_drift_and_the_loss_so_far(study, cells, status, told):
+    table = pd.DataFrame({"metric": ["ras", "weight_drift", "lost"], "skill": [0.5, 0.2, 0.3]}).assign(
+        outcome="lost", first=1, rmse=1.0, rmse_mean=2.0, p=0.5, p_kind=0.5, n_runs=12, n_permutations=99
+    )
+    table["reason"] = table["reason_kind"] = ""
+    for name, value in cells.items():
+        table.loc[0, name] = value
+    found = saying(study, forecast=table)["Can the loss be foretold?"]
     assert found[0] == status
     assert told in found[1]
 

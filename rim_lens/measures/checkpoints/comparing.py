@@ -32,7 +32,7 @@ from rim_lens.measures.checkpoints.which import (
 )
 from rim_lens.measures.entanglement.between import Neuron, check_options, entangled
 from rim_lens.measures.entanglement.entangling import opened, own_or_none
-from rim_lens.measures.entanglement.reading import ModelReading, Site, check_requests, read_model
+from rim_lens.measures.entanglement.reading import ModelReading, Site, check_requests, read_model, twins_of
 from rim_lens.measures.entanglement.result import Entanglement
 from rim_lens.measures.entanglement.rises import rises_of
 from rim_lens.measures.entanglement.shifting import SHIFTS
@@ -41,6 +41,7 @@ from rim_lens.measures.neurons.pairs import Pair, Pairs, as_pairs
 from rim_lens.measures.reasoning import reasoning_accuracy
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.shift import Average
+from rim_lens.measures.twins import witnesses
 from rim_lens.prompts import Prompt, prompts_digest
 from rim_lens.training import FineTuned
 
@@ -358,6 +359,11 @@ def _outcomes(
     """Numbers of one model by itself, and a line for every prompt."""
     numbers: dict[str, float] = {}
     lines: list[dict[str, Any]] = []
+    harmful, harmless = asked["harmful"], asked.get("harmless", [])
+    families = {
+        "reasoning": families_of(asked["reasoning"]),
+        **witnesses(harmful, harmless, twins_of(harmful, harmless)),
+    }
     for kind, prompts in asked.items():
         scores = [float("nan")] * len(prompts)
         if kind in reading.refusal:
@@ -375,9 +381,7 @@ def _outcomes(
                 numbers["complied_harmful"] = told.count("comply") / len(told)
         lines += [
             {"kind": kind, "prompt": prompt.id, "family": family, "score": score, "outcome": outcome}
-            for prompt, family, score, outcome in zip(
-                prompts, families_of(prompts), scores, told, strict=True
-            )
+            for prompt, family, score, outcome in zip(prompts, families[kind], scores, told, strict=True)
         ]
     return {"numbers": numbers, "prompts": lines}
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from rim_lens.measures.checkpoints.result import Comparison
 
+# A control that came to less of a run's drift is held against it on the way, and tells nothing of where it ends.
+REACHED = 0.9
+
 # name of the change → kind of request, column of the lines, and what counts as 1 (None: the number itself)
 _CHANGES: dict[str, tuple[str, str, str | None]] = {
     "lost": ("harmful", "score", None),
@@ -39,8 +42,8 @@ def at_the_end(comparison: Comparison, *, n_resamples: int = 2000, seed: int = 0
         One row per run: run, step; and for each of lost (refusal score of harmful requests, nats), lost_rate (share of them
         refused), lost_harmless and lost_rate_harmless (the same of twins) and lost_right (share of reasoning questions
         answered right, in the first condition of accuracy): base − last checkpoint, with _before, _after, _low, _high
-        (bootstrap over families), _p (sign flips by family, two-sided, for each by itself), _n and _families; NaN where it
-        was not measured.
+        (bootstrap over families), _p (sign flips by family, two-sided, for each by itself), _n and _families (of
+        `Comparison.prompts`, so that twins which swap the same words are one); NaN where it was not measured.
     """
     import pandas as pd
 
@@ -91,7 +94,8 @@ def _change(
 def beyond_drift(matched: pd.DataFrame) -> pd.DataFrame:
     """Sum up what runs lost more than their controls did at equal drift, one number a run.
 
-    A run counts by its last checkpoint that the control's drift reached.
+    A run counts by its last checkpoint that the control's drift reached. Where the control came to a part of the run's drift only,
+    that is a checkpoint on the way, and says nothing of where the run ends: see least_share before p.
 
     What it does not show: why. Runs of one kind share their rows or the way these are drawn, and the base; p is over runs as
     they were trained here.
@@ -103,7 +107,8 @@ def beyond_drift(matched: pd.DataFrame) -> pd.DataFrame:
         One row per kind and drift: kind, by, n_runs, mean, least and most (difference in lost refusal score, nats; positive:
         the kind lost more than its control), n_above and n_below (runs whose interval over requests lies above or below 0),
         p (two-sided sign flips over runs), finest (the least p that so many runs can give), share_of_drift (mean over runs:
-        at which share of the target's whole drift they were compared), n_left_out (runs without a control that far).
+        at which share of the target's whole drift they were compared), least_share (the least of these), n_left_out (runs without
+        a control that far).
     """
     import pandas as pd
 
@@ -130,6 +135,7 @@ def beyond_drift(matched: pd.DataFrame) -> pd.DataFrame:
                 "p": float(test.p) if test else math.nan,
                 "finest": float(test.finest) if test else math.nan,
                 "share_of_drift": float(np.mean([one["share"] for one in ends])) if ends else math.nan,
+                "least_share": min((one["share"] for one in ends), default=math.nan),
                 "n_left_out": part["target"].nunique() - len(ends),
             }
         )

@@ -5,27 +5,29 @@ correlates with everything else that does. Eight checkpoints of one run are ther
 a correlation within a run has no p here. What can be tested is whether *which run* loses refusal goes with which run shows
 the measure: the runs' whole courses of lost refusal are exchanged between runs, every way or many ways, and the
 correlation of the real pairing is placed among those. What all runs share (the steps) is shared by the exchanged ones too.
+
+Runs of one kind of training differ from those of another in all that the kinds differ in. Where a kind decides the measure and,
+for whatever other reason, refusal, exchanging runs of different kinds takes its few differences for as many as there are runs.
+So there are two p: one that includes differences between kinds, and one that exchanges only within them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice, permutations, product
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from rim_lens.errors import NotEnoughData, StatisticsError
+from rim_lens.measures.checkpoints.exchanging import FEWEST_RUNS, Exchanges, exchanges
 from rim_lens.measures.controls import control_p, percentile_among
 from rim_lens.measures.stats import Alternative, bootstrap_interval, check_alternative, extremeness
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Below so many runs no p of a two-sided test can come below 1/6.
-FEWEST_RUNS = 4
 _TIE = 1e-12
 
 
@@ -60,6 +62,8 @@ def correlations(
     outcome: str = "lost",
     *,
     groups: Mapping[str, str] | None = None,
+    kinds: Mapping[str, str] | None = None,
+    units: Mapping[str, str] | None = None,
     random: pd.DataFrame | None = None,
     alternative: Alternative = "two-sided",
     n_permutations: int = 9999,
@@ -76,11 +80,19 @@ def correlations(
     run         the checkpoints of one run (the paper's number); without a p
     ==========  ========================================================================================================
 
+    What p says: that the pairing of runs by metric and outcome is not that of runs that may change places. It exchanges runs of
+    different kinds too, so that it is small as well where a kind of training decides the metric and, apart from that, the
+    outcome. What p_…_kind says: the same of runs within kinds. With `units`, these change places whole, each with its run of
+    every kind, so that neither what a kind nor what a unit (a seed, a base) does to all its runs counts as several witnesses; it
+    then says that *which unit* loses more goes with which shows more. Neither shows a cause.
+
     Args:
         table: Columns run, step, the metric and the outcome; step 0 (the base) is left out.
         metric: A column.
         outcome: A column; "lost" is refusal score of the base − that of the checkpoint.
         groups: Run → group (the seed of its base, say): courses are exchanged within groups only.
+        kinds: Run → kind of training; for p_…_kind.
+        units: Run → what chance drew (the seed of training, or of the base) and every kind shares; for p_…_kind.
         random: The same columns for random sets of neurons, with a column "set": what their metric correlates.
         alternative: Of the permutation test.
         n_permutations: Where there are more ways than that, so many are drawn.
@@ -88,9 +100,11 @@ def correlations(
 
     Returns:
         how, run ("" for all), metric, outcome, pearson, spearman, n (points), n_runs, n_left_out (points where one of the
-        two is NaN), p_pearson and p_spearman (exchanging courses between runs; NaN with a reason), n_permutations and exact,
-        low and high (least and largest Pearson correlation with one run left out), random (mean Pearson correlation of
-        random sets), percentile and p_random of the set's among theirs, n_random, reason.
+        two is NaN), p_pearson and p_spearman (exchanging courses between runs, differences between kinds included; NaN with a
+        reason), n_permutations and exact, p_pearson_kind and p_spearman_kind (exchanging within kinds, see above; NaN where
+        none were named), n_permutations_kind, low and high (least and largest Pearson correlation with one run left out),
+        random (mean Pearson correlation of random sets), percentile and p_random of the set's among theirs, n_random, reason
+        and reason_kind.
 
     Raises:
         StatisticsError: There is no such column, or an option is unknown.
@@ -105,6 +119,9 @@ def correlations(
         both = _both(x, y, how, owner)
         line: dict[str, Any] = {"how": how, "run": "", **both, "n": len(x), "n_runs": len(courses)}
         line |= _permuted(courses, how, groups, alternative, n_permutations, seed)
+        if kinds is not None:
+            beyond = _permuted(courses, how, kinds, alternative, n_permutations, seed, units)
+            line |= {f"{name}_kind": value for name, value in beyond.items() if name != "exact"}
         line |= _without_one(courses, how)
         if random is not None:
             line |= _beside_random(both["pearson"], table, random, metric, outcome, how, alternative)
@@ -127,13 +144,14 @@ def correlations(
         )
     columns = (
         *("how", "run", "metric", "outcome", "pearson", "spearman", "n", "n_runs", "n_left_out"),
-        *("p_pearson", "p_spearman", "n_permutations", "exact", "low", "high"),
-        *("random", "percentile", "p_random", "n_random", "reason"),
+        *("p_pearson", "p_spearman", "n_permutations", "exact"),
+        *("p_pearson_kind", "p_spearman_kind", "n_permutations_kind", "low", "high"),
+        *("random", "percentile", "p_random", "n_random", "reason", "reason_kind"),
     )
     found = pd.DataFrame(lines, columns=columns)
     found["metric"], found["outcome"] = metric, outcome
-    whole = ["n_left_out", "n_permutations", "n_random"]
-    return found.fillna(dict.fromkeys(whole, 0) | {"exact": False, "reason": ""}).astype(
+    whole = ["n_left_out", "n_permutations", "n_permutations_kind", "n_random"]
+    return found.fillna(dict.fromkeys(whole, 0) | {"exact": False, "reason": "", "reason_kind": ""}).astype(
         dict.fromkeys(whole, "int64") | {"exact": "bool"}
     )
 
@@ -200,23 +218,17 @@ def _permuted(
     alternative: Alternative,
     n_permutations: int,
     seed: int,
+    units: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Place the correlation among those with the outcomes' courses exchanged between runs."""
     runs = list(courses)
-    labels = [str((groups or {}).get(run, "")) for run in runs]
-    members = [[place for place, label in enumerate(labels) if label == one] for one in dict.fromkeys(labels)]
-    n_ways = math.prod(math.factorial(len(one)) for one in members)
-    if n_ways < math.factorial(FEWEST_RUNS):
-        return {
-            "reason": f"{len(runs)} runs can be paired in {n_ways} ways: no p below 1/{n_ways}, so none is given"
-        }
+    ways = exchanges(runs, groups, units, n_permutations=n_permutations, seed=seed)
+    if ways.reason:
+        return {"reason": ways.reason}
     if how != "across" and len({tuple(course[0].tolist()) for course in courses.values()}) > 1:
         return {"reason": "runs were measured at different steps, so that their courses cannot be exchanged"}
     x, y, owner = _points(courses, how)
-    exact = n_ways <= max(n_permutations, math.factorial(7))
-    ways = _all_ways(members) if exact else _drawn_ways(members, n_permutations, np.random.default_rng(seed))
-    pairings = np.array(list(ways))
-    found: dict[str, Any] = {"n_permutations": len(pairings), "exact": exact}
+    found: dict[str, Any] = {"n_permutations": len(ways.pairings), "exact": ways.exact}
     for name, (a, b) in (("pearson", (x, y)), ("spearman", _ranked(x, y, how, owner))):
         own = pearson(a, b)
         if math.isnan(own):
@@ -225,35 +237,10 @@ def _permuted(
         ours, theirs = (one.reshape(len(runs), -1) - one.mean() for one in (a, b))
         # Means and norms do not change when courses change places: the sum of products decides.
         products = ours @ theirs.T / (np.linalg.norm(ours) * np.linalg.norm(theirs))
-        drawn = products[np.arange(len(runs)), pairings].sum(axis=1)
+        drawn = products[np.arange(len(runs)), ways.pairings].sum(axis=1)
         own_extreme, others = extremeness(own, alternative), extremeness(drawn, alternative)
-        hits = int((others >= own_extreme - 1e-9).sum())
-        found[f"p_{name}"] = hits / len(pairings) if exact else (1 + hits) / (1 + len(pairings))
+        found[f"p_{name}"] = ways.p(int((others >= own_extreme - 1e-9).sum()))
     return found
-
-
-def _all_ways(members: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    n = sum(map(len, members))
-    for parts in product(*(permutations(one) for one in members)):
-        way = [0] * n
-        for one, part in zip(members, parts, strict=True):
-            for place, other in zip(one, part, strict=True):
-                way[place] = other
-        yield way
-
-
-def _drawn_ways(
-    members: Sequence[Sequence[int]], n_permutations: int, rng: np.random.Generator
-) -> Iterator[list[int]]:
-    def endless() -> Iterator[list[int]]:
-        n = sum(map(len, members))
-        while True:
-            way = np.empty(n, dtype=int)
-            for one in members:
-                way[list(one)] = rng.permutation(list(one))
-            yield way.tolist()
-
-    return islice(endless(), n_permutations)
 
 
 def _without_one(courses: Courses, how: str) -> dict[str, float]:
@@ -431,24 +418,30 @@ def forecast(
     final: Mapping[str, float],
     *,
     groups: Mapping[str, str] | None = None,
+    kinds: Mapping[str, str] | None = None,
+    units: Mapping[str, str] | None = None,
     n_permutations: int = 9999,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Predict each run's final outcome from one early number, by a line fitted on the other runs.
 
     Scored against predicting the mean of the other runs: skill = 1 − squared error / squared error of the mean. 0 is no
-    better than the mean, negative is worse, 1 is exact. p: the share of ways to exchange final outcomes between runs that
-    give as much skill.
+    better than the mean, negative is worse, 1 is exact. p: the share of ways to exchange final outcomes between runs of one
+    group that give as much skill; where each run is a group of its own, or none are named, between all runs. So what runs of a
+    group share (their base) is no evidence; what runs of one kind share is, and p_kind leaves that out as `correlations` does.
 
     Args:
         early: Run → number.
         final: Run → outcome.
         groups: Run → group; all runs of the group (the same base, say) are held out together.
+        kinds: Run → kind of training; for p_kind.
+        units: Run → what chance drew and every kind shares; for p_kind.
         n_permutations: Exchanges that are drawn, where there are more.
         seed: Of the drawing.
 
     Returns:
-        skill, rmse, rmse_mean, p, n_runs, n_permutations, predicted (run → number), reason.
+        skill, rmse, rmse_mean, p, p_kind, n_runs, n_permutations, predicted (run → number), reason (why there is no skill, or
+        no p) and reason_kind (why there is no p_kind).
 
     >>> runs = {"a": 0.0, "b": 1.0, "c": 2.0, "d": 3.0}
     >>> found = forecast(runs, {run: 2 * value + 1 for run, value in runs.items()})
@@ -459,13 +452,11 @@ def forecast(
     x, y = (np.array([side[run] for run in runs], dtype=np.float64) for side in (early, final))
     labels = np.array([(groups or {}).get(run, run) for run in runs])
     nothing = {
-        "skill": math.nan,
-        "rmse": math.nan,
-        "rmse_mean": math.nan,
-        "p": math.nan,
+        **dict.fromkeys(("skill", "rmse", "rmse_mean", "p", "p_kind"), math.nan),
         "n_runs": len(runs),
         "n_permutations": 0,
         "predicted": {},
+        "reason_kind": "",
     }
     folds = [labels == label for label in dict.fromkeys(labels.tolist())]
     if len(runs) < FEWEST_RUNS or any(int((~fold).sum()) < 3 for fold in folds):
@@ -477,11 +468,6 @@ def forecast(
     if predictors is None:
         return {**nothing, "reason": "the early number does not vary over the runs"}
     line, mean = predictors
-    n_ways = math.factorial(len(runs))
-    exact = n_ways <= max(n_permutations, math.factorial(7))
-    members = [list(range(len(runs)))]
-    ways = _all_ways(members) if exact else _drawn_ways(members, n_permutations, np.random.default_rng(seed))
-    pairings = np.array(list(ways))
 
     def errors(outcomes: Float[np.ndarray, "way run"], by: np.ndarray) -> Float[np.ndarray, " way"]:
         return np.asarray(((outcomes - outcomes @ by.T) ** 2).mean(axis=1))
@@ -489,19 +475,29 @@ def forecast(
     own, own_mean = (float(errors(y[None], by)[0]) for by in (line, mean))
     if own_mean <= _TIE:
         return {**nothing, "reason": "all runs end alike: there is nothing to predict"}
-    drawn = y[pairings]
-    skills = 1 - errors(drawn, line) / errors(drawn, mean)
     skill = 1 - own / own_mean
-    hits = int((skills >= skill - 1e-9).sum())
+
+    def placed(ways: Exchanges) -> float:
+        if ways.reason:
+            return math.nan
+        drawn = y[ways.pairings]
+        skills = 1 - errors(drawn, line) / errors(drawn, mean)
+        return ways.p(int((skills >= skill - 1e-9).sum()))
+
+    shared: dict[str, Any] = {"n_permutations": n_permutations, "seed": seed}
+    ways = exchanges(runs, groups if len(folds) < len(runs) else None, **shared)
+    beyond = None if kinds is None else exchanges(runs, kinds, units, **shared)
     return {
         "skill": skill,
         "rmse": math.sqrt(own),
         "rmse_mean": math.sqrt(own_mean),
-        "p": hits / len(pairings) if exact else (1 + hits) / (1 + len(pairings)),
+        "p": placed(ways),
+        "p_kind": math.nan if beyond is None else placed(beyond),
         "n_runs": len(runs),
-        "n_permutations": len(pairings),
+        "n_permutations": len(ways.pairings),
         "predicted": dict(zip(runs, (line @ y).tolist(), strict=True)),
-        "reason": "",
+        "reason": ways.reason,
+        "reason_kind": "" if beyond is None else beyond.reason,
     }
 
 

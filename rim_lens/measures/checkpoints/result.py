@@ -45,11 +45,12 @@ class Comparison:
             (nats) on harmful and harmless requests (`score_…`), `lost` and `lost_harmless` (base − checkpoint); what is
             written: shares refused_harmful, complied_harmful, refused_harmless, `lost_rate` (base − checkpoint); `accuracy_…` by
             think condition; weight_drift, kl and the other metrics of `rl.entanglement`: of the set (ras, …), of all neurons
-            (`…_all`), mean of the random sets (`…_random`), of the model (cka_ratio_model, …); ras_percentile and ras_p of
-            the set among random sets at that checkpoint.
+            (`…_all`), mean of the random sets (`…_random`), of the model (cka_ratio_model, …); at that checkpoint, ras_percentile
+            of the set among random sets, and ras_p, its rank among sets that the same pairs choose with labels exchanged.
         random: The metrics of each random set: run, step, set and a column each. The sets are the same at all checkpoints.
-        prompts: One row per checkpoint and prompt: run, step, kind, prompt, family, score (nats), outcome (refuse, comply,
-            other; of reasoning questions right or wrong, in the first condition of accuracy).
+        prompts: One row per checkpoint and prompt: run, step, kind, prompt, family (those whose twins swap the same
+            words are one, see `rim_lens.measures.twins.witnesses`), score (nats), outcome (refuse, comply, other; of reasoning
+            questions right or wrong, in the first condition of accuracy).
         settings: What was asked, models, neurons, digests.
     """
 
@@ -91,20 +92,27 @@ class Comparison:
         outcome: str = "lost",
         *,
         groups: Mapping[str, str] | None = None,
+        kinds: Mapping[str, str] | None = None,
+        units: Mapping[str, str] | None = None,
         alternative: Alternative = "two-sided",
         n_permutations: int = 9999,
         seed: int = 0,
     ) -> pd.DataFrame:
         """Correlate metrics with an outcome over checkpoints: pooled, within runs, across runs, and run by run.
 
-        A correlation within a run has no p: its checkpoints follow each other. The others have one from exchanging the courses
-        of whole runs, where there are at least 4 runs. See `rim_lens.measures.checkpoints.relating.correlations` for columns.
+        A correlation within a run has no p: its checkpoints follow each other. The others have two, from exchanging the courses
+        of whole runs, where that can be done in at least 24 ways. p exchanges runs of one group, whatever their kind: it includes
+        differences between kinds, and says little of runs of few kinds. p_…_kind exchanges within kinds, whole units where these
+        are named. Neither tells what a metric does from all that goes with it. See
+        `rim_lens.measures.checkpoints.relating.correlations` for columns, and for what each p leaves open.
 
         Args:
             metric: One or several; None: RAS and its rivals. Several are several tests: no p is corrected for them.
             outcome: "lost" (nats), "lost_rate", "score_harmful", or any other column.
             groups: Run → group within which runs are exchanged; None: `settings["groups"]` where runs of several
                 comparisons were joined, else all.
+            kinds: Run → kind of training. None: no p_…_kind.
+            units: Run → seed of training or base, where each has one run of every kind: they change places whole.
             alternative: Of the test.
             n_permutations: Drawn at most, where not all are counted.
             seed: Of what is drawn.
@@ -122,6 +130,8 @@ class Comparison:
                     name,
                     outcome,
                     groups=groups or self.settings.get("groups"),
+                    kinds=kinds,
+                    units=units,
                     random=self.random if name in self.random and len(self.random) else None,
                     alternative=alternative,
                     n_permutations=n_permutations,
@@ -181,26 +191,31 @@ class Comparison:
         *,
         before: Mapping[str, float] | None = None,
         groups: Mapping[str, str] | None = None,
+        kinds: Mapping[str, str] | None = None,
+        units: Mapping[str, str] | None = None,
         n_permutations: int = 9999,
         seed: int = 0,
     ) -> pd.DataFrame:
         """Predict the last checkpoint's outcome of held-out runs from a metric's mean over the first checkpoints.
 
         Each run (or group of runs) is held out in turn, a line is fitted on the others, and the error is compared with that of
-        predicting their mean.
+        predicting their mean. p exchanges final outcomes between runs of one group (between all, where each is its own), and
+        includes differences between kinds; p_kind exchanges within kinds, as in `correlations`.
 
         Args:
-            first: So many first checkpoints.
+            first: So many first checkpoints, fewer than the shortest run has: the last one is what is foretold.
             metric: One or several; None: RAS, its rivals, and the outcome itself so far.
             outcome: A column.
             before: Run → a number known before training (`gradient_forecast`), in place of metrics.
             groups: Run → group held out together; None as in `correlations`.
+            kinds: As in `correlations`, for p_kind.
+            units: As in `correlations`, for p_kind.
             n_permutations: Drawn at most, where not all are counted.
             seed: Of what is drawn.
 
         Returns:
-            metric, first, outcome, skill (1 − squared error / that of the mean: 0 is no better), rmse, rmse_mean, p, n_runs,
-            n_permutations, reason (why there is no number).
+            metric, first, outcome, skill (1 − squared error / that of the mean: 0 is no better), rmse, rmse_mean, p, p_kind,
+            n_runs, n_permutations, reason and reason_kind (why there is no number).
 
         Raises:
             StatisticsError: There is no such column, or fewer checkpoints than `first` before the last one.
@@ -209,10 +224,13 @@ class Comparison:
 
         tuned = self.table[self.table["step"] > 0].sort_values("step", kind="stable")
         fewest = int(tuned.groupby("run").size().min()) if len(tuned) else 0
-        if not 1 <= first < max(fewest, 2) and before is None:
-            raise StatisticsError(
-                f"the first {first} checkpoints were to forecast the last, and runs have {fewest}; give 1 to {fewest - 1}."
+        if before is None and not 1 <= first < fewest:
+            told = (
+                f"runs have {fewest}; give 1 to {fewest - 1}"
+                if fewest > 1
+                else f"a run has {fewest}: none comes before its last. Compare more checkpoints of a run, or give before="
             )
+            raise StatisticsError(f"the first {first} checkpoints were to forecast the last, and {told}.")
         names = (
             [*self.metrics, outcome] if metric is None else [metric] if isinstance(metric, str) else metric
         )
@@ -237,6 +255,8 @@ class Comparison:
                 numbers,
                 final,
                 groups=groups or self.settings.get("groups"),
+                kinds=kinds,
+                units=units,
                 n_permutations=n_permutations,
                 seed=seed,
             )

@@ -107,8 +107,8 @@ def removal_effects(
     Returns:
         A `RemovalEffects`. Columns of its table: measure, kind, condition, unit, n, n_families; before and after (means or
         shares, with 95 % intervals: `share_interval`, else a bootstrap over families); change (after − before, paired by
-        prompt, bootstrap over families; without width where all change alike); p (sign flips over families, max-statistic
-        over the conditions of that measure and kind; NaN for kl, which cannot be negative); random (mean change by random
+        prompt, bootstrap over families; without width where all change alike); p (sign flips over families, where twins
+        are known over those whose twins swap other words, max-statistic over the conditions of that measure and kind; NaN for kl, which cannot be negative); random (mean change by random
         sets, with the 2.5 and 97.5 % quantiles of sets), percentile of the change's size among theirs, p_controls (its
         rank, never finer than they allow) and n_controls.
 

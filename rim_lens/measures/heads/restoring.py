@@ -21,7 +21,6 @@ from rim_lens.measures.heads.held_out import heads_to_edit
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.readings import refusal_reading, refused_reading
 from rim_lens.measures.refusal.openers import opener_texts
-from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.removal_table import DIFFERENCE, shuffled
 from rim_lens.measures.restored import (
     COLUMNS,
@@ -32,7 +31,7 @@ from rim_lens.measures.restored import (
     minus_twins,
     restored_lines,
 )
-from rim_lens.measures.twins import families_by_swap, twin_places
+from rim_lens.measures.twins import twin_places, witnesses
 from rim_lens.measures.two_sides import named
 from rim_lens.prompts import Prompt
 
@@ -108,7 +107,8 @@ def restoring(
         One row per edit, kind (harmful, harmless) and measure ("score", nats; "refuse", share of replies), and one of measure
         "specificity" (score of each harmful request minus that of its twin, where all have one): condition, n,
         n_families; off, baseline and edited (means in off, in the condition, and there with the edit); effect
-        (edited − baseline, paired, bootstrap over families); p (sign flips over families, max-statistic over the edits);
+        (edited − baseline, paired, bootstrap over families); p (sign flips over families, where twins are known
+        over those whose twins swap other words, max-statistic over the edits);
         restored, (edited − baseline) / (off − baseline) of the means, with its interval, NaN where the gap off − baseline
         is not shown to be above 0 by its own interval; random (mean effect of the same edit on random sets, with
         quantiles), percentile, p_controls, n_controls; and state: "measured", or why the edit is impossible here (its
@@ -184,6 +184,8 @@ def restoring(
         kept = ResultFolder(folder)
         kept.claim(settings, "restoring/asked.json")
         remember = kept.lines("restoring/readings.jsonl").get
+    places = twin_places(asked["harmful"], asked["harmless"])
+    families = witnesses(asked["harmful"], asked["harmless"], enumerate(places or ()))
     lines: list[dict[str, Any]] = []
     scores: dict[str, tuple[Values, Values, dict[str, Edited]]] = {}
     for kind, its in batches.items():
@@ -213,15 +215,12 @@ def restoring(
                 edit: edited_by(in_condition, make[edit], chosen, sets, remember, f"{edit} {kind}", progress)
                 for edit in edits
             }
-            lines += restored_lines(level, baseline, found, families_of(under.prompts), kind, measure, seed)
+            lines += restored_lines(level, baseline, found, families[kind], kind, measure, seed)
             if measure == "score":
                 scores[kind] = level, baseline, found
-    places = twin_places(asked["harmful"], asked["harmless"])
     if places is not None:
-        twins = [asked["harmless"][place] for place in places]
-        families = families_by_swap(asked["harmful"], twins)
         difference = minus_twins(scores["harmful"], scores["harmless"], places)
-        lines += restored_lines(*difference, families, DIFFERENCE, "specificity", seed)
+        lines += restored_lines(*difference, families["harmful"], DIFFERENCE, "specificity", seed)
     import pandas as pd
 
     order = {edit: place for place, edit in enumerate(edits)}

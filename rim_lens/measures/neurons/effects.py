@@ -198,7 +198,7 @@ def neuron_effects(
     Returns:
         `NeuronEffects`. Columns of its table: measure, kind, condition, unit, n, n_families; before and after (means or
         shares, with 95 % intervals: `share_interval`, else a bootstrap over families); change (after − before, paired by
-        prompt, bootstrap over families); p (sign flips over families, for *specificity* over those whose twins swap other
+        prompt, bootstrap over families); p (sign flips over families, where twins are known over those whose twins swap other
         words, max-statistic over the conditions; NaN for kl, which cannot be negative); random (mean change by random sets,
         with the 2.5 and 97.5 % quantiles of sets), percentile of the change's size among theirs, p_controls (its rank, never
         finer than they allow) and n_controls.

@@ -27,12 +27,11 @@ from rim_lens.measures.neurons.beside import (
 from rim_lens.measures.neurons.sets import Neuron, NeuronSet
 from rim_lens.measures.readings import Reading, refusal_reading, refused_reading
 from rim_lens.measures.refusal.openers import opener_texts
-from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.removal_table import DIFFERENCE
 from rim_lens.measures.removing import both_kinds
 from rim_lens.measures.restored import COLUMNS as SHARED_COLUMNS
 from rim_lens.measures.restored import Edited, Values, edited_by, minus_twins, restored_lines
-from rim_lens.measures.twins import families_by_swap
+from rim_lens.measures.twins import witnesses
 from rim_lens.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -102,8 +101,8 @@ def restore_by_neurons(
     Returns:
         One row per kind (harmful, harmless) and measure ("score", nats; "refuse", share of replies), and one of measure
         "specificity" (score of each harmful request minus that of its twin, where twins are known): condition, n, n_families;
-        base, tuned and patched (means); effect (patched − tuned, paired, bootstrap over families); p (sign flips over families,
-        of *specificity* over those whose twins swap other words); restored, (patched − tuned) / (base − tuned) of the means,
+        base, tuned and patched (means); effect (patched − tuned, paired, bootstrap over families); p (sign flips over families, where
+        twins are known over those whose twins swap other words); restored, (patched − tuned) / (base − tuned) of the means,
         with its interval, NaN where the loss base − tuned is not shown to be above 0 by its own interval; random (mean effect
         of the same edit on random sets, with quantiles), percentile, p_controls, n_controls. ``attrs``: what was asked, the
         sets, digests.
@@ -241,13 +240,12 @@ def _table(
 
     seed = settings["seed"]
     lines = []
+    families = witnesses(asked["harmful"], asked["harmless"], enumerate(places or ()))
     for (kind, measure), numbers in found.items():
-        lines += restored_lines(*numbers, families_of(asked[kind]), kind, measure, seed)
+        lines += restored_lines(*numbers, families[kind], kind, measure, seed)
     if places is not None:
-        twins = [asked["harmless"][place] for place in places]
-        families = families_by_swap(asked["harmful"], twins)
         difference = minus_twins(found["harmful", "score"], found["harmless", "score"], places)
-        lines += restored_lines(*difference, families, DIFFERENCE, "specificity", seed)
+        lines += restored_lines(*difference, families["harmful"], DIFFERENCE, "specificity", seed)
     table = pd.DataFrame(lines, columns=list(SHARED_COLUMNS)).drop(columns=["edit", "state"])
     table["condition"] = batch.name
     table = table.rename(columns=_NAMES)

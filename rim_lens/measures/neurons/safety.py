@@ -34,6 +34,7 @@ from rim_lens.measures.pages import plain
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.measures.stats import sign_flip_test
+from rim_lens.measures.twins import families_by_swap
 from rim_lens.prompts import Prompt
 from rim_lens.prompts.records import as_prompts
 
@@ -351,6 +352,14 @@ def _test_requests(
     return first, second
 
 
+def _families_of(pairs: Sequence[Pair]) -> list[str]:
+    """What the gate flips signs by: twins that swap the same words are one witness, as in every test against twins."""
+    more = [pair.more for pair in pairs]
+    if any(pair.kind != "twins" for pair in pairs):
+        return families_of(more)
+    return families_by_swap(more, [pair.less for pair in pairs])
+
+
 def _twin_of(pair: Pair) -> Prompt:
     return replace(pair.more, twin=pair.less.id)
 
@@ -396,7 +405,7 @@ class _Bench:
             scores = {side: self._scores(self.batches[side]) for side in SIDES}
             test = sign_flip_test(
                 scores["more"] - scores["less"],
-                families=families_of([pair.more for pair in self.pairs]),
+                families=_families_of(self.pairs),
                 alternative="greater",
             )
             found["score"] = {

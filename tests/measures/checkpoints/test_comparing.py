@@ -13,6 +13,8 @@ import pytest
 import rim_lens as rl
 from rim_lens.errors import AnswerError, NotEnoughData, StatisticsError, StudyFolderError
 from rim_lens.measures.checkpoints import comparing
+from rim_lens.measures.checkpoints.ending import at_the_end
+from rim_lens.measures.twins import families_by_swap
 from rim_lens.organisms.toy.recipe import FINE_TUNE, toy_rows
 from rim_lens.training import FineTuned
 
@@ -87,6 +89,17 @@ def test_each_row_is_what_measuring_that_model_alone_gives(found, runs):
         np.testing.assert_allclose(row[column], alone.value(metric, of), rtol=1e-5)
     assert row["ras_p"] == alone.row("ras")["p"]
     assert row["ras_random"] == pytest.approx(alone.row("ras")["random"])
+
+
+def test_twins_that_swap_the_same_words_are_one_family(found):
+    lines = found[0].prompts
+    harmful, harmless, _ = requests()
+    words = families_by_swap(harmful, harmless)
+    assert len(set(words)) < len({prompt.family for prompt in harmful})
+    for kind in ("harmful", "harmless"):
+        assert lines[(lines["kind"] == kind) & (lines["step"] == 24)]["family"].tolist() == words * 2
+    ends = at_the_end(found[0]).set_index("run").loc["deviate"]
+    assert ends["lost_families"] == ends["lost_rate_harmless_families"] == len(set(words))
 
 
 def test_pairs_that_chose_give_the_p_of_entanglement_with_them(runs, tmp_path, monkeypatch):

@@ -96,6 +96,7 @@ def test_runs_count_by_the_last_checkpoint_that_has_a_control():
     assert row["p"] == pytest.approx(4 / 8)
     assert row["finest"] == pytest.approx(2 / 8)
     assert row["share_of_drift"] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert row["least_share"] == pytest.approx(0.5)
 
 
 def test_no_run_with_a_control_is_told_and_no_error():

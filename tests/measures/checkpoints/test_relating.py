@@ -11,6 +11,7 @@ import pytest
 
 from rim_lens.errors import StatisticsError
 from rim_lens.measures.checkpoints import relating
+from rim_lens.measures.checkpoints.result import Comparison
 from tests.chance import assert_level_held
 
 stats = pytest.importorskip("scipy.stats")
@@ -146,6 +147,77 @@ def test_groups_exchange_only_among_themselves_and_drawn_ways_agree_with_all():
         relating._permuted(courses, "pooled", None, "greater", n, 1)["p_pearson"] for n in (40320, 4000)
     )
     assert drawn == pytest.approx(every, abs=0.04)
+
+
+def crossed(rng, n_kinds=3, n_seeds=4, n_steps=3, of_kind=1.0, of_seed=0.0, own=0.3):
+    """Runs of kinds × seeds; kind and seed decide metric and outcome, each by draws of its own: nothing links the two."""
+    kinds = {f"{kind}_{seed}": str(kind) for kind in range(n_kinds) for seed in range(n_seeds)}
+    seeds = {run: run[2:] for run in kinds}
+    sides = [
+        of_kind * rng.normal(size=(n_kinds, 1))
+        + of_seed * rng.normal(size=(1, n_seeds))
+        + own * rng.normal(size=(n_kinds, n_seeds))
+        for _ in range(2)
+    ]
+    metric, lost = (np.outer(side.reshape(-1), np.arange(1, n_steps + 1)) for side in sides)
+    return metric, lost, kinds, seeds
+
+
+def shares(of_seed, n=200, **changes):
+    """How often p is at most .05: over runs, within kinds run by run, and within kinds with seeds whole."""
+    rng = np.random.default_rng(1)
+    found = {"runs": [], "kinds": [], "units": []}
+    for _ in range(n):
+        metric, lost, kinds, seeds = crossed(rng, of_seed=of_seed, **changes)
+        courses = {run: (np.arange(3), metric[place], lost[place]) for place, run in enumerate(kinds)}
+        for name, groups, units in (
+            ("runs", None, None),
+            ("kinds", kinds, None),
+            ("units", kinds, seeds),
+        ):
+            p = relating._permuted(courses, "across", groups, "two-sided", 199, 0, units)
+            found[name].append(p["p_pearson"])
+    return found
+
+
+def test_kinds_that_decide_both_sides_do_not_pass_for_runs():
+    found = shares(of_seed=0.0)
+    assert np.mean(np.array(found["runs"]) <= 0.05) > 0.3  # what the p over runs includes
+    assert_level_held(found["kinds"], fewest=200)
+    assert_level_held(found["units"], fewest=200)
+
+
+def test_seeds_that_decide_both_sides_do_not_pass_for_runs_where_they_change_places_whole():
+    found = shares(of_seed=1.0, n_seeds=5)
+    assert np.mean(np.array(found["kinds"]) <= 0.05) > 0.2
+    assert_level_held(found["units"], fewest=200)
+
+
+def test_correlations_give_both_p_and_say_why_one_is_not_there():
+    metric, lost, kinds, seeds = crossed(np.random.default_rng(5))
+    table = pd.DataFrame(
+        [
+            {"run": run, "step": step + 1, "ras": metric[place, step], "lost": lost[place, step]}
+            for place, run in enumerate(kinds)
+            for step in range(3)
+        ]
+    )
+    found = relating.correlations(table, "ras", kinds=kinds, units=seeds).set_index("how").loc["across"]
+    x, y = (side.mean(axis=1).reshape(3, 4) for side in (metric, lost))
+    values = [stats.pearsonr(x.ravel(), y[:, way].ravel())[0] for way in permutations(range(4))]
+    assert found["n_permutations_kind"] == 24
+    assert found["p_pearson_kind"] == pytest.approx(np.mean(np.abs(values) >= abs(values[0]) - 1e-9))
+    assert (
+        found["p_pearson"] == relating.correlations(table, "ras").set_index("how").loc["across", "p_pearson"]
+    )
+    three = table[table["run"].str[2:] != "3"]
+    found = relating.correlations(three, "ras", kinds=kinds, units=seeds).set_index("how").loc["pooled"]
+    assert math.isnan(found["p_pearson_kind"])
+    assert "3 units can be paired in 6 ways" in found["reason_kind"]
+    assert found["p_pearson"] > 0
+    torn = table[table["run"] != "0_0"]
+    found = relating.correlations(torn, "ras", kinds=kinds, units=seeds).set_index("how").loc["pooled"]
+    assert "one run of each kind" in found["reason_kind"]
 
 
 @pytest.mark.parametrize(
@@ -291,3 +363,54 @@ def test_a_forecast_of_noise_holds_its_level_and_says_when_it_cannot_be_made():
         "end alike"
         in relating.forecast(dict(zip(runs, range(4), strict=True)), dict.fromkeys(runs, 1.0))["reason"]
     )
+
+
+def test_bases_that_decide_both_sides_do_not_pass_for_a_forecast():
+    """Six bases of three runs; metric and outcome of a base are drawn apart, and its runs are alike."""
+    rng = np.random.default_rng(0)
+    p = []
+    for _ in range(300):
+        x, y = (rng.normal(size=(6, 1)) + 0.1 * rng.normal(size=(6, 3)) for _ in range(2))
+        early, final = (
+            {f"{base}/{run}": side[base, run] for base in range(6) for run in range(3)} for side in (x, y)
+        )
+        groups = {run: run[0] for run in early}
+        p.append(relating.forecast(early, final, groups=groups, n_permutations=199)["p"])
+    assert_level_held(p, fewest=300)
+
+
+def test_kinds_that_decide_both_sides_do_not_pass_for_a_forecast_within_kinds():
+    rng = np.random.default_rng(2)
+    found = []
+    for _ in range(200):
+        metric, lost, kinds, seeds = crossed(rng, of_seed=0.5)
+        early, final = (dict(zip(kinds, side[:, 0], strict=True)) for side in (metric, lost))
+        found.append(relating.forecast(early, final, kinds=kinds, units=seeds, n_permutations=199))
+    assert np.mean([one["p"] <= 0.05 for one in found]) > 0.15
+    assert_level_held([one["p_kind"] for one in found], fewest=200)
+
+
+def test_a_forecast_without_enough_ways_keeps_its_skill_and_says_why_it_has_no_p():
+    early = {f"{base}/{run}": base + 0.1 * run for base in range(4) for run in range(2)}
+    groups = {run: run[0] for run in early}
+    found = relating.forecast(early, early, groups=groups, kinds={run: run for run in early})
+    assert found["skill"] == pytest.approx(1)
+    assert math.isnan(found["p"])
+    assert "8 runs can be paired in 16 ways" in found["reason"]
+    assert math.isnan(found["p_kind"])
+    assert "none has another of its kind" in found["reason_kind"]
+    alone = {run: value for run, value in early.items() if run.endswith("0")}
+    assert relating.forecast(alone, alone, groups=groups)["p"] == pytest.approx(1 / 24, abs=0.05)
+
+
+def test_one_checkpoint_a_run_cannot_forecast_itself():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(
+        {"run": np.repeat(list("abcdef"), 2), "step": [0, 10] * 6, "lost": rng.normal(size=12)}
+    )
+    comparison = Comparison(table, pd.DataFrame(), pd.DataFrame(), {})
+    with pytest.raises(StatisticsError, match="a run has 1: none comes before its last"):
+        comparison.forecast(1, ["lost"])
+    with pytest.raises(StatisticsError, match="give 1 to 2"):
+        Comparison(made(5, 3), pd.DataFrame(), pd.DataFrame(), {}).forecast(3, ["lost"])
+    assert len(comparison.forecast(before=dict(zip("abcdef", range(6), strict=True)))) == 1

@@ -26,6 +26,7 @@ from rim_lens.measures.heads.removing import removal_effects
 from rim_lens.measures.readings import refusal_reading
 from rim_lens.measures.removal_table import written_reading
 from rim_lens.measures.stats import bootstrap_interval, sign_flip_test
+from rim_lens.measures.twins import families_by_swap
 from rim_lens.organisms.planted import DECOY_HEAD, READER, TOPIC_HEAD
 from tests.measures.refusal.test_direction import toy
 from tests.speaking import REQUESTS, Spoken, ids_of, logits_alone
@@ -120,6 +121,7 @@ def test_every_number_by_hand() -> None:
     ):
         values = [shares(kind, condition, removing, verdict) for removing in ([], heads, *controls[:2])]
         check(found.row(verdict, kind, condition), values[0], values[1], values[2:])
+    families = families_by_swap(harmful, harmless)
     for condition in ("off", "careful"):
         batch = batches["harmful"][condition]
         values = [
@@ -128,10 +130,10 @@ def test_every_number_by_hand() -> None:
         ]
         row = found.row("score", "harmful", condition)
         check(row, values[0], values[1], values[2:])
-        interval = bootstrap_interval(values[1] - values[0], [prompt.family for prompt in harmful])
+        interval = bootstrap_interval(values[1] - values[0], families)
         assert row["change_low"] == pytest.approx(float(interval.low), abs=1e-4)
         assert row["change_high"] == pytest.approx(float(interval.high), abs=1e-4)
-        raw = sign_flip_test(values[1] - values[0], families=[prompt.family for prompt in harmful])
+        raw = sign_flip_test(values[1] - values[0], families=families)
         assert row["p"] >= float(raw.p)  # corrected over both conditions
     right = [
         rl.reasoning_accuracy(

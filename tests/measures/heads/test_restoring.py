@@ -14,6 +14,7 @@ import rim_lens as rl
 from rim_lens.errors import ConditionError, StudyFolderError
 from rim_lens.measures.heads.restoring import COLUMNS, EDITS, restoring
 from rim_lens.measures.stats import resampled_requests
+from rim_lens.measures.twins import families_by_swap
 from rim_lens.organisms.planted import DECOY_HEAD, READER
 from tests.measures.refusal.test_direction import toy
 
@@ -85,7 +86,7 @@ def test_numbers_by_hand() -> None:
         return rl.PatchHeads(its, off, "all")
 
     level, baseline = rl.refusal_score(model, off).values, rl.refusal_score(model, under).values
-    families = [prompt.family for prompt in harmful]
+    families = families_by_swap(harmful, harmless)
     for edit in EDITS:
         found = row(table, edit, "harmful", "score")
         values = rl.refusal_score(model, under, edited(edit, heads)).values
@@ -115,9 +116,9 @@ def test_numbers_by_hand() -> None:
             }.get(edit, edited(edit, heads)),
             max_new_tokens=3,
         )
-        # Two of the six requests differ from their twins by the same words, so they are one witness against them.
+        # Two of the six requests differ from their twins by the same words, so they are one witness.
         specific = row(table, edit, "harmful − harmless", "specificity")
-        assert (found["n_families"], specific["n_families"]) == (6, 5)
+        assert (found["n_families"], specific["n_families"]) == (5, 5)
         refused = row(table, edit, "harmful", "refuse")
         assert refused["edited"] == pytest.approx(np.mean([one == "refuse" for one in written.outcome]))
         assert refused["n_controls"] == 2

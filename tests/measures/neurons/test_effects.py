@@ -153,13 +153,15 @@ def test_every_number_by_hand_on_the_toy() -> None:
     sets = [[], neurons, *controls]
     own, theirs = ([score(batch, removing) for removing in sets] for batch in (off, twins))
     row, gap = found.row("score", "harmful", "off"), found.row("specificity", BOTH, "off")
-    families = [prompt.family for prompt in harmful]
-    assert row["p"] == pytest.approx(float(sign_flip_test(own[1] - own[0], families=families, seed=3).p))
+    families, swaps = [prompt.family for prompt in harmful], families_by_swap(harmful, harmless)
+    assert len(set(swaps)) < len(set(families))
+    for kind, (before, after, *_) in (("harmful", own), ("harmless", theirs)):
+        line = found.row("score", kind, "off")
+        assert line["n_families"] == len(set(swaps))
+        assert line["p"] == pytest.approx(float(sign_flip_test(after - before, families=swaps, seed=3).p))
     changes = [float((values - own[0]).mean()) for values in own[1:]]
     assert row["percentile"] == percentile_among(changes[0], changes[1:]).percentile
     gaps = [one - other for one, other in zip(own, theirs, strict=True)]
-    swaps = families_by_swap(harmful, harmless)
-    assert len(set(swaps)) < len(set(families))
     assert gap["n_families"] == len(set(swaps))
     assert gap["p"] == pytest.approx(float(sign_flip_test(gaps[1] - gaps[0], families=swaps, seed=3).p))
     sizes = [float((values - gaps[0]).mean()) for values in gaps[1:]]

@@ -22,6 +22,7 @@ from rim_lens.measures.neurons import safety as safety_file
 from rim_lens.measures.neurons.pairs import Pair, counterfactual_pairs
 from rim_lens.measures.neurons.safety import safety_neurons
 from rim_lens.measures.neurons.sets import NeuronSet
+from rim_lens.measures.twins import families_by_swap
 from rim_lens.organisms.planted import planted_truth
 
 HARMFUL, HARMLESS = (rl.load_prompts(kind, language="toy") for kind in ("harmful", "harmless"))
@@ -149,6 +150,10 @@ def test_the_gate_says_what_was_found() -> None:
     # The prompt alone: by score.
     read = safety_neurons(model, chat, SELECT, response="none", m=8, scope="model", test=False)
     assert read.made_by["gate"]["generated"] is None
+    # Signs are flipped by swapped words, of which there are fewer than conjunctions.
+    swaps = set(families_by_swap([pair.more for pair in SELECT], [pair.less for pair in SELECT]))
+    assert len(swaps) < len({pair.family for pair in SELECT})
+    assert read.made_by["gate"]["score"]["finest"] == 2.0 ** -len(swaps)
 
 
 def test_pairs_that_agree_on_nothing_give_an_empty_set_that_says_so() -> None:
