@@ -123,7 +123,7 @@ def test_an_edit_that_cannot_be_done_leaves_the_others(explorer: HeadExplorer) -
 def test_the_widget_carries_the_module_and_the_numbers(explorer: HeadExplorer) -> None:
     pytest.importorskip("anywidget")
     widget = explorer.widget
-    assert widget._esm == module()
+    assert widget._esm == module("heads")
     assert widget.view == explorer.view.data
     assert widget.arrays[0] == explorer.view.arrays[0].astype("<f4").tobytes()
     assert "application/vnd.jupyter.widget-view+json" in str(explorer._repr_mimebundle_())
@@ -142,7 +142,7 @@ def test_ticking_a_head_moves_the_score_to_python_s_value(
         {"view": explorer.view.data, "arrays": [text(array) for array in explorer.view.arrays]}
     )
     page = tmp_path / "widget.html"
-    scripts = [offline.as_read(module() + _FAKE)]
+    scripts = [offline.as_read(module("heads") + _FAKE)]
     offline.write(
         page,
         offline.page("x", "", '<div id="explorer"></div>', scripts, [("page", "application/json", data)]),
