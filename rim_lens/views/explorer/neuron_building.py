@@ -234,7 +234,7 @@ def neuron_study_view(
         before, after = (ModelReading.load(kept / role) for role in ("base", "tuned"))
         entangled = result.entanglement[name]
         sets = [[(int(layer), int(place)) for layer, place in one] for one in entangled.settings["controls"]]
-        sources = (source_of(before, "base"), source_of(after, "tuned"))
+        sources = (source_of(before, "base", str(result.design["model"])), source_of(after, "tuned", name))
         members = [places(one, found.d_mlp) for one in (chosen, *sets)]
         columns = shifts_between(sources, sides_of(before, after), members, entangled)
     else:

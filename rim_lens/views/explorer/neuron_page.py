@@ -250,23 +250,24 @@ def _read(
         if taken > 0.9 * room:
             break
         n_read += 1
-    by_prompt: dict[tuple[str, int], list[int]] = {}
+    by_prompt: dict[tuple[str, int], list[tuple[int, int]]] = {}  # neurons, and which of its prompts it is
     for place, ats in zip(order[:n_read].tolist(), wanted, strict=False):
-        for at in ats:
-            by_prompt.setdefault(at, []).append(place)
+        data["read"][str(place)] = [None] * len(ats)
+        for rank, at in enumerate(ats):
+            by_prompt.setdefault(at, []).append((place, rank))
     kept: list[np.ndarray] = []
     start = 0
-    for number, ((kind, row), its) in enumerate(sorted(by_prompt.items())):
-        data["prompts"].append(reading.prompt(sources, kind, row))
-        neurons = [divmod(place, width) for place in its]
+    for number, (at, its) in enumerate(sorted(by_prompt.items())):
+        data["prompts"].append(reading.prompt(sources, *at))
+        neurons = [divmod(place, width) for place, _ in its]
         starts = []
         for source, model in zip(sources, reading.models, strict=True):
-            values = over_tokens(model, source.batches[kind], row, neurons)
-            starts.append([start + rank * values.shape[1] for rank in range(len(its))])
+            values = over_tokens(model, source.batches[at[0]], at[1], neurons)
+            starts.append([start + one * values.shape[1] for one in range(len(its))])
             start += values.size
             kept.append(values.reshape(-1))
-        for rank, place in enumerate(its):
-            data["read"].setdefault(str(place), []).append([number, [one[rank] for one in starts]])
+        for (place, rank), *own in zip(its, *starts, strict=True):
+            data["read"][str(place)][rank] = [number, own]
     if kept:
         data["activations"] = arrays.keep(np.concatenate(kept))
     return n_read
@@ -303,7 +304,7 @@ def _about(
         told.append(f"Base: {sources[0].name}; tuned: {sources[1].name}.")
     if sources:
         counts = ", ".join(f"{len(values)} {kind}" for kind, values in sources[0].pooled.items())
-        told.append(f"Prompts: {counts}.")
+        told.append(f"Prompts: {counts}. Activations: {sources[0].pool} over tokens, mean over prompts.")
     if data["left_out"]:
         told.append(
             f"Drawn: {n_drawn} neurons, the set and those farthest from the origin; the other {data['left_out']} lie in the hatched box."

@@ -39,12 +39,14 @@ class Source:
     Attributes:
         role: "model", or "base" and "tuned".
         name: Of the model.
+        pool: How activations are pooled over tokens.
         pooled: Kind of prompts → pooled activation [prompt, layer, neuron], in the model's own units.
         batches: Kind → the prompts with what was written to them; empty where only numbers were kept.
     """
 
     role: str
     name: str
+    pool: str
     pooled: Mapping[str, Float[np.ndarray, "prompt layer neuron"]]
     batches: Mapping[str, SpanBatch]
 
@@ -54,14 +56,14 @@ class Source:
         return mean
 
 
-def source_of(reading: ModelReading, role: str) -> Source:
+def source_of(reading: ModelReading, role: str, name: str | None = None) -> Source:
     """A reading of `read_model` as a source; its prompts are there only where it was made in this process."""
     pooled = {
         kind: values.transpose("prompt", "layer", "neuron").values
         for kind, values in reading.activations.items()
     }
-    name = visible(reading.settings.get("model", {}).get("name") or role)
-    return Source(role, name, pooled, dict(reading.written or {}))
+    named_ = visible(name or reading.settings["model"]["name"])
+    return Source(role, named_, reading.settings["pool"], pooled, dict(reading.written or {}))
 
 
 def read_two(
@@ -112,7 +114,7 @@ def read_one(
         data = capture(model, batch, NeuronActivations(pool=pool), **running)
         pooled[kind] = data["neuron_activation"].transpose("prompt", "layer", "neuron").values
         batches[kind] = batch
-    return Source("model", visible(model_facts(model).name), pooled, batches)
+    return Source("model", visible(model_facts(model).name), pool, pooled, batches)
 
 
 def top_prompts(

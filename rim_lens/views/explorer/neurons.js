@@ -16,7 +16,7 @@ export function mount(root, view, arrays, kernel = null) {
     return drawn[low] === place ? low : -1;
   };
   const memo = new Map(), setMemo = new Map(), fetched = new Map();
-  const state = { place: view.start, scatter: 0, spread: true, random: view.random.length ? 0 : -1, scored: 0 };
+  const state = { place: view.start, scatter: 0, spread: !view.scatters[0].diagonal, random: view.random.length ? 0 : -1, scored: 0 };
   const layerOf = (place) => Math.floor(place / width), neuronOf = (place) => place % width;
   const nameOf = (place) => `L${layerOf(place)}N${neuronOf(place)}`;
   const here = () => layerOf(state.place) + "." + neuronOf(state.place);
@@ -374,7 +374,7 @@ export function mount(root, view, arrays, kernel = null) {
   const ofSet = menu("member", "of the set", [["", "–"], ...members.slice(0, 500).map((place) => [String(place), nameOf(place)])], "", again((value) => { if (value) state.place = Number(value); }));
   const bar = make("div", { class: "bar" },
     ...(view.scatters.length > 1 ? [menu("scatter-of", "scatter", view.scatters.map((one, place) => [String(place), one.name]), "0", again((value) => { state.scatter = Number(value); }))] : []),
-    menu("scale-of", "scale", [["spread", "spread out"], ["linear", "linear"]], "spread", again((value) => { state.spread = value === "spread"; })),
+    menu("scale-of", "scale", [["spread", "spread out"], ["linear", "linear"]], state.spread ? "spread" : "linear", again((value) => { state.spread = value === "spread"; })),
     ...(view.random.length > 1 ? [menu("random", "random set", view.random.map((_, place) => [String(place), String(place + 1)]), "0", again((value) => { state.random = Number(value); }))] : []),
     ofSet, make("label", {}, document.createTextNode("go to"), goto_), wrong);
   const scoredMenu = live && view.scored.length > 1 ? make("div", { class: "bar" }, menu("scored", "request that is scored", view.scored.map((id, place) => [String(place), id]), "0", (value) => { state.scored = Number(value); live.again(); })) : "";
