@@ -5,10 +5,16 @@ from rim_lens.views.circuitsvis import circuitsvis_heads, circuitsvis_pattern, c
 from rim_lens.views.explorer import (
     HeadExplorer,
     HeadView,
+    NeuronExplorer,
+    NeuronView,
     explorer_html,
     head_patterns,
     head_view,
+    neuron_explorer_html,
+    neuron_study_view,
+    neuron_view,
     write_explorer,
+    write_neuron_explorer,
 )
 from rim_lens.views.finding import Finding
 from rim_lens.views.neuron_report import neuron_study_html, write_neuron_report
@@ -20,6 +26,8 @@ __all__ = [
     "Finding",
     "HeadExplorer",
     "HeadView",
+    "NeuronExplorer",
+    "NeuronView",
     "checkpoint_study_html",
     "circuitsvis_heads",
     "circuitsvis_pattern",
@@ -29,7 +37,10 @@ __all__ = [
     "head_patterns",
     "head_view",
     "heads_html",
+    "neuron_explorer_html",
     "neuron_study_html",
+    "neuron_study_view",
+    "neuron_view",
     "print_checkpoints",
     "print_neurons",
     "print_study",
@@ -37,6 +48,7 @@ __all__ = [
     "study_html",
     "write_checkpoint_report",
     "write_explorer",
+    "write_neuron_explorer",
     "write_neuron_report",
     "write_report",
 ]

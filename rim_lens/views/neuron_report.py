@@ -320,6 +320,9 @@ def _reproduce(result: NeuronStudyResult) -> Section:
         for language, text in (("shell", line), ("Python", neuron_python(result)))
         if text
     )
+    if result.neurons is not None and len(result.neurons):
+        look = 'view = rl.views.neuron_study_view(rl.load_neuron_study("FOLDER"))  # every neuron, to click through'
+        code += (("Python", f'{look}\nrl.views.write_neuron_explorer(view, "neurons.html")'),)
     return Section(
         "reproduce",
         "How to reproduce",

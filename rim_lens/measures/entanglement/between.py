@@ -97,9 +97,7 @@ def entangled(
     kinds = _check_readings(base, tuned)
     n_layers, width = (base.activations["harmful"].sizes[dim] for dim in ("layer", "neuron"))
     chosen = _pairs(neurons, n_layers, width)
-    sides = Sides(
-        *(_flat(reading.activations[kind]) for kind in ("harmful", "reasoning") for reading in (base, tuned))
-    )
+    sides = sides_of(base, tuned)
     notes: list[str] = []
     own = controls is not None
     if controls is not None:
@@ -107,7 +105,7 @@ def entangled(
         if not sets:
             raise NotEnoughData("controls= has no set in it; give at least one, or None for random ones.")
     else:
-        sets, told = _random_sets(chosen, sides, (n_layers, width), n_random_sets, matched, seed)
+        sets, told = random_beside(chosen, sides, (n_layers, width), n_random_sets, matched, seed)
         notes += [told] if told else []
     labels, told = _exchanged(
         base, chosen, (n_layers, width), difference, difference_families, n_random_sets, seed
@@ -262,14 +260,31 @@ def _flat(activations: Any) -> Float[np.ndarray, "prompt neuron"]:
     return values.reshape(len(values), -1)
 
 
-def _random_sets(
-    chosen: list[Neuron],
+def sides_of(base: ModelReading, tuned: ModelReading) -> Sides:
+    """Pooled activations of both readings on safety and on reasoning prompts; neurons layer by layer."""
+    return Sides(
+        *(_flat(reading.activations[kind]) for kind in ("harmful", "reasoning") for reading in (base, tuned))
+    )
+
+
+def random_beside(
+    chosen: Sequence[Neuron],
     sides: Sides,
     shape: tuple[int, int],
     n_sets: int,
     matched: str | None,
     seed: int,
 ) -> tuple[list[list[Neuron]], str]:
+    """The random sets that `entangled` holds a set against, or why there are none.
+
+    Args:
+        chosen: The set.
+        sides: Activations of all neurons; the base's decide what is alike.
+        shape: Layers, and neurons in each.
+        n_sets: How many at most.
+        matched: "activity" or None.
+        seed: Of the draws.
+    """
     try:
         if matched is None:
             return random_neurons_per_layer(chosen, shape[1], n_sets, seed), ""

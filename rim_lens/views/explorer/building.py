@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from rim_lens.chat.spans import ATOMS, COMPOSITES, SpanBatch
 from rim_lens.errors import CaptureError, ConditionError, NotEnoughData, UnknownSpan, ViewTooLarge
 from rim_lens.hooks.attention import SpanAttention
 from rim_lens.lens import model_facts
+from rim_lens.views.explorer.page import FORMAT_VERSION, MAX_BYTES, Arrays, ExplorerView, page_bytes, palette
 from rim_lens.views.explorer.reading import GroupMasses, HeadPatterns
 from rim_lens.views.explorer.tokens import token_texts
 from rim_lens.views.plots import style
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from rim_lens.lens import Head, Model
     from rim_lens.prompts import Prompt
 
-FORMAT_VERSION = 1
-MAX_BYTES = 40_000_000
 MAX_SENTENCES = 32
 _ROWS_SHARE = 0.35  # of the budget goes to full rows where no window was asked for
 _CAVEAT = (
@@ -38,7 +37,7 @@ _CAVEAT = (
 
 
 @dataclass(frozen=True)
-class HeadView:
+class HeadView(ExplorerView):
     """Everything a page or widget of the head explorer holds.
 
     Attributes:
@@ -48,24 +47,12 @@ class HeadView:
         batches: The prompts that were read, by condition.
     """
 
-    data: dict[str, Any]
-    arrays: tuple[Float[np.ndarray, "..."], ...]
     batches: dict[str, SpanBatch]
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of the arrays in a page, about that of the page."""
-        return sum(_page_bytes(array.size) for array in self.arrays)
+    of: ClassVar[str] = "heads"
 
     def __repr__(self) -> str:
         conditions = ", ".join(one["name"] for one in self.data["conditions"])
         return f"HeadView({self.data['title']}: {conditions}; {self.n_bytes / 1e6:.1f} MB)"
-
-    def _repr_html_(self) -> str:
-        from rim_lens.views.explorer.page import explorer_html
-        from rim_lens.views.offline import frame
-
-        return frame(explorer_html(self), "rim_lens head explorer", "60em")
 
 
 def head_view(
@@ -162,12 +149,8 @@ def head_view(
         len(spans) * len(batches) + len(maps),
     )
 
-    arrays: list[np.ndarray] = []
-
-    def kept(values: np.ndarray) -> int:
-        arrays.append(np.ascontiguousarray(values, dtype=np.float32))
-        return len(arrays) - 1
-
+    arrays = Arrays()
+    kept = arrays.keep
     told, masses = [], []
     for name, batch in batches.items():
         mass = capture(model, batch, SpanAttention(), progress=progress)["attention_mass"].mean("prompt")
@@ -216,23 +199,6 @@ def head_view(
         },
     }
     return HeadView(data, tuple(arrays), batches)
-
-
-def palette() -> dict[str, Any]:
-    """The house's colours, for the page's two themes."""
-    themes = {}
-    for theme in ("light", "dark"):
-        layout = style.template(theme)["layout"]
-        axis = layout["xaxis"]
-        themes[theme] = {
-            "ink": layout["font"]["color"],
-            "paper": layout["paper_bgcolor"],
-            "grid": axis["gridcolor"],
-            "axis": axis["linecolor"],
-            "sequential": layout["colorscale"]["sequential"],
-            "diverging": layout["colorscale"]["diverging"],
-        }
-    return {**themes, "spans": style.SPANS, "blue": style.BLUE, "found": style.FOUND, "font": style.FONT}
 
 
 # --- prompts, groups -----------------------------------------------------------------------------------
@@ -330,10 +296,6 @@ def packed(rows: Float[np.ndarray, "query key"], first: int) -> Float[np.ndarray
 # --- what is worth the room ------------------------------------------------------------------------------
 
 
-def _page_bytes(n_floats: int) -> int:
-    return -(-4 * n_floats // 3) * 4
-
-
 def _window(
     lengths: Sequence[int],
     n_groups: Sequence[int],
@@ -346,11 +308,11 @@ def _window(
     """How many last rows are kept; refuses what does not fit."""
 
     def rows(window: int) -> int:
-        return n_heads * sum(_page_bytes(sum(range(max(0, n - window) + 1, n + 1))) for n in lengths)
+        return n_heads * sum(page_bytes(sum(range(max(0, n - window) + 1, n + 1))) for n in lengths)
 
     fixed = (
-        _page_bytes(n_model_heads * n_maps)
-        + sum(_page_bytes(n_model_heads * (n + 1) * n) for n in n_groups)
+        page_bytes(n_model_heads * n_maps)
+        + sum(page_bytes(n_model_heads * (n + 1) * n) for n in n_groups)
         + 40 * sum(lengths)
     )  # texts of tokens and their labels
     longest = max(lengths)

@@ -102,6 +102,54 @@ class HeadPatterns(Reader):
         return torch.nn.functional.pad(mask, (self._width - mask.shape[1], 0)).float()
 
 
+class NeuronsByToken(Reader):
+    """Activations of neurons asked for by name at every position of one prompt.
+
+    Gives ``neuron_by_token`` (prompt, row_neuron, pos), in the model's own units: `mlp.hook_post`, what `NeuronActivations`
+    pools. Works on one prompt.
+
+    Args:
+        neurons: (layer, neuron) pairs, in the order wanted.
+
+    Raises:
+        UnknownNeuron: The model lacks one of the neurons.
+        UnsupportedModel: The MLP is a mixture of experts.
+    """
+
+    reads: ClassVar[tuple[Site, ...]] = ("post",)
+
+    def __init__(self, neurons: Iterable[tuple[int, int]]) -> None:
+        super().__init__()
+        self.neurons = list(neurons)
+
+    @override
+    def layout(self, facts: ModelFacts, batch: SpanBatch | None) -> list[Variable]:
+        facts.check_neurons(self.neurons)
+        if batch is None or len(batch) != 1:
+            raise SpanError(
+                "NeuronsByToken reads one prompt alone; run it through rl.capture on batch.select([row])."
+            )
+        return [
+            Variable(
+                "neuron_by_token",
+                ("row_neuron", "pos"),
+                (len(self.neurons), batch.tokens.shape[1]),
+                {"row_neuron": [f"L{layer}N{neuron}" for layer, neuron in self.neurons]},
+            )
+        ]
+
+    @override
+    def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
+        facts.check_neurons(self.neurons)
+        layers = sorted({layer for layer, _ in self.neurons})
+        return [(hook_name("post", layer), partial(self._take, layer)) for layer in layers]
+
+    def _take(self, layer: int, activation: Float[Tensor, "prompt pos neuron"]) -> None:
+        for place, (its_layer, neuron) in enumerate(self.neurons):
+            if its_layer == layer:
+                self.keep("neuron_by_token", place, activation[:, :, neuron].float())
+
+
 class GroupMasses(Reader):
     """Attention of every head from groups of query rows to groups of keys, summed inside the hook.
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import base64
-import time
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +7,11 @@ import numpy as np
 import pytest
 
 import rim_lens as rl
-from rim_lens.views import HeadExplorer, offline
+from rim_lens.views import HeadExplorer
 from rim_lens.views.explorer.building import packed
 from rim_lens.views.explorer.page import module
-from tests.views.browser import act_until, errors_of, requests_of
-
-# What anywidget hands to `render`, with a queue in place of Jupyter's comm.
-_FAKE = """
-const page = JSON.parse(document.getElementById("page").textContent);
-const heard = [];
-window.sent = [];
-window.reply = (message, buffers) => heard.forEach((call) => call(message, buffers.map((text) => new DataView(decoded(text).buffer))));
-const model = {
-  get: (name) => (name === "view" ? page.view : page.arrays.map((text) => new DataView(decoded(text).buffer))),
-  on: (_, call) => heard.push(call), off: () => {}, send: (message) => window.sent.push(message),
-};
-render({ model, el: document.getElementById("explorer") });
-"""
+from tests.views.browser import act_until
+from tests.views.explorer.kernel import Kernel
 
 
 @pytest.fixture
@@ -123,7 +109,7 @@ def test_an_edit_that_cannot_be_done_leaves_the_others(explorer: HeadExplorer) -
 def test_the_widget_carries_the_module_and_the_numbers(explorer: HeadExplorer) -> None:
     pytest.importorskip("anywidget")
     widget = explorer.widget
-    assert widget._esm == module()
+    assert widget._esm == module("heads")
     assert widget.view == explorer.view.data
     assert widget.arrays[0] == explorer.view.arrays[0].astype("<f4").tobytes()
     assert "application/vnd.jupyter.widget-view+json" in str(explorer._repr_mimebundle_())
@@ -135,47 +121,8 @@ def test_ticking_a_head_moves_the_score_to_python_s_value(
 ) -> None:
     from selenium.webdriver.common.by import By
 
-    def text(values: np.ndarray) -> str:
-        return base64.b64encode(values.astype("<f4").tobytes()).decode()
-
-    data = offline.harmless_json(
-        {"view": explorer.view.data, "arrays": [text(array) for array in explorer.view.arrays]}
-    )
-    page = tmp_path / "widget.html"
-    scripts = [offline.as_read(module() + _FAKE)]
-    offline.write(
-        page,
-        offline.page("x", "", '<div id="explorer"></div>', scripts, [("page", "application/json", data)]),
-    )
-    requests_of(browser), errors_of(browser)
-    browser.get(page.as_uri())
-
-    def pump(until: Any) -> None:
-        """Be the kernel until something is seen."""
-        stop = time.monotonic() + 60
-        while not until():
-            assert time.monotonic() < stop
-            for message in browser.execute_script("return window.sent.splice(0)"):
-                told, buffers = explorer.answer(message)
-                browser.execute_script(
-                    "window.reply(arguments[0], arguments[1])",
-                    {"id": message["id"], **told},
-                    [base64.b64encode(one).decode() for one in buffers],
-                )
-
-    def scores() -> dict[str, float]:
-        return dict(
-            browser.execute_script(
-                "return [...document.querySelectorAll('[data-what=scores] tbody tr')].map("
-                "row => [row.dataset.condition, Number(row.querySelector('[data-what=score]').title)])"
-            )
-        )
-
-    def wait_for(n: int) -> None:
-        pump(
-            lambda: browser.execute_script("return document.querySelector('.rlx').dataset.applied") == str(n)
-        )
-
+    kernel = Kernel(explorer, browser, tmp_path)
+    pump, scores, wait_for = kernel.pump, kernel.scores, kernel.wait_for
     wait_for(1)
     off = explorer.view.batches["off"].select([0])
     plain = float(rl.refusal_score(explorer.model, off)[0])
@@ -202,5 +149,4 @@ def test_ticking_a_head_moves_the_score_to_python_s_value(
     pump(
         lambda: "Token colour" in browser.execute_script("return document.querySelector('.rlx').textContent")
     )
-    assert requests_of(browser) == [page.as_uri()]
-    assert errors_of(browser) == []
+    kernel.close()

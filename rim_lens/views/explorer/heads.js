@@ -1,125 +1,15 @@
-// The head explorer: one module for a standalone page and for a Jupyter widget. No text is ever read as HTML.
-const CSS = `
-.rlx { color: var(--ink); background: var(--paper); font: 14px/1.45 var(--font); padding: 14px 18px; container-type: inline-size; }
-.rlx * { box-sizing: border-box; }
-.rlx h2 { font-size: 20px; margin: 0 0 2px; overflow-wrap: anywhere; } .rlx h3 { font-size: 15px; margin: 0 0 6px; }
-.rlx p { margin: 0 0 8px; } .rlx .soft { color: var(--soft); font-size: 13px; }
-.rlx .bar { display: flex; flex-wrap: wrap; gap: 6px 14px; align-items: center; margin: 8px 0 12px; }
-.rlx label { display: inline-flex; gap: 6px; align-items: center; color: var(--soft); }
-.rlx select, .rlx button, .rlx input { font: inherit; color: var(--ink); background: var(--paper); border: 1px solid var(--axis); border-radius: 5px; padding: 3px 8px; max-width: 22em; }
-.rlx button { cursor: pointer; } .rlx button[aria-pressed=true] { background: var(--blue); border-color: var(--blue); color: #fff; }
-.rlx button:disabled { opacity: .5; cursor: default; } .rlx input { width: 5.5em; }
-.rlx .two { display: grid; grid-template-columns: minmax(0, 1fr); gap: 18px; }
-.rlx .pair { display: grid; grid-template-columns: minmax(0, 1fr); gap: 18px; }
-@container (min-width: 1000px) { .rlx .two { grid-template-columns: minmax(300px, 420px) minmax(0, 1fr); } }
-@container (min-width: 720px) { .rlx .pair { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
-.rlx canvas { display: block; max-width: 100%; outline-offset: 2px; } .rlx :focus-visible { outline: 2px solid var(--blue); }
-.rlx .map { cursor: pointer; }
-.rlx .tokens { line-height: 1.75; max-height: 22em; overflow: auto; border: 1px solid var(--grid); border-radius: 6px; padding: 6px 8px; margin: 8px 0; font: 13px/1.75 var(--mono); overflow-wrap: anywhere; }
-.rlx .token { unicode-bidi: isolate; white-space: pre-wrap; cursor: pointer; border-bottom: 3px solid transparent; border-radius: 2px; }
-.rlx .token.query { outline: 2px solid var(--ink); outline-offset: -1px; }
-.rlx table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: 4px 0 10px; }
-.rlx th, .rlx td { padding: 2px 10px 2px 0; text-align: left; border-bottom: 1px solid var(--grid); vertical-align: top; }
-.rlx td.n, .rlx th.n { text-align: right; } .rlx .scroll { overflow-x: auto; }
-.rlx .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 5px; vertical-align: -1px; }
-.rlx .legend { display: flex; flex-wrap: wrap; gap: 2px 12px; font-size: 12.5px; color: var(--soft); }
-.rlx .tip { position: fixed; z-index: 9; pointer-events: none; background: var(--paper); color: var(--ink); border: 1px solid var(--axis); border-radius: 5px; padding: 4px 8px; font-size: 13px; max-width: 30em; overflow-wrap: anywhere; white-space: pre-line; box-shadow: 0 2px 8px #0003; }
-.rlx code, .rlx pre { font-family: var(--mono); font-size: 12.5px; unicode-bidi: isolate; }
-.rlx pre { overflow: auto; background: var(--code); padding: 8px 10px; border-radius: 6px; max-height: 16em; }
-.rlx .live { border-top: 1px solid var(--grid); margin-top: 14px; padding-top: 12px; }
-.rlx .wrong { color: var(--found); }
-`;
-const MONO = 'ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace';
-
-// --- small things -------------------------------------------------------------------------------------
-
-function make(tag, given = {}, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(given)) {
-    if (name === "text") element.textContent = value;
-    else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (value !== undefined && value !== null && value !== false) element.setAttribute(name, value === true ? "" : value);
-  }
-  element.append(...children.filter((child) => child !== null));
-  return element;
-}
-
-const exact = (value) => (Number.isFinite(value) ? Number(value.toPrecision(7)).toString() : "–");
-const short = (value) => (Number.isFinite(value) ? value.toFixed(4).replace(/^-(?=.*[1-9])/, "−").replace("-", "") : "–");
-const signed = (value) => (value >= 0.00005 ? "+" : "") + short(value);
-const minus = (text) => text.replace(/^-/, "−");
-
-function decoded(text) {
-  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
-  const raw = atob(text), bytes = new Uint8Array(raw.length);
-  for (let place = 0; place < raw.length; place++) bytes[place] = raw.charCodeAt(place);
-  return bytes;
-}
-
-// Floats [start, stop) of an array that came as base64 text or as bytes; only that part is decoded.
-function floats(stored, start, stop) {
-  if (typeof stored !== "string") {
-    const bytes = new Uint8Array(stored.buffer, stored.byteOffset + 4 * start, 4 * (stop - start));
-    return new Float32Array(bytes.slice().buffer);
-  }
-  const first = Math.floor((4 * start) / 3), last = Math.ceil((4 * stop) / 3);
-  const bytes = decoded(stored.slice(4 * first, 4 * last));
-  const skip = 4 * start - 3 * first;
-  return new Float32Array(bytes.slice(skip, skip + 4 * (stop - start)).buffer);
-}
-
-function rgb(hex) {
-  return [1, 3, 5].map((place) => parseInt(hex.slice(place, place + 2), 16));
-}
-
-function scaleOf(stops) {
-  const table = new Uint8ClampedArray(3 * 257);
-  for (let step = 0; step <= 256; step++) {
-    const at = step / 256;
-    let right = stops.findIndex(([place]) => place >= at);
-    right = Math.max(1, right);
-    const [low, from] = stops[right - 1], [high, to] = stops[right];
-    const share = (at - low) / (high - low), a = rgb(from), b = rgb(to);
-    for (let channel = 0; channel < 3; channel++) table[3 * step + channel] = a[channel] + share * (b[channel] - a[channel]);
-  }
-  return (share) => {
-    const step = 3 * Math.round(256 * Math.min(1, Math.max(0, share)));
-    return [table[step], table[step + 1], table[step + 2]];
-  };
-}
-
-const css = ([red, green, blue]) => `rgb(${red},${green},${blue})`;
-const inkOn = ([red, green, blue]) => (0.299 * red + 0.587 * green + 0.114 * blue > 140 ? "#111" : "#fff");
-
-// --- the explorer -------------------------------------------------------------------------------------
-
+// The head explorer.
 export function mount(root, view, arrays, kernel = null) {
   const { n_layers: nLayers, n_heads: nHeads } = view.model;
   const stored = (ref) => arrays(ref);
   const grid = (ref) => floats(stored(ref), 0, nLayers * nHeads);
+  const { box, tip, colours, showTip, noTip, canvasOf, hatch, keepDrawn } = frameOf(root, view);
   const state = {
-    prompt: 0, a: 0, b: view.conditions.length > 1 ? 1 : 0, stat: "", span: "", layer: 0, head: 0,
-    query: [null, null], mode: "tokens", ticked: new Set(), steps: [], history: [],
+    prompt: 0, a: 0, b: view.conditions.length > 1 ? 1 : 0, stat: "", span: "", layer: 0, head: 0, query: [null, null], mode: "tokens",
   };
   const fetched = new Map(), gridMemo = new Map();
-  root.replaceChildren();
-  const style = make("style"); style.textContent = CSS;
-  const box = make("div", { class: "rlx" });
-  const tip = make("div", { class: "tip", hidden: true, role: "status" });
-  root.append(style, box);
-  let colours;
-
-  function theme() {
-    const jupyter = document.body.dataset.jpThemeLight;
-    const dark = jupyter ? jupyter === "false" : matchMedia("(prefers-color-scheme: dark)").matches;
-    const palette = view.palette[dark ? "dark" : "light"];
-    colours = { ...palette, sequential: scaleOf(palette.sequential), diverging: scaleOf(palette.diverging) };
-    const named = { ink: palette.ink, paper: palette.paper, grid: palette.grid, axis: palette.axis, soft: dark ? "#a3abb5" : "#57606a",
-      code: dark ? "#2a2f36" : "#eef0f3", blue: view.palette.blue, found: view.palette.found, font: view.palette.font, mono: MONO };
-    for (const [name, value] of Object.entries(named)) box.style.setProperty("--" + name, value);
-    colours.soft = named.soft;
-    box.dataset.theme = dark ? "dark" : "light";
-  }
+  const here = () => state.layer + "." + state.head;
+  const live = kernel && livePanel({ box, kernel, word: "head", prompt: () => state.prompt, here, ticksChanged: () => drawMap() });
 
   // --- numbers ---
 
@@ -187,38 +77,6 @@ export function mount(root, view, arrays, kernel = null) {
     return { query, row: null, perGroup, masses, exactly: query === one.last };
   }
 
-  // --- tooltip ---
-
-  function showTip(event, text) {
-    if (!text) { tip.hidden = true; return; }
-    tip.textContent = text;
-    tip.hidden = false;
-    const left = Math.min(event.clientX + 14, innerWidth - tip.offsetWidth - 8);
-    const top = event.clientY + 18 + tip.offsetHeight > innerHeight ? event.clientY - tip.offsetHeight - 10 : event.clientY + 18;
-    tip.style.left = Math.max(4, left) + "px";
-    tip.style.top = top + "px";
-  }
-  const noTip = () => { tip.hidden = true; };
-
-  function canvasOf(canvas, width, height) {
-    const ratio = devicePixelRatio || 1;
-    canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio);
-    canvas.style.width = width + "px"; canvas.style.height = height + "px";
-    const pen = canvas.getContext("2d");
-    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-    pen.clearRect(0, 0, width, height);
-    pen.font = "11px " + view.palette.font;
-    return pen;
-  }
-
-  function hatch(pen, x, y, width, height) {
-    pen.save();
-    pen.beginPath(); pen.rect(x, y, width, height); pen.clip();
-    pen.strokeStyle = colours.axis; pen.lineWidth = 1; pen.beginPath();
-    for (let place = -height; place < width; place += 5) { pen.moveTo(x + place, y + height); pen.lineTo(x + place + height, y); }
-    pen.stroke(); pen.restore();
-  }
-
   // --- the map ---
 
   const map = make("canvas", { class: "map", tabindex: 0, role: "application", "data-what": "map",
@@ -252,7 +110,7 @@ export function mount(root, view, arrays, kernel = null) {
     pen.strokeStyle = colours.grid; pen.lineWidth = 1;
     pen.strokeRect(cells.left - 1.5, cells.top - 1.5, width * nHeads + 2, height * nLayers + 2);
     pen.lineWidth = 2;
-    for (const name of state.ticked) {
+    for (const name of live?.ticked ?? []) {
       const [layer, head] = name.split(".").map(Number);
       // A cross inside the cell, so that the frame of the chosen head does not hide it.
       const x = cells.left + (head + 0.5) * width - 0.5, y = cells.top + (layer + 0.5) * height - 0.5, arm = Math.max(2, Math.min(width, height) / 4);
@@ -290,10 +148,8 @@ export function mount(root, view, arrays, kernel = null) {
   }
 
   function cellAt(event) {
-    const place = map.getBoundingClientRect();
-    const zoom = place.width / parseFloat(map.style.width);
-    const head = Math.floor(((event.clientX - place.left) / zoom - cells.left) / cells.width);
-    const layer = Math.floor(((event.clientY - place.top) / zoom - cells.top) / cells.height);
+    const [x, y] = pointed(map, event);
+    const head = Math.floor((x - cells.left) / cells.width), layer = Math.floor((y - cells.top) / cells.height);
     return head >= 0 && head < nHeads && layer >= 0 && layer < nLayers ? [layer, head] : null;
   }
   map.addEventListener("click", (event) => { const cell = cellAt(event); if (cell) select(...cell); });
@@ -309,7 +165,7 @@ export function mount(root, view, arrays, kernel = null) {
     if (event.key in moves) {
       const [down, right] = moves[event.key];
       select(Math.min(nLayers - 1, Math.max(0, state.layer + down)), Math.min(nHeads - 1, Math.max(0, state.head + right)));
-    } else if ((event.key === "Enter" || event.key === " ") && kernel) tick();
+    } else if ((event.key === "Enter" || event.key === " ") && live) live.tick();
     else return;
     event.preventDefault(); event.stopPropagation();
   });
@@ -361,14 +217,7 @@ export function mount(root, view, arrays, kernel = null) {
     const one = sides[side], of = part(side);
     if (one.shown === of) return;
     one.shown = of;
-    one.spans = of.tokens.map((token, key) => {
-      const element = make("span", { class: "token", dir: "auto", text: token });
-      element.style.borderBottomColor = view.palette.spans[of.atoms[key]];
-      return element;
-    });
-    const pieces = [];
-    of.tokens.forEach((token, key) => { pieces.push(one.spans[key]); if (token.endsWith("\\n")) pieces.push(make("br")); else pieces.push(document.createElement("wbr")); });
-    one.tokens.replaceChildren(...pieces);
+    one.spans = tokenElements(one.tokens, view, of);
   }
 
   function runsOf(of) {
@@ -426,9 +275,8 @@ export function mount(root, view, arrays, kernel = null) {
       pen.strokeRect(left, top + ((now - first) * height) / count, width, Math.max(2, height / count));
     }
     const placed = (event) => {
-      const box = one.canvas.getBoundingClientRect(), zoom = box.width / parseFloat(one.canvas.style.width);
-      const key = Math.floor(((event.clientX - box.left) / zoom - left) / cell);
-      const query = first + Math.floor((((event.clientY - box.top) / zoom - top) * count) / height);
+      const [x, y] = pointed(one.canvas, event);
+      const key = Math.floor((x - left) / cell), query = first + Math.floor(((y - top) * count) / height);
       return query >= first && query < n && key >= 0 && key < n ? [query, key] : null;
     };
     one.at = (event) => {
@@ -469,8 +317,8 @@ export function mount(root, view, arrays, kernel = null) {
     pen.strokeStyle = colours.grid; pen.lineWidth = 1;
     pen.strokeRect(left - 0.5, top - 0.5, width * n, height * (n + 1));
     const placed = (event) => {
-      const box = one.canvas.getBoundingClientRect(), zoom = box.width / parseFloat(one.canvas.style.width);
-      const to = Math.floor(((event.clientX - box.left) / zoom - left) / width), from = Math.floor(((event.clientY - box.top) / zoom - top) / height);
+      const [x, y] = pointed(one.canvas, event);
+      const to = Math.floor((x - left) / width), from = Math.floor((y - top) / height);
       return from >= 0 && from <= n && to >= 0 && to < n ? [from, to] : null;
     };
     one.at = (event) => {
@@ -482,12 +330,6 @@ export function mount(root, view, arrays, kernel = null) {
     one.pick = (event) => { const at = placed(event); return !at ? null : at[0] === n ? of.last : of.group_of.indexOf(at[0]); };
     one.canvas.setAttribute("aria-label", `Attention between spans and sentences, ${nameOf(side)}, layer ${state.layer} head ${state.head}`);
     one.note.textContent = `Mean over the row's tokens of the attention summed over the column's. Colour: square root, 0 to 1.${reason}`;
-  }
-
-  function cut(pen, text, most) {
-    let shown = text;
-    while (shown.length > 2 && pen.measureText(shown).width > most) shown = shown.slice(0, -2) + "…";
-    return shown;
   }
 
   function drawTokens(side, top) {
@@ -526,12 +368,6 @@ export function mount(root, view, arrays, kernel = null) {
     drawMasses(now);
   }
 
-  function swatch(colour) {
-    const mark = make("span", { class: "swatch" });
-    mark.style.backgroundColor = colour;
-    return mark;
-  }
-
   function drawMasses(now) {
     const both = state.a !== state.b;
     const spans = [...new Set([0, 1].flatMap((side) => part(side).groups.map((group) => group.span)))];
@@ -556,12 +392,7 @@ export function mount(root, view, arrays, kernel = null) {
 
   // --- controls ---
 
-  function menu(what, label, options, value, changed) {
-    const select_ = make("select", { "data-what": what, onchange: () => { changed(select_.value); draw(); } },
-      ...options.map(([key, text]) => make("option", { value: key, text })));
-    select_.value = value;
-    return make("label", {}, document.createTextNode(label), select_);
-  }
+  const pick = (what, label, options, value, changed) => menu(what, label, options, value, (chosen) => { changed(chosen); draw(); });
 
   function controls() {
     const names = view.conditions.map((one, place) => [String(place), one.name]);
@@ -571,11 +402,11 @@ export function mount(root, view, arrays, kernel = null) {
     state.stat ||= view.start.stat; state.span ||= view.start.span;
     [state.layer, state.head] = view.start.head;
     const parts = [];
-    if (view.prompts.length > 1) parts.push(menu("prompt", "prompt", view.prompts.map((one, place) => [String(place), one.id]), "0", (value) => { state.prompt = Number(value); state.query = [null, null]; }));
-    parts.push(menu("a", "condition", names, String(state.a), (value) => { state.a = Number(value); state.query = [null, null]; }));
-    if (names.length > 1) parts.push(menu("b", "beside", names, String(state.b), (value) => { state.b = Number(value); state.query = [null, null]; }));
-    parts.push(menu("stat", "map", stats, state.stat, (value) => { state.stat = value; }));
-    parts.push(menu("span", "span", view.spans.map((name) => [name, name]), state.span, (value) => { state.span = value; }));
+    if (view.prompts.length > 1) parts.push(pick("prompt", "prompt", view.prompts.map((one, place) => [String(place), one.id]), "0", (value) => { state.prompt = Number(value); state.query = [null, null]; }));
+    parts.push(pick("a", "condition", names, String(state.a), (value) => { state.a = Number(value); state.query = [null, null]; }));
+    if (names.length > 1) parts.push(pick("b", "beside", names, String(state.b), (value) => { state.b = Number(value); state.query = [null, null]; }));
+    parts.push(pick("stat", "map", stats, state.stat, (value) => { state.stat = value; }));
+    parts.push(pick("span", "span", view.spans.map((name) => [name, name]), state.span, (value) => { state.span = value; }));
     return make("div", { class: "bar" }, ...parts);
   }
 
@@ -583,12 +414,11 @@ export function mount(root, view, arrays, kernel = null) {
     make("button", { type: "button", text, "data-what": "mode-" + mode, onclick: () => { state.mode = mode; drawSides(); pressed(); } }));
   function pressed() {
     modes.forEach((button, place) => button.setAttribute("aria-pressed", String(state.mode === ["tokens", "groups"][place])));
-    if (kernel) tickButton.textContent = state.ticked.has(state.layer + "." + state.head) ? "Untick this head" : "Tick this head";
+    live?.label();
   }
 
-  // --- a live kernel ---
+  // --- rows that a live kernel fetches ---
 
-  let tickButton, scores, history, code, status;
   async function fetchRows() {
     const asked = { kind: "rows", prompt: state.prompt, head: [state.layer, state.head] };
     const key = [asked.prompt, state.layer, state.head].join(".");
@@ -598,102 +428,23 @@ export function mount(root, view, arrays, kernel = null) {
       const reply = await kernel(asked);
       reply.conditions.forEach((one, condition) => fetched.set([asked.prompt, condition, ...asked.head].join("."), { first: one.first, values: reply.buffers[one.values] }));
       if (state.layer === asked.head[0] && state.head === asked.head[1]) drawSides();
-    } catch (wrong) { fetched.delete(key); say(wrong, true); }
-  }
-  function say(text, wrong = false) {
-    status.textContent = String(text instanceof Error ? text.message : text);
-    status.className = wrong ? "wrong" : "soft";
-  }
-  function tick() {
-    const name = state.layer + "." + state.head;
-    if (!state.ticked.delete(name)) state.ticked.add(name);
-    drawMap(); pressed();
-  }
-  async function apply(steps) {
-    box.querySelectorAll(".live button").forEach((button) => { button.disabled = true; });
-    say("Running the model …");
-    try {
-      const reply = await kernel({ kind: "apply", steps, prompt: state.prompt });
-      state.steps = steps;
-      showScores(reply);
-      say(steps.length ? `${steps.length} ${steps.length === 1 ? "edit" : "edits"} in force.` : "No edit: the model as it is.");
-    } catch (wrong) { say(wrong, true); }
-    box.querySelectorAll(".live button").forEach((button) => { button.disabled = false; });
-    box.dataset.applied = String(Number(box.dataset.applied ?? 0) + 1);
-  }
-  function edit(operation, factor) {
-    if (!state.ticked.size) return say("No head is ticked: choose one in the map and tick it, then ablate or scale.", true);
-    const heads = [...state.ticked].map((name) => name.split(".").map(Number)).sort((a, b) => a[0] - b[0] || a[1] - b[1]);
-    return apply([...state.steps, { operation, heads, factor }]);
-  }
-  function showScores(reply) {
-    const head = make("tr", {}, ...["condition", "refusal score (nats)", "as it is", "effect", "likeliest first tokens", "continuation"].map((text, place) => make("th", { text, class: place > 0 && place < 4 ? "n" : null })));
-    scores.replaceChildren(make("thead", {}, head), make("tbody", {}, ...reply.conditions.map((one) => {
-      const tokens = make("td");
-      one.tokens.forEach((token, place) => tokens.append(place ? ", " : "", make("code", { text: token.token }), ` ${token.probability.toFixed(3)}`));
-      if (one.note) tokens.append(one.note);
-      return make("tr", { "data-condition": one.name }, make("td", { text: one.name }), make("td", { class: "n", text: short(one.score ?? NaN), title: exact(one.score ?? NaN), "data-what": "score" }),
-        make("td", { class: "n", text: short(one.baseline ?? NaN) }), make("td", { class: "n", text: one.score === null ? "–" : signed(one.score - one.baseline) }), tokens, make("td", { text: one.continuation }));
-    })));
-    history.replaceChildren(...reply.history.map((text) => make("li", { text })));
-    code.textContent = reply.code;
-  }
-  function live() {
-    const factor = make("input", { type: "number", step: "0.25", value: "0.5", "aria-label": "factor", "data-what": "factor" });
-    const button = (what, text, onclick) => make("button", { type: "button", text, onclick, "data-what": what });
-    tickButton = button("tick", "Tick this head", tick);
-    scores = make("table", { "data-what": "scores" }); history = make("ol"); code = make("pre", { "data-what": "code" }); status = make("p", { class: "soft", "data-what": "status", role: "status" });
-    const bar = make("div", { class: "bar" }, tickButton, button("ablate", "Ablate ticked", () => edit("ablate", null)), button("scale", "Scale ticked by", () => edit("scale", Number(factor.value))), factor,
-      button("undo", "Undo", () => apply(state.steps.slice(0, -1))), button("reset", "Reset", () => apply([])));
-    setTimeout(() => apply([]), 0);
-    return make("div", { class: "live" }, make("h3", { text: "Edit heads and see refusal move" }), bar, status, make("div", { class: "scroll" }, scores), make("p", { class: "soft", text: "Edits in force, oldest first; as code:" }), history, code);
+    } catch (wrong) { fetched.delete(key); live.say(wrong, true); }
   }
 
   // --- all of it ---
 
   function draw() { drawMap(); drawSides(); pressed(); }
-  const legend = make("div", { class: "legend" }, ...view.atoms.filter((atom) => view.prompts.some((one) => one.conditions.some((c) => c.atoms.includes(atom)))).map((atom) => make("span", {}, swatch(view.palette.spans[atom]), document.createTextNode(atom))));
-  theme();
+  const legend = spanLegend(view, view.prompts.flatMap((one) => one.conditions));
   box.append(
     make("h2", { text: view.title }), make("p", { class: "soft", text: view.about }), controls(),
     make("div", { class: "two" },
       make("div", {}, make("h3", { text: "All heads" }), mapTitle, map, mapLegend, said, make("p", { class: "soft", text: "Click a head, or move with the arrow keys. Layer 0 is at the top." })),
       make("div", {}, make("div", { class: "bar" }, headTitle, ...modes, make("button", { type: "button", text: "Query: last prompt token", "data-what": "last", onclick: () => { state.query = [null, null]; drawSides(); } })),
         legend, make("div", { class: "pair" }, ...sides.map((one) => one.box)), tokenNote, make("div", { class: "scroll" }, massTable))),
-    kernel ? live() : "", make("p", { class: "soft", text: view.caveat }), tip,
+    live ? live.element : "", make("p", { class: "soft", text: view.caveat }), tip,
   );
-  draw();
-  const again = () => { theme(); draw(); };
-  const media = matchMedia("(prefers-color-scheme: dark)");
-  media.addEventListener("change", again);
-  let seen = box.clientWidth;
-  const watch = new ResizeObserver(() => { if (Math.abs(box.clientWidth - seen) > 8) { seen = box.clientWidth; draw(); } });
-  watch.observe(box);
-  box.dataset.drawn = "yes";
-  return () => { media.removeEventListener("change", again); watch.disconnect(); };
+  return keepDrawn(draw);
 }
 
-// --- in Jupyter, through anywidget ------------------------------------------------------------------------
-
-export function render({ model, el }) {
-  const waiting = new Map();
-  let count = 0;
-  const heard = (message, buffers) => {
-    const answer = waiting.get(message.id);
-    if (!answer) return;
-    waiting.delete(message.id);
-    if (message.error) answer.reject(new Error(message.error));
-    else answer.resolve({ ...message, buffers });
-  };
-  model.on("msg:custom", heard);
-  const kernel = (message) => new Promise((resolve, reject) => {
-    const id = ++count;
-    waiting.set(id, { resolve, reject });
-    model.send({ id, ...message });
-  });
-  const arrays = model.get("arrays");
-  const leave = mount(el, model.get("view"), (ref) => arrays[ref], kernel);
-  return () => { model.off("msg:custom", heard); leave(); };
-}
-
+export const render = rendering(mount);
 export default { render };

@@ -1,0 +1,54 @@
+// With a live kernel: ablate or scale what is ticked, and see refusal move.
+// word: "head" or "neuron"; prompt(): the row that is scored; here(): "layer.number" of the chosen one; ticksChanged: redraws the ticks.
+function livePanel({ box, kernel, word, prompt, here, ticksChanged }) {
+  const ticked = new Set();
+  let steps = [];
+  const button = (what, text, onclick) => make("button", { type: "button", text, onclick, "data-what": what });
+  const tickButton = button("tick", `Tick this ${word}`, tick), history = make("ol");
+  const factor = make("input", { type: "number", step: "0.25", value: "0.5", "aria-label": "factor", "data-what": "factor" });
+  const scores = make("table", { "data-what": "scores" }), code = make("pre", { "data-what": "code" }), status = make("p", { class: "soft", "data-what": "status", role: "status" });
+  const bar = make("div", { class: "bar" }, tickButton, button("ablate", "Ablate ticked", () => edit("ablate", null)), button("scale", "Scale ticked by", () => edit("scale", Number(factor.value))), factor,
+    button("undo", "Undo", () => apply(steps.slice(0, -1))), button("reset", "Reset", () => apply([])));
+  const element = make("div", { class: "live" }, make("h3", { text: `Edit ${word}s and see refusal move` }), bar, status, make("div", { class: "scroll" }, scores), make("p", { class: "soft", text: "Edits in force, oldest first; as code:" }), history, code);
+
+  function say(text, wrong = false) {
+    status.textContent = String(text instanceof Error ? text.message : text);
+    status.className = wrong ? "wrong" : "soft";
+  }
+  function label() { tickButton.textContent = (ticked.has(here()) ? "Untick" : "Tick") + ` this ${word}`; }
+  function tick() {
+    if (!ticked.delete(here())) ticked.add(here());
+    ticksChanged(); label();
+  }
+  async function apply(asked) {
+    box.querySelectorAll(".live button").forEach((one) => { one.disabled = true; });
+    say("Running the model …");
+    try {
+      const reply = await kernel({ kind: "apply", steps: asked, prompt: prompt() });
+      steps = asked;
+      showScores(reply);
+      say(steps.length ? `${steps.length} ${steps.length === 1 ? "edit" : "edits"} in force.` : "No edit: the model as it is.");
+    } catch (wrong) { say(wrong, true); }
+    box.querySelectorAll(".live button").forEach((one) => { one.disabled = false; });
+    box.dataset.applied = String(Number(box.dataset.applied ?? 0) + 1);
+  }
+  function edit(operation, by) {
+    if (!ticked.size) return say(`No ${word} is ticked: choose one above and tick it, then ablate or scale.`, true);
+    const chosen = [...ticked].map((name) => name.split(".").map(Number)).sort((a, b) => a[0] - b[0] || a[1] - b[1]);
+    return apply([...steps, { operation, [word + "s"]: chosen, factor: by }]);
+  }
+  function showScores(reply) {
+    const head = make("tr", {}, ...["condition", "refusal score (nats)", "as it is", "effect", "likeliest first tokens", "continuation"].map((text, place) => make("th", { text, class: place > 0 && place < 4 ? "n" : null })));
+    scores.replaceChildren(make("thead", {}, head), make("tbody", {}, ...reply.conditions.map((one) => {
+      const tokens = make("td");
+      one.tokens.forEach((token, place) => tokens.append(place ? ", " : "", make("code", { text: token.token }), ` ${token.probability.toFixed(3)}`));
+      if (one.note) tokens.append(one.note);
+      return make("tr", { "data-condition": one.name }, make("td", { text: one.name }), make("td", { class: "n", text: short(one.score ?? NaN), title: exact(one.score ?? NaN), "data-what": "score" }),
+        make("td", { class: "n", text: short(one.baseline ?? NaN) }), make("td", { class: "n", text: one.score === null ? "–" : signed(one.score - one.baseline) }), tokens, make("td", { text: one.continuation }));
+    })));
+    history.replaceChildren(...reply.history.map((text) => make("li", { text })));
+    code.textContent = reply.code;
+  }
+  setTimeout(() => apply([]), 0);
+  return { element, ticked, tick, label, say, again: () => apply(steps) };
+}
