@@ -1,0 +1,79 @@
+"""Prompts with the whitespace that stands before the answer, so that its first word follows the last row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from rim_lens.batching import MAX_ROWS
+from rim_lens.chat.spans import SpanBatch, Spans
+from rim_lens.lens import Model
+from rim_lens.measures.refusal.first_word import Skip, first_words_of
+
+
+def settled(
+    model: Model,
+    batch: SpanBatch,
+    *,
+    skip: Skip = "greedy",
+    whitespace: str | None = None,
+    max_rows: int = MAX_ROWS,
+    what: str = "settled",
+) -> SpanBatch:
+    """Append to each prompt the whitespace that would be passed over before its answer is scored, as template.
+
+    What is passed over is decided once, by the model as it is, and stays the same under every edit: an edit's effect is then
+    one of the same row. (`refusal_score` decides anew under each edit.)
+
+    Args:
+        model: Any HookedTransformer or TransformerBridge, in eval mode.
+        batch: Prompts whose think block is closed.
+        skip: See `refusal_score`.
+        whitespace: See `refusal_score`.
+        max_rows: Most prompts in one pass.
+        what: Who asks, for messages.
+
+    Returns:
+        The batch itself where nothing is passed over.
+
+    >>> import rim_lens as rl
+    >>> model = rl.load_model("toy")
+    >>> off = rl.ChatFormat.from_model(model).render(["ban bread please + 3 4 6"], think="off")
+    >>> settled(model, off) is off
+    True
+    """
+    written: list[Int[Tensor, " token"]] = [torch.tensor([], dtype=torch.long)] * len(batch)
+    if skip != "none":
+        for word in first_words_of(
+            model, batch, [], skip=skip, whitespace=whitespace, max_rows=max_rows, what=what
+        ):
+            for row, tokens in zip(word.rows, word.written, strict=True):
+                written[row] = tokens
+    if not any(len(tokens) for tokens in written):
+        return batch
+    lengths = [int(length) + len(tokens) for length, tokens in zip(batch.lengths, written, strict=True)]
+    width = max(lengths)
+
+    def moved(old: Tensor, new: list[Tensor], blank: int) -> Tensor:
+        rows = []
+        for row, tail in enumerate(new):
+            kept = old[row, old.shape[1] - int(batch.lengths[row]) :]
+            pad = kept.new_full((width - lengths[row],), blank)
+            rows.append(torch.cat([pad, kept, tail.to(kept)]))
+        return torch.stack(rows)
+
+    ones = [torch.ones_like(tokens) for tokens in written]
+    none = [torch.zeros_like(tokens) for tokens in written]
+    atoms = {
+        name: moved(mask, ones if name == "template" else none, 0)
+        for name, mask in batch.spans.atoms().items()
+    }
+    return replace(
+        batch,
+        tokens=moved(batch.tokens, written, batch.pad_token_id),
+        attention_mask=moved(batch.attention_mask, ones, 0),
+        spans=Spans(atoms),
+    )
