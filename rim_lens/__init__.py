@@ -124,6 +124,12 @@ _HOME: dict[str, str] = {
     "head_statistics": "measures",
     "split_half": "measures",
     "receiver_kurtosis": "measures",
+    "circuit": "measures",
+    "plan_circuit": "measures",
+    "Circuit": "measures",
+    "CircuitSearch": "measures",
+    "EdgeRule": "measures",
+    "path_effects": "measures",
     "entanglement": "measures.entanglement.entangling",  # the room bears the same name
     "Entanglement": "measures.entanglement.result",
     "multiverse": "measures.entanglement.multiverse",

@@ -22,7 +22,8 @@ class Put(Component):
     """Put given values in chosen columns of activations, at every position of whole prompts.
 
     Values have one row per prompt of the bound batch, or of its first prompts where the batch repeats these again and again.
-    Padding is overwritten too, which nothing reads.
+    Where a value is NaN, the pass keeps its own. Padding is overwritten too, which nothing reads. Whole prompts only: under a
+    key-value cache, what is read later stays as it is.
 
     Args:
         values: By (site, layer).
@@ -57,6 +58,7 @@ class Put(Component):
                 f" where {len(self._members)} are bound. Bind the batch that is read, and read it whole."
             )
         rows = torch.tensor([member % len(values) for member in self._members])
-        edited = activation.clone()
-        edited[:, :, columns.to(edited.device)] = values[rows, -width:].to(edited)
+        edited, index = activation.clone(), columns.to(activation.device)
+        new = values[rows, -width:].to(edited)
+        edited[:, :, index] = torch.where(new.isnan(), edited[:, :, index], new)
         return edited

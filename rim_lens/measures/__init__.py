@@ -4,6 +4,11 @@ from rim_lens.measures.checkpoints.comparing import compare
 from rim_lens.measures.checkpoints.foreseeing import gradient_forecast
 from rim_lens.measures.checkpoints.freezing import Freezing, freezing
 from rim_lens.measures.checkpoints.result import Comparison
+from rim_lens.measures.circuits.asking import CircuitPlan, CircuitSearch
+from rim_lens.measures.circuits.finding import circuit, plan_circuit
+from rim_lens.measures.circuits.paths import path_effects
+from rim_lens.measures.circuits.result import Circuit
+from rim_lens.measures.circuits.table import EdgeRule
 from rim_lens.measures.conditions import compare_conditions
 from rim_lens.measures.controls import (
     control_p,
@@ -81,9 +86,13 @@ from rim_lens.measures.stats import (
 __all__ = [
     "Accuracy",
     "Agreement",
+    "Circuit",
+    "CircuitPlan",
+    "CircuitSearch",
     "Cliff",
     "Comparison",
     "Contrast",
+    "EdgeRule",
     "EndpointJudge",
     "Freezing",
     "HeadComparison",
@@ -113,6 +122,7 @@ __all__ = [
     "argmax_shift",
     "benjamini_hochberg",
     "bootstrap_interval",
+    "circuit",
     "compare",
     "compare_conditions",
     "compare_heads",
@@ -140,7 +150,9 @@ __all__ = [
     "opener_ids",
     "pair_interactions",
     "patching_table",
+    "path_effects",
     "percentile_among",
+    "plan_circuit",
     "pooled_activations",
     "prefiltered",
     "prefix_reading",

@@ -28,27 +28,25 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rim_lens.batching import MAX_ROWS, MAX_TOKENS, micro_batches
+from rim_lens.batching import MAX_ROWS
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import StatisticsError
-from rim_lens.hooks import BlockAttention, bound
-from rim_lens.hooks.base import Component, attached
+from rim_lens.hooks import BlockAttention, Component
 from rim_lens.hooks.putting import Put
-from rim_lens.lens import Model, ModelFacts, last_logits, require_finite, verify
+from rim_lens.lens import Model, ModelFacts, Site, verify
 from rim_lens.measures.circuits.instead import Instead, edited
 from rim_lens.measures.circuits.nodes import Edge, Node, checked_nodes, edges_between
 from rim_lens.measures.circuits.reading import Receiver, spots_proven, spots_read
-from rim_lens.measures.circuits.settling import settled
+from rim_lens.measures.circuits.settling import next_word_odds, settled
 from rim_lens.measures.circuits.writing import Writing, recorded_spots, spots_written
 from rim_lens.measures.ending import Ending, read_ending
 from rim_lens.measures.refusal.first_word import Skip
 from rim_lens.measures.refusal.rates import families_of
-from rim_lens.measures.refusal.score import log_odds
 
 if TYPE_CHECKING:
     import xarray as xr
 
-_READ: dict[str, tuple[str, ...]] = {"head": ("q", "k", "v", "z"), "neurons": ("post",)}
+_EDITED: dict[str, tuple[Site, ...]] = {"head": ("q", "k", "v", "z"), "neurons": ("post",)}
 
 
 def path_effects(
@@ -148,15 +146,11 @@ class PathRun:
         max_rows: int = MAX_ROWS,
     ) -> None:
         told, hear = list(senders), list(receivers)
-        kinds = {node.kind for node in (*told, *hear)}
-        reads = ["z", "attn_out", "mlp_out", "resid_pre", "resid_post"]
-        self.facts: ModelFacts = verify(
-            model,
-            reads=[*reads, *(["post"] if "neurons" in kinds else [])],  # type: ignore[list-item]
-            edits=[
-                site for kind in sorted(_READ) if kind in {node.kind for node in hear} for site in _READ[kind]
-            ],  # type: ignore[misc]
-        )
+        reads: list[Site] = ["z", "attn_out", "mlp_out", "resid_pre", "resid_post"]
+        edits = {site for node in hear for site in _EDITED.get(node.kind, ())}
+        if "neurons" in {node.kind for node in told}:
+            reads.append("post")
+        self.facts: ModelFacts = verify(model, reads=reads, edits=sorted(edits))
         self.senders = checked_nodes(told, self.facts)
         self.receivers = checked_nodes(hear, self.facts)
         checked_nodes([*self.senders, *self.receivers], self.facts)
@@ -266,10 +260,4 @@ class PathRun:
         return self._scores(self.batch, [blocking]) - self.ending.baseline
 
     def _scores(self, batch: SpanBatch, components: Sequence[Component]) -> Float[np.ndarray, " prompt"]:
-        scores = np.empty(len(batch))
-        with attached(self.model, components, batch):
-            for rows in micro_batches(batch.lengths.tolist(), MAX_TOKENS, self.max_rows):
-                with bound(components, batch, rows) as part:
-                    logits = last_logits(self.model, part.tokens, part.attention_mask)
-                scores[rows] = log_odds(require_finite(logits, "path_effects").cpu(), self.ending.ids)
-        return scores
+        return next_word_odds(self.model, batch, components, self.ending.ids, self.max_rows)

@@ -1,17 +1,21 @@
-"""Prompts with the whitespace that stands before the answer, so that its first word follows the last row."""
+"""Prompts with the whitespace that stands before the answer, so that its first word follows the last row; and its score."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from rim_lens.batching import MAX_ROWS
+from rim_lens.batching import MAX_ROWS, MAX_TOKENS, micro_batches
 from rim_lens.chat.spans import SpanBatch, Spans
-from rim_lens.lens import Model
+from rim_lens.hooks.base import Component, attached, bound
+from rim_lens.lens import Model, last_logits, require_finite
 from rim_lens.measures.refusal.first_word import Skip, first_words_of
+from rim_lens.measures.refusal.score import log_odds
 
 
 def settled(
@@ -77,3 +81,20 @@ def settled(
         attention_mask=moved(batch.attention_mask, ones, 0),
         spans=Spans(atoms),
     )
+
+
+def next_word_odds(
+    model: Model,
+    batch: SpanBatch,
+    components: Sequence[Component],
+    ids: Int[Tensor, " opener"],
+    max_rows: int = MAX_ROWS,
+) -> Float[np.ndarray, " prompt"]:
+    """Log-odds, in nats, that the very next token is one of these; `refusal_score` of settled prompts, and nothing besides."""
+    scores = np.empty(len(batch))
+    with attached(model, components, batch):
+        for rows in micro_batches(batch.lengths.tolist(), MAX_TOKENS, max_rows):
+            with bound(components, batch, rows) as part:
+                logits = last_logits(model, part.tokens, part.attention_mask)
+            scores[rows] = log_odds(require_finite(logits, "refusal score").cpu(), ids)
+    return scores
