@@ -5,7 +5,11 @@ from rim_lens.measures.checkpoints.foreseeing import gradient_forecast
 from rim_lens.measures.checkpoints.freezing import Freezing, freezing
 from rim_lens.measures.checkpoints.result import Comparison
 from rim_lens.measures.circuits.asking import CircuitPlan, CircuitSearch
+from rim_lens.measures.circuits.composing import composition
 from rim_lens.measures.circuits.finding import circuit, plan_circuit
+from rim_lens.measures.circuits.instead import ablated, patched
+from rim_lens.measures.circuits.linking import compare_circuits, neurons_in_thought
+from rim_lens.measures.circuits.nodes import end_node, head_node, neuron_nodes, span_node
 from rim_lens.measures.circuits.paths import path_effects
 from rim_lens.measures.circuits.result import Circuit
 from rim_lens.measures.circuits.table import EdgeRule
@@ -115,6 +119,7 @@ __all__ = [
     "RemovalEffects",
     "Reply",
     "SplitHalf",
+    "ablated",
     "accuracy_reading",
     "agreement",
     "answer_row",
@@ -124,14 +129,17 @@ __all__ = [
     "bootstrap_interval",
     "circuit",
     "compare",
+    "compare_circuits",
     "compare_conditions",
     "compare_heads",
+    "composition",
     "control_p",
     "counterfactual_pairs",
     "direct_effects",
     "direct_to_logits",
     "dose_curve",
     "empty_block_span",
+    "end_node",
     "entropy_share",
     "find_heads",
     "first_tokens",
@@ -140,6 +148,7 @@ __all__ = [
     "gradient_forecast",
     "gradient_scores",
     "head_effects",
+    "head_node",
     "head_patching",
     "head_statistics",
     "head_table",
@@ -147,8 +156,11 @@ __all__ = [
     "load_restored",
     "mass_shift",
     "neuron_effects",
+    "neuron_nodes",
+    "neurons_in_thought",
     "opener_ids",
     "pair_interactions",
+    "patched",
     "patching_table",
     "path_effects",
     "percentile_among",
@@ -184,6 +196,7 @@ __all__ = [
     "sentence_effects",
     "share_interval",
     "sign_flip_test",
+    "span_node",
     "span_patching",
     "specificity",
     "split_half",

@@ -13,6 +13,7 @@ from rim_lens.chat import ChatFormat, SpanBatch
 from rim_lens.errors import NotEnoughData
 from rim_lens.lens import Head, Model, tokenizer_of, weights_digest
 from rim_lens.measures.circuits.asking import TWINS, CircuitPlan, CircuitSearch, Neurons, Question
+from rim_lens.measures.circuits.composing import composition
 from rim_lens.measures.circuits.instead import Instead
 from rim_lens.measures.circuits.keeping import Replacements, members
 from rim_lens.measures.circuits.nodes import END, Edge, Node
@@ -131,6 +132,8 @@ def circuit(
         [edge_table(name, found, asked.families, rule, search.seed) for name, found in measured.items()],
         ignore_index=True,
     )
+    weights = composition(model, asked.nodes, asked.nodes)[["edge", "composition"]]
+    edges = edges.merge(weights, on="edge", how="left", validate="many_to_one")
     main = measured[asked.contrasts[0]]
     kept = kept_nodes(asked.nodes, main, rule)
     reference = Instead(search.outside, other, seed=search.seed)
@@ -207,7 +210,7 @@ def plan_circuit(
     >>> requests = [rl.load_prompts(kind, language="toy") for kind in ("harmful", "harmless")]
     >>> plan = rl.plan_circuit(model, chat, [(0, 5), (1, 1)], [(0, 3)], *requests, search=rl.CircuitSearch(limit=4))
     >>> plan.n_nodes, plan.n_edges, plan.n_batches
-    (5, 18, 7)
+    (5, 18, 6)
     """
     search = search or CircuitSearch()
     return Question(

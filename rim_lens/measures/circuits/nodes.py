@@ -60,13 +60,30 @@ class Node:
 END = Node("refusal", "end")
 
 
+def end_node() -> Node:
+    """The refusal score as a node.
+
+    >>> end_node().name
+    'refusal'
+    """
+    return END
+
+
 def head_node(head: Head) -> Node:
-    """A head as a node."""
+    """A head as a node.
+
+    Args:
+        head: (layer, head).
+    """
     return Node(head_name(head), "head", int(head[0]), (int(head[1]),))
 
 
 def neuron_nodes(name: str, neurons: Iterable[Neuron]) -> list[Node]:
     """A set of neurons as nodes, one for each layer: a layer's neurons read and write at one place.
+
+    Args:
+        name: The set's name.
+        neurons: (layer, neuron) pairs.
 
     >>> [node.name for node in neuron_nodes("safety", [(0, 3), (1, 2), (0, 1)])]
     ['safety L0', 'safety L1']
@@ -78,7 +95,10 @@ def neuron_nodes(name: str, neurons: Iterable[Neuron]) -> list[Node]:
 
 
 def span_node(span: str) -> Node:
-    """A span of the prompt as a node.
+    """A span of the prompt as a node, which heads read by keys and values.
+
+    Args:
+        span: Its name.
 
     Raises:
         UnknownSpan: No span bears that name.

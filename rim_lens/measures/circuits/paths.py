@@ -72,7 +72,7 @@ def path_effects(
         model: Any HookedTransformer or TransformerBridge, in eval mode.
         batch: Prompts whose think block is closed.
         senders: Nodes that say something else (`head_node`, `neuron_nodes`, `span_node`).
-        receivers: Nodes that hear it: heads, neurons, `END`.
+        receivers: Nodes that hear it: heads, neurons, `end_node()`.
         instead: What is said instead, `patched` or `ablated`.
         edges: Only these; every edge between them when None.
         openers: See `refusal_score`.
@@ -94,13 +94,12 @@ def path_effects(
         NotFinite: NaN or infinity in logits or activations.
 
     >>> import rim_lens as rl
-    >>> from rim_lens.measures.circuits.nodes import END, head_node
     >>> model = rl.load_model("planted")
     >>> chat = rl.ChatFormat.from_model(model)
     >>> asked, twins = (rl.load_prompts(kind, language="toy", split="select")[:2] for kind in ("harmful", "harmless"))
     >>> off, other = (chat.render(prompts, think="off") for prompts in (asked, twins))
-    >>> reader, decoy = head_node((1, 1)), head_node((1, 2))
-    >>> found = path_effects(model, off, [reader, decoy], [END], patched(other))
+    >>> reader, decoy = rl.head_node((1, 1)), rl.head_node((1, 2))
+    >>> found = rl.path_effects(model, off, [reader, decoy], [rl.end_node()], rl.patched(other))
     >>> (found["effect"].mean("prompt") < -10).to_series().to_dict()
     {'L1H1 → refusal': True, 'L1H2 → refusal': False}
     """

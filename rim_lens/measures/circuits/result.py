@@ -27,7 +27,7 @@ class Circuit:
 
     Attributes:
         nodes: One row per node: name, kind, layer, members, kept (on a way to the refusal score, by select requests).
-        edges: One row per edge and contrast, see `edge_table`.
+        edges: One row per edge and contrast, see `edge_table`; beside the effects ``composition``, of weights (see `composition`).
         tests: Faithfulness, completeness and minimality of the kept nodes, see `circuit_tests`; no row where none is kept.
         effects: Per request: effect and back (contrast, prompt, edge), reach (contrast, prompt), nats.
         gate: Whether it was asked for, and the shares refused on the select side by score.

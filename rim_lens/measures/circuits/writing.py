@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -58,11 +59,14 @@ class Writing:
         self.before = {spot: recorded[spot] for spot in spots_written(senders)}
         heads = [head for sender in senders for head in sender.heads]
         neurons = [neuron for sender in senders for neuron in sender.neurons]
+        # What has no counterpart stays NaN.
+        blank = {spot: torch.full_like(values, torch.nan) for spot, values in self.before.items()}
         self.after: dict[tuple[Site, int], Tensor] = {}
         if heads:
-            self.after |= edited(instead.heads(heads), model, facts, batch, self.before)
+            self.after |= edited(instead.heads(heads), model, facts, batch, blank)
         if neurons:
-            self.after |= edited(instead.neurons(neurons), model, facts, batch, self.before)
+            self.after |= edited(instead.neurons(neurons), model, facts, batch, blank)
+        self._source_model = instead.source_model or model
         self._known: dict[str, Tensor] = {}
         for spot in self.before:
             self._prove(spot, ending)
@@ -78,48 +82,64 @@ class Writing:
         ]
 
     def change(self, sender: Node) -> Float[Tensor, "prompt pos d_model"]:
-        """What the sender writes instead, minus what it writes; 0 where it sends the same."""
+        """What the sender writes instead, minus what it writes; 0 where it sends the same, or has nothing to send instead.
+
+        Another model's sender writes with its own weights; a norm behind the sender's layer is this model's.
+        """
         if sender.name not in self._known:
             spot: tuple[Site, int] = ("z" if sender.kind == "head" else "post", sender.layer)
             columns = list(sender.members)
-            swapped = self.before[spot].clone()
-            swapped[:, :, columns] = self.after[spot][:, :, columns]
-            self._known[sender.name] = self._written(spot, swapped, columns) - self._written(
-                spot, self.before[spot], columns
+            after = self.after[spot][:, :, columns]
+            change = _written(self._source_model, spot, after, columns) - _written(
+                self.model, spot, self.before[spot][:, :, columns], columns
             )
+            norm = _norm_after(self.model, spot)
+            if norm is not None:
+                whole = self._whole(spot, self.before[spot])
+                with torch.no_grad():
+                    change = norm(whole + change) - norm(whole)
+            bare = after.flatten(2).isnan().any(dim=-1)
+            self._known[sender.name] = change.float().cpu().masked_fill(bare[:, :, None], 0.0)
         return self._known[sender.name]
 
-    def _written(
-        self, spot: tuple[Site, int], values: Tensor, columns: list[int] | None
-    ) -> Float[Tensor, "prompt pos d_model"]:
-        """What these columns write; all of them where a norm follows, which mixes them, or where None are named."""
+    def _whole(self, spot: tuple[Site, int], values: Tensor) -> Float[Tensor, "prompt pos d_model"]:
+        """What all heads, or all neurons, of a layer write together, before any norm."""
         site, layer = spot
         block = self.model.blocks[layer]
-        norm = getattr(block, "ln1_post" if site == "z" else "ln2_post", None)
-        weight = block.attn.W_O if site == "z" else block.mlp.W_out
-        weight = weight.detach()
-        whole = columns is None or norm is not None
-        if not whole:
-            assert columns is not None  # noqa: S101 - told to the type checker
-            values, weight = values[:, :, columns], weight[columns]
-        with torch.no_grad():
-            written = values.to(weight).flatten(2) @ weight.flatten(0, -2)
-            if whole:
-                bias = getattr(block.attn, "b_O", None) if site == "z" else getattr(block.mlp, "b_out", None)
-                written = written if bias is None else written + bias
-                written = written if norm is None else norm(written)
-        return written.float().cpu()
+        written = _written(self.model, spot, values, None)
+        bias = getattr(block.attn, "b_O", None) if site == "z" else getattr(block.mlp, "b_out", None)
+        return written if bias is None else written + bias.detach()
 
     def _prove(self, spot: tuple[Site, int], ending: Ending) -> None:
         site, layer = spot
         what = "heads of" if site == "z" else "neurons of"
+        with torch.no_grad():
+            whole = self._whole(spot, self.before[spot][:, -1:])
+            norm = _norm_after(self.model, spot)
+            whole = whole if norm is None else norm(whole)
         require_close(
-            self._written(spot, self.before[spot][:, -1:], None)[:, 0],
+            whole[:, 0].float().cpu(),
             ending.last.kept["attn_out" if site == "z" else "mlp_out", layer],
             self.facts,
             f"what the {what} layer {layer} write is not their activations × weights (something stands between them and the"
             " residual stream)",
         )
+
+
+def _written(
+    model: Model, spot: tuple[Site, int], values: Tensor, columns: list[int] | None
+) -> Float[Tensor, "prompt pos d_model"]:
+    """Activations [prompt, pos, column, ...] × their output weights."""
+    site, layer = spot
+    block = model.blocks[layer]
+    weight = (block.attn.W_O if site == "z" else block.mlp.W_out).detach()
+    weight = weight if columns is None else weight[columns]
+    return values.to(weight).flatten(2) @ weight.flatten(0, -2)
+
+
+def _norm_after(model: Model, spot: tuple[Site, int]) -> Any:
+    """The norm that some models have between a layer's attention, or MLP, and the stream."""
+    return getattr(model.blocks[spot[1]], "ln1_post" if spot[0] == "z" else "ln2_post", None)
 
 
 def spots_written(nodes: Sequence[Node]) -> set[tuple[Site, int]]:
