@@ -209,6 +209,9 @@ def _check_fired(facts: ModelFacts, site: Site, layer: int, seen: dict[str, Tens
         )
     expected = {
         "pattern": (_PROBE_ROWS, facts.n_heads, length, length),
+        "q": (_PROBE_ROWS, length, facts.n_heads, facts.d_head),
+        "k": (_PROBE_ROWS, length, facts.n_key_value_heads, facts.d_head),
+        "v": (_PROBE_ROWS, length, facts.n_key_value_heads, facts.d_head),
         "z": (_PROBE_ROWS, length, facts.n_heads, facts.d_head),
         "post": (_PROBE_ROWS, length, facts.d_mlp),
     }.get(site, (_PROBE_ROWS, length, facts.d_model))

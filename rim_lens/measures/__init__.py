@@ -4,6 +4,15 @@ from rim_lens.measures.checkpoints.comparing import compare
 from rim_lens.measures.checkpoints.foreseeing import gradient_forecast
 from rim_lens.measures.checkpoints.freezing import Freezing, freezing
 from rim_lens.measures.checkpoints.result import Comparison
+from rim_lens.measures.circuits.asking import CircuitPlan, CircuitSearch
+from rim_lens.measures.circuits.composing import composition
+from rim_lens.measures.circuits.finding import circuit, plan_circuit
+from rim_lens.measures.circuits.instead import ablated, patched
+from rim_lens.measures.circuits.linking import compare_circuits, neurons_in_thought
+from rim_lens.measures.circuits.nodes import end_node, head_node, neuron_nodes, span_node
+from rim_lens.measures.circuits.paths import path_effects
+from rim_lens.measures.circuits.result import Circuit
+from rim_lens.measures.circuits.table import EdgeRule
 from rim_lens.measures.conditions import compare_conditions
 from rim_lens.measures.controls import (
     control_p,
@@ -81,9 +90,13 @@ from rim_lens.measures.stats import (
 __all__ = [
     "Accuracy",
     "Agreement",
+    "Circuit",
+    "CircuitPlan",
+    "CircuitSearch",
     "Cliff",
     "Comparison",
     "Contrast",
+    "EdgeRule",
     "EndpointJudge",
     "Freezing",
     "HeadComparison",
@@ -106,6 +119,7 @@ __all__ = [
     "RemovalEffects",
     "Reply",
     "SplitHalf",
+    "ablated",
     "accuracy_reading",
     "agreement",
     "answer_row",
@@ -113,15 +127,19 @@ __all__ = [
     "argmax_shift",
     "benjamini_hochberg",
     "bootstrap_interval",
+    "circuit",
     "compare",
+    "compare_circuits",
     "compare_conditions",
     "compare_heads",
+    "composition",
     "control_p",
     "counterfactual_pairs",
     "direct_effects",
     "direct_to_logits",
     "dose_curve",
     "empty_block_span",
+    "end_node",
     "entropy_share",
     "find_heads",
     "first_tokens",
@@ -130,6 +148,7 @@ __all__ = [
     "gradient_forecast",
     "gradient_scores",
     "head_effects",
+    "head_node",
     "head_patching",
     "head_statistics",
     "head_table",
@@ -137,10 +156,15 @@ __all__ = [
     "load_restored",
     "mass_shift",
     "neuron_effects",
+    "neuron_nodes",
+    "neurons_in_thought",
     "opener_ids",
     "pair_interactions",
+    "patched",
     "patching_table",
+    "path_effects",
     "percentile_among",
+    "plan_circuit",
     "pooled_activations",
     "prefiltered",
     "prefix_reading",
@@ -172,6 +196,7 @@ __all__ = [
     "sentence_effects",
     "share_interval",
     "sign_flip_test",
+    "span_node",
     "span_patching",
     "specificity",
     "split_half",

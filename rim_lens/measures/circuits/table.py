@@ -1,0 +1,160 @@
+"""The table of edges: effects both ways, intervals, corrected p, the place among random senders, and which are the circuit's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from rim_lens.errors import StatisticsError
+from rim_lens.measures.circuits.nodes import Edge
+from rim_lens.measures.controls import percentile_among
+from rim_lens.measures.removal_table import mean_columns
+from rim_lens.measures.stats import sign_flip_test
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = (
+    *("contrast", "edge", "sender", "receiver", "input"),
+    *("effect_select", "effect", "effect_low", "effect_high", "share"),
+    *("back", "back_low", "back_high", "both", "both_low", "both_high", "p"),
+    *("percentile", "n_controls", "in_circuit"),
+)
+Effects = Float[np.ndarray, "prompt edge"]
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeRule:
+    """When an edge is the circuit's.
+
+    p ≤ alpha on evaluate requests, and an effect of the same sign on both sides, of at least `min_effect` nats and of at least
+    `min_share` of the difference between the two runs. Where the runs do not differ no share can be had, and any size of
+    `min_effect` counts.
+
+    Attributes:
+        alpha: Level of the test, over all edges of a contrast.
+        min_effect: Smallest size of an effect, nats.
+        min_share: Smallest size as a share of the mean difference between the runs. Weights with noise write a little
+            everywhere; ask for less where many edges share the work.
+    """
+
+    alpha: float = 0.05
+    min_effect: float = 0.25
+    min_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse thresholds out of range.
+
+        Raises:
+            StatisticsError: One is.
+        """
+        if not (0 < self.alpha <= 1 and self.min_effect >= 0 and 0 <= self.min_share <= 1):
+            raise StatisticsError(
+                f"{self} was asked for; alpha and min_share are shares, min_effect is at least 0."
+            )
+
+    def least(self, reach: float) -> float:
+        """Smallest size of an effect, nats, where the runs differ by `reach`.
+
+        >>> EdgeRule().least(-20.0), EdgeRule().least(0.1)
+        (2.0, 0.25)
+        """
+        return max(self.min_effect, self.min_share * abs(reach))
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Effects of the edges of one contrast.
+
+    Attributes:
+        edges: Those of the nodes in question.
+        select: [prompt, edge], the other run's words in this run, select side.
+        effect: The same on the evaluate side.
+        back: This run's words in the other run, evaluate side.
+        reach: The other run's score − this one's, [prompt], evaluate side.
+        reach_select: The same, select side.
+        random: By edge, mean effects of random senders of the sender's kind and layer on the same input, evaluate side.
+    """
+
+    edges: Sequence[Edge]
+    select: Effects
+    effect: Effects
+    back: Effects
+    reach: Float[np.ndarray, " prompt"]
+    reach_select: Float[np.ndarray, " prompt"]
+    random: Mapping[Edge, list[float]]
+
+
+def edge_table(
+    contrast: str, found: Measured, families: Sequence[str], rule: EdgeRule, seed: int = 0
+) -> pd.DataFrame:
+    """One row per edge, the largest effect first.
+
+    What is tested is *both* = (effect − back) / 2: by how much the words of either run, heard in the other, pull towards it.
+    Exchanging the two runs of a pair turns its sign and leaves its size, so that under "which of the two is which does not
+    matter" the test by sign flips is exact. p is corrected by the max statistic over the edges that could matter, those whose root
+    mean square comes to the rule's least size; an edge below is corrected over all.
+
+    Args:
+        contrast: Its name.
+        found: Effects.
+        families: Of the evaluate prompts; their signs are flipped together.
+        rule: Which edges are the circuit's.
+        seed: Of permutations and intervals.
+    """
+    import pandas as pd
+
+    both = (found.effect - found.back) / 2
+    reach = float(found.reach.mean())
+    least, least_select = rule.least(reach), rule.least(float(found.reach_select.mean()))
+    p = _corrected(both, families, least, seed)
+    rows: list[dict[str, Any]] = []
+    for place, edge in enumerate(found.edges):
+        effect, chosen = found.effect[:, place], float(found.select[:, place].mean())
+        mean, pull = float(effect.mean()), float(both[:, place].mean())
+        controls = found.random.get(edge, [])
+        among = percentile_among(mean, controls) if controls else None
+        agrees = mean * chosen > 0 and mean * pull > 0
+        rows.append(
+            {
+                "contrast": contrast,
+                "edge": str(edge),
+                "sender": edge.sender.name,
+                "receiver": edge.receiver.name,
+                "input": edge.input,
+                "effect_select": chosen,
+                **mean_columns("effect", effect, families, seed),
+                "share": mean / reach if reach else float("nan"),
+                **mean_columns("back", found.back[:, place], families, seed),
+                **mean_columns("both", both[:, place], families, seed),
+                "p": p[place],
+                "percentile": among.percentile if among else float("nan"),
+                "n_controls": among.n_controls if among else 0,
+                "in_circuit": bool(
+                    agrees
+                    and p[place] <= rule.alpha
+                    and min(abs(mean), abs(pull)) >= least
+                    and abs(chosen) >= least_select
+                ),
+            }
+        )
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    order = table["effect"].abs().sort_values(ascending=False, kind="stable").index
+    return table.loc[order].reset_index(drop=True)
+
+
+def _corrected(both: Effects, families: Sequence[str], least: float, seed: int) -> list[float]:
+    def test(values: Effects) -> np.ndarray:
+        found = sign_flip_test(values, families=list(families), correction="max", seed=seed)
+        return np.atleast_1d(np.asarray(found.p))
+
+    p = test(both)
+    # Sizes do not hang on signs, so that leaving out what is too small keeps the test exact (see heads.table.corrected_p).
+    large = np.sqrt(np.mean(both**2, axis=0)) >= least * (1 - 1e-9)
+    if large.any() and not large.all():
+        p[large] = test(both[:, large])
+    return [float(one) for one in p]
