@@ -141,7 +141,7 @@ class BareModel:
             pass
         finally:
             station.leave = False
-        return station.output, self._plan.z
+        return _there(station.output), _there(self._plan.z)
 
     def written(
         self, layer: int, z: Float[Tensor, "copy row head d_head"]
@@ -171,7 +171,7 @@ class BareModel:
         self,
     ) -> tuple[Float[Tensor, "copy kv row d_head"], Float[Tensor, "copy kv row d_head"]]:
         """Of the block that ran last."""
-        return self._plan.keys, self._plan.values
+        return _there(self._plan.keys), _there(self._plan.values)
 
     def logits(self, hidden: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
         """Final norm and unembedding, of rows after the last block."""
@@ -272,6 +272,12 @@ class _AttentionStation(nn.Module):
         if self.leave:
             raise _Attended
         return found
+
+
+def _there(value: Tensor | None) -> Tensor:
+    if value is None:
+        raise UnsupportedModel("a block ran without its attention.")
+    return value
 
 
 def _innermost(module: Any) -> nn.Module:

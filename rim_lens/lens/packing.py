@@ -139,7 +139,7 @@ def _mixed(parts: Sequence[tuple[str, Tensor, Tensor]], bias: Tensor, softcap: f
     scores = torch.cat([scores for _, scores, _ in parts], dim=-1) if len(parts) > 1 else parts[0][1]
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    weights = (scores + bias).softmax(dim=-1).split(sizes, dim=-1)
+    weights = torch.split((scores + bias).softmax(dim=-1), sizes, dim=-1)
     found = [
         torch.einsum(equation, weight, values)
         for weight, (equation, _, values) in zip(weights, parts, strict=True)

@@ -25,7 +25,8 @@ from rim_lens.lens.packing import Pack, Past
 
 Changes = Mapping[tuple[Site, int], Change]
 
-_LOGITS = 2**24  # so many are held at a time
+_LOGITS = 2**23  # so many are held at a time
+_ROWS = 2048  # of copies that go up together; more is no faster on a CPU, and takes memory
 _SITES: tuple[Any, ...] = ("z", "post")
 
 
@@ -181,7 +182,7 @@ def march(trunk: Trunk, edits: Sequence[Changes]) -> Iterator[tuple[int, Float[T
         edits: What each changes, by site ("z" or "post") and layer.
     """
     n_layers = trunk.bare.facts.n_layers
-    most = max(1, MAX_TOKENS // len(trunk.pack))
+    most = max(1, (_ROWS if trunk.device.type == "cpu" else MAX_TOKENS) // len(trunk.pack))
     live: _Live | None = None
     for layer in range(n_layers):
         if live is not None:
@@ -282,7 +283,7 @@ def read_logits(
 
     def unembedded() -> tuple[list[int], Tensor]:
         rows = torch.stack([hidden for _, hidden in waiting])
-        return [number for number, _ in waiting], bare.logits(rows.flatten(0, 1)).unflatten(0, rows.shape[:2])
+        return [number for number, _ in waiting], bare.logits(rows.flatten(0, 1)).view(*rows.shape[:2], -1)
 
     for number, hidden in found:
         waiting.append((number, hidden))

@@ -185,8 +185,8 @@ def test_small_passes_and_small_groups(monkeypatch: pytest.MonkeyPatch, tokens: 
     """One prompt and one edit at a time, or some; and groups of a few edits each."""
     model, batch = told("llama")
     reading = refusal_reading(model, batch)
-    for module in (marching, scanning):
-        monkeypatch.setattr(module, "MAX_TOKENS", tokens)
+    monkeypatch.setattr(scanning, "MAX_TOKENS", tokens)
+    monkeypatch.setattr(marching, "_ROWS", tokens)
     monkeypatch.setattr(marching, "_LOGITS", tokens * 10)
     assert differ(reading, editors(model, batch, "all")) < 1e-5
     assert differ(reading, editors(model, batch, "prompt_last")) < 1e-5
