@@ -9,8 +9,9 @@ of the edits, on the longest prompt and the shortest.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeGuard, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -18,12 +19,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rim_lens.batching import MAX_TOKENS, micro_batches
-from rim_lens.errors import UnsupportedModel
+from rim_lens.errors import RimLensError, UnsupportedModel
 from rim_lens.hooks.ablating import Ablation
 from rim_lens.hooks.base import Component, bound
 from rim_lens.hooks.editing import RowEditor
 from rim_lens.hooks.positions import chosen_rows, is_word
 from rim_lens.lens import tokenizer_of
+from rim_lens.lens.attaching import wiring
 from rim_lens.lens.bare import BareModel
 from rim_lens.measures.marching import Changes, Sequences, Trunk, march, read_logits
 from rim_lens.measures.readings import Reading
@@ -39,6 +41,8 @@ _TRUNKS_PER_GROUP = (
     16  # a group of edits costs about so many passes without edits, then its numbers are handed over
 )
 _TOLERANCE = 1e-4
+# Models that cannot be read so, as they were wired then, and why
+_refused: WeakKeyDictionary[Any, tuple[tuple[Any, ...], str]] = WeakKeyDictionary()
 _KEPT = 2**27  # numbers of a trunk that are held at a time
 
 
@@ -106,15 +110,26 @@ class Scan:
             for at, values in expected:
                 _require_alike(found[at][rows], values, repr(group[at - 1]) if at else "no edit")
         except UnsupportedModel as problem:
-            self._plain_because = str(problem)
-            if isinstance(problem, _Disagree):
-                warnings.warn(str(problem), RuntimeWarning, stacklevel=2)
+            self._refuse(str(problem), warn=isinstance(problem, _Disagree))
+            return
+        except RimLensError:
+            raise
+        except Exception as problem:  # whatever goes wrong within a model's own code, the plain way is there
+            told = f"this model does not run in packs ({type(problem).__name__}: {problem})"
+            self._refuse(told, warn=True)
             return
         self.used = True
         self._baseline = found[0]
         for component, values in zip(group, found[1:], strict=False):
             del self._waiting[id(component)]
             self._found[id(component)] = values
+
+    def _refuse(self, why: str, warn: bool) -> None:
+        model = self.reading.model
+        self._plain_because = why
+        _refused[model] = wiring(model), why
+        if warn:
+            warnings.warn(f"{why}; all edits are read one by one instead.", RuntimeWarning, stacklevel=2)
 
 
 class _Disagree(UnsupportedModel):
@@ -148,6 +163,9 @@ def _unserved(reading: Reading) -> str:
     parameter = next(reading.model.parameters())
     if parameter.dtype not in (torch.float32, torch.float64):
         return f"the weights are {parameter.dtype}"
+    before, why = _refused.get(reading.model, (None, ""))
+    if why and before == wiring(reading.model):
+        return why
     if any(point.fwd_hooks for point in reading.model.hook_dict.values()):
         return "there are hooks on the model"
     return ""
@@ -190,7 +208,7 @@ class _Packed:
     def readings(self, components: Sequence[RowEditor]) -> list[Float[np.ndarray, " prompt"]]:
         for component in components:
             component.check_prompts(self.batch)
-        edits: list[Changes] = [component.changes(self.model, self.bare.facts) for component in components]
+        edits: list[Changes] = []
         edited = self._edited(components[0])
         n_layers, width = self.bare.facts.n_layers, self.bare.facts.d_model
         most = min(MAX_TOKENS, max(1, _KEPT // (n_layers * width)))
@@ -199,7 +217,9 @@ class _Packed:
             for rows in micro_batches(self.batch.lengths.tolist(), max_tokens=most, max_rows=len(self.batch)):
                 trunk, written, baseline = self._trunk(rows, edited)
                 if scores is None:
-                    edits = edits[: _worth(trunk, edits)]
+                    # One by one, as a mean over data takes a pass of its own.
+                    changes = (component.changes(self.model, self.bare.facts) for component in components)
+                    edits = _worth(trunk, changes)
                     scores = np.empty((1 + len(edits), len(self.batch)))
                 scores[0, rows] = baseline
                 for numbers, logits in read_logits(self.bare, march(trunk, edits)):
@@ -283,15 +303,17 @@ def _log_odds(logits: Float[Tensor, "read d_vocab"], ids: Int[Tensor, " opener"]
     return found - logits.index_fill_(1, ids, float("-inf")).logsumexp(dim=1)
 
 
-def _worth(trunk: Trunk, edits: Sequence[Changes]) -> int:
-    """How many edits make a group: what they share is then a small part of it."""
+def _worth(trunk: Trunk, edits: Iterable[Changes]) -> list[Changes]:
+    """The first edits, as many as make a group: what they share is then a small part of it."""
     n_layers, whole = trunk.bare.facts.n_layers, sum(map(len, trunk.sequences.tokens))
+    found: list[Changes] = []
     cost = 0.0
-    for count, edit in enumerate(edits, start=1):
+    for edit in edits:
+        found.append(edit)
         cost += (n_layers - min(layer for _, layer in edit)) * len(trunk.pack) / (n_layers * whole)
-        if cost >= _TRUNKS_PER_GROUP and count >= _FEWEST:
-            return count
-    return len(edits)
+        if cost >= _TRUNKS_PER_GROUP and len(found) >= _FEWEST:
+            break
+    return found
 
 
 def plainly(reading: Reading, component: Component | None, rows: list[int]) -> Float[np.ndarray, " prompt"]:
@@ -308,5 +330,5 @@ def _require_alike(
     if not (error <= _TOLERANCE + 1e-5 * np.abs(expected)).all():
         raise _Disagree(
             f"the fast scan gives other scores than a plain forward pass on this model (off by {error.max():.2g} nats under"
-            f" {what}), so that all edits are read one by one instead."
+            f" {what})"
         )

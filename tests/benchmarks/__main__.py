@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -182,7 +183,8 @@ def main() -> None:
     figures: list[dict[str, Any]] = []
     for part in parts:
         figures.append(part())
-        print(json.dumps(figures[-1], ensure_ascii=False), flush=True)
+        sys.stdout.write(json.dumps(figures[-1], ensure_ascii=False) + "\n")
+        sys.stdout.flush()
         found = provenance("make bench", ("torch", "transformers", "transformer-lens")) | {
             "model": "SmolLM2-135M, float32",
             "threads": torch.get_num_threads(),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -261,17 +263,24 @@ def test_numbers_that_differ_are_not_given(monkeypatch: pytest.MonkeyPatch) -> N
     model, batch = told("llama")
     reading, heads = refusal_reading(model, batch), model_facts(model).heads()
     plain = head_effects(reading, heads, scan="plain")
-    attend = scanning.Trunk.__init__
+    made = scanning.Trunk.__init__
 
     def off(self: Any, *args: Any) -> None:
-        attend(self, *args)
+        made(self, *args)
         self.before[1] = self.before[1] * 1.001
 
-    monkeypatch.setattr(scanning.Trunk, "__init__", off)
-    with pytest.warns(RuntimeWarning, match="off by"):
-        found = head_effects(reading, heads)
-    np.testing.assert_array_equal(found, plain)
-    assert found.attrs["scan"].startswith("plain (the fast scan gives other scores")
+    def broken(self: Any, *args: Any) -> None:
+        raise TypeError("a part is missing")
+
+    for wrong, said in ((off, "the fast scan gives other scores"), (broken, "a part is missing")):
+        monkeypatch.setattr(scanning, "_refused", WeakKeyDictionary())
+        monkeypatch.setattr(scanning.Trunk, "__init__", wrong)
+        with pytest.warns(RuntimeWarning, match=said):
+            found = head_effects(reading, heads)
+        np.testing.assert_array_equal(found, plain)
+        assert said in found.attrs["scan"]
+        with warnings.catch_warnings(action="error"):  # it is known now, and not tried again
+            assert head_effects(reading, heads).attrs["scan"] == found.attrs["scan"]
 
 
 def test_mistakes_are_told_as_on_the_plain_way() -> None:
