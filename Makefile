@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 EXTRA := $(if $(findstring smollm2,$(MODEL)),smollm2,demo)
 PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test check contract docs evidence evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-checkpoints evidence-freezing clean
+.PHONY: demo test check contract docs bench evidence evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-checkpoints evidence-freezing clean
 
 demo: .venv/ready-$(EXTRA)
 	@# 3: the study ran and stopped at its gate, which is an answer
@@ -33,6 +33,10 @@ contract: .venv-tl2/ready-dev
 # The documentation, as docs/_build/index.html; a warning is an error.
 docs: .venv/ready-docs
 	.venv/bin/sphinx-build -W --keep-going -q docs docs/_build
+
+# Figures of speed beside their rivals, as docs/evidence/bench.json and docs/speed.md. Alone on one thread, or ratios are noise.
+bench: .venv/ready-dev
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks
 
 # What takes long. Its outputs are committed under docs/evidence, with command, versions and date.
 evidence: .venv/ready-dev evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-checkpoints evidence-freezing

@@ -111,16 +111,16 @@ def verify(model: Model, reads: Sequence[Site] = (), edits: Sequence[Site] = ())
     require_eval(model)
     if "post" in (*reads, *edits):
         facts.refuse_moe("per-neuron work")
-    wiring = _wiring(model)
-    known_wiring, proven = _proofs.get(model, (wiring, set()))
-    if known_wiring != wiring:
+    now = wiring(model)
+    known, proven = _proofs.get(model, (now, set()))
+    if known != now:
         proven = set()
     wanted: set[_Claim] = {(site, "read") for site in (*reads, *edits)} | {(site, "edit") for site in edits}
     missing = wanted - proven
     if missing:
         with _alone(model), torch.no_grad():
             _prove(model, facts, missing)
-        _proofs[model] = (wiring, proven | missing)
+        _proofs[model] = (now, proven | missing)
     return facts
 
 
@@ -140,7 +140,7 @@ def _alone(model: Model) -> Iterator[None]:
             point._forward_hooks.update(hooks)
 
 
-def _wiring(model: Model) -> tuple[Any, ...]:
+def wiring(model: Model) -> tuple[Any, ...]:
     """What the forward pass runs through, to be compared with ==; keeps nothing alive."""
     inner = getattr(model, "original_model", None)
     modules = list(model.modules())

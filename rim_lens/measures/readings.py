@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
@@ -41,6 +41,8 @@ class Reading:
         model: The model that is read.
         batch: The prompts.
         read: The function.
+        first_word: Settings of `refusal_score`, where the reading is that score and nothing else; many edits can then be read
+            at once.
 
     >>> import rim_lens as rl
     >>> model = rl.load_model("planted")
@@ -56,6 +58,7 @@ class Reading:
     model: Model
     batch: SpanBatch
     read: Read
+    first_word: Mapping[str, Any] | None = None
 
     def __call__(self, components: Sequence[Component] = ()) -> Float[np.ndarray, " prompt"]:
         """Return one number per prompt with these components active; with none, the baseline.
@@ -88,7 +91,7 @@ def refusal_reading(model: Model, batch: SpanBatch, **settings: Any) -> Reading:
     def read(components: Sequence[Component]) -> Float[np.ndarray, " prompt"]:
         return refusal_score(model, batch, *components, **settings).values
 
-    return Reading(_name("refusal_score", batch, settings), "nats", model, batch, read)
+    return Reading(_name("refusal_score", batch, settings), "nats", model, batch, read, first_word=settings)
 
 
 def prefix_reading(model: Model, batch: SpanBatch, **settings: Any) -> Reading:

@@ -14,9 +14,10 @@ from rim_lens.errors import UnknownHead
 from rim_lens.hooks import AblateHeads
 from rim_lens.hooks.positions import Positions, told
 from rim_lens.lens import Head, model_facts
-from rim_lens.measures.edits import Editor, Remember, editor_name, set_effects
+from rim_lens.measures.edits import Editor, Remember, editor_name, scan_of, set_effects
 from rim_lens.measures.readings import Reading
 from rim_lens.measures.refusal.rates import families_of
+from rim_lens.measures.scanning import ScanBy
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -47,11 +48,15 @@ def head_effects(
     remember: Remember | None = None,
     editor: Editor = AblateHeads,
     positions: Positions = "all",
+    scan: ScanBy = "auto",
     progress: bool = False,
 ) -> xr.DataArray:
     """Effect of editing heads, one set at a time: edited − baseline, prompt by prompt.
 
-    One reading for each set and one for the baseline.
+    Effects on the refusal score (`refusal_reading`) are read many sets at a time on a bridge in float32: only what a set can
+    change is computed again, see docs/speed.md. A few of the numbers are held against plain readings in every scan, and where
+    they differ by more than 1e-4 nats a warning says so and each set is read by itself. Everything else takes one reading for
+    each set and one for the baseline.
 
     Args:
         reading: What effects are read by.
@@ -63,11 +68,13 @@ def head_effects(
             ``functools.partial(AblateHeads, method="mean", reference=batch)``, the same with "resample",
             ``functools.partial(ScaleHeads, factor=0.5)``.
         positions: Rows that are edited, see `AblateHeads`. With "all" also what is written meanwhile.
+        scan: "auto", or "plain" for one reading per set whatever could be done.
         progress: Show a progress bar.
 
     Returns:
         DataArray (prompt, set): coordinate ``set`` with names such as "L1H5" or "L1H5+L2H0", and beside it ``n_heads``
-        (set), ``family`` and ``baseline`` (prompt).
+        (set), ``family`` and ``baseline`` (prompt). The attribute ``scan`` says which way numbers were measured: "packed",
+        or "plain" and why.
 
     Raises:
         UnknownHead: A set is empty, or the model lacks one of its heads.
@@ -86,7 +93,8 @@ def head_effects(
 
     named = _named(reading, sets)
     editors = {name: editor(heads, positions=positions) for name, heads in named.items()}
-    baseline, effects = set_effects(reading, editors, remember, progress, "heads")
+    how = scan_of(reading, editors, remember, scan)
+    baseline, effects = set_effects(reading, editors, remember, progress, "heads", how)
     return xr.DataArray(
         effects,
         dims=("prompt", "set"),
@@ -104,6 +112,7 @@ def head_effects(
             "reading": reading.name,
             "editor": editor_name(editor),
             "positions": told(positions),
+            "scan": how.told,
         },
     )
 

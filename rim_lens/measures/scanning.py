@@ -1,0 +1,334 @@
+"""Many edits read at once, exactly: the fast way to what one forward pass per edit gives.
+
+It serves `refusal_score` under edits of heads' outputs or of neurons (zero, a mean over data, a factor) on a
+TransformerBridge in float32 or float64. Everything else, and every model on which the two ways disagree, is read the plain
+way: one reading per edit. They are held against each other in each scan, on its own prompts: without an edit and under three
+of the edits, on the longest prompt and the shortest.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeGuard, get_args
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rim_lens.batching import MAX_TOKENS, micro_batches
+from rim_lens.errors import RimLensError, UnsupportedModel
+from rim_lens.hooks.ablating import Ablation
+from rim_lens.hooks.base import Component, bound
+from rim_lens.hooks.editing import RowEditor
+from rim_lens.hooks.positions import chosen_rows, is_word
+from rim_lens.lens import tokenizer_of
+from rim_lens.lens.attaching import wiring
+from rim_lens.lens.bare import BareModel
+from rim_lens.measures.marching import Changes, Sequences, Trunk, march, read_logits
+from rim_lens.measures.readings import Reading
+from rim_lens.measures.refusal.first_word import MAX_SKIP, forced_tokens
+from rim_lens.measures.refusal.openers import opener_ids, whitespace_ids
+from rim_lens.measures.refusal.score import refusal_score
+
+ScanBy = Literal["auto", "plain"]
+
+_FEWEST = 4  # edits that are worth a trunk and a check
+_FEWEST_READS = 32  # edits × prompts
+_TRUNKS_PER_GROUP = (
+    16  # a group of edits costs about so many passes without edits, then its numbers are handed over
+)
+_TOLERANCE = 1e-4
+# Models that cannot be read so, as they were wired then, and why
+_refused: WeakKeyDictionary[Any, tuple[tuple[Any, ...], str]] = WeakKeyDictionary()
+_KEPT = 2**27  # numbers of a trunk that are held at a time
+
+
+class Scan:
+    """Readings under edits, in groups where that is faster, one by one where it is not possible.
+
+    Args:
+        reading: The measure.
+        components: Editors that will be asked for, in this order or less.
+        by: "auto", or "plain": one reading per edit, always.
+
+    Raises:
+        ValueError: `by` is neither.
+    """
+
+    def __init__(self, reading: Reading, components: Sequence[Component], by: ScanBy = "auto") -> None:
+        if by not in get_args(ScanBy):
+            raise ValueError(f"scan={by!r} was asked for; there are 'auto' and 'plain'.")
+        self.reading = reading
+        self._waiting = {id(component): component for component in components}
+        self._found: dict[int, Float[np.ndarray, " prompt"]] = {}
+        self._baseline: Float[np.ndarray, " prompt"] | None = None
+        self._plain_because = "it was asked for" if by == "plain" else _unserved(reading)
+        self.used = False
+
+    @property
+    def told(self) -> str:
+        """How the numbers came about, in words."""
+        return "packed" if self.used else f"plain ({self._plain_because or 'too few edits'})"
+
+    def __call__(self, components: Sequence[Component]) -> Float[np.ndarray, " prompt"]:
+        """Read with these components active; with none, the baseline."""
+        asked = components[0] if len(components) == 1 else None
+        if not self._plain_because and len(components) <= 1:
+            if (asked is None and self._baseline is None) or (
+                asked is not None and id(asked) in self._waiting and id(asked) not in self._found
+            ):
+                self._group(asked)
+            if asked is None and self._baseline is not None:
+                return self._baseline
+            if asked is not None and id(asked) in self._found:
+                return self._found.pop(id(asked))
+        return self.reading(components)
+
+    def _group(self, first: Component | None) -> None:
+        """Measure the next edits together, from the one that is asked for."""
+        waiting = list(self._waiting.values())
+        begin = 0 if first is None else waiting.index(first)
+        group = [component for component in waiting[begin:] if served(component)]
+        group = [component for component in group if _like(component, group[0])]
+        if len(group) < _FEWEST or len(group) * len(self.reading.batch) < _FEWEST_READS:
+            return
+        if first is not None and group[0] is not first:
+            return
+        lengths = self.reading.batch.lengths.tolist()
+        rows = sorted({lengths.index(max(lengths)), lengths.index(min(lengths))})
+        # The plain way first: what does not fit is refused before the long scan, and in the same words.
+        expected = [
+            (at, plainly(self.reading, component, rows)) for at, component in ((0, None), (1, group[0]))
+        ]
+        try:
+            found = packed_readings(self.reading, group)
+            for at in sorted({1 + len(found) // 2, len(found) - 1}):
+                expected.append((at, plainly(self.reading, group[at - 1], rows)))
+            for at, values in expected:
+                _require_alike(found[at][rows], values, repr(group[at - 1]) if at else "no edit")
+        except UnsupportedModel as problem:
+            self._refuse(str(problem), warn=isinstance(problem, _Disagree))
+            return
+        except RimLensError:
+            raise
+        except Exception as problem:  # whatever goes wrong within a model's own code, the plain way is there
+            told = f"this model does not run in packs ({type(problem).__name__}: {problem})"
+            self._refuse(told, warn=True)
+            return
+        self.used = True
+        self._baseline = found[0]
+        for component, values in zip(group, found[1:], strict=False):
+            del self._waiting[id(component)]
+            self._found[id(component)] = values
+
+    def _refuse(self, why: str, warn: bool) -> None:
+        model = self.reading.model
+        self._plain_because = why
+        _refused[model] = wiring(model), why
+        if warn:
+            warnings.warn(f"{why}; all edits are read one by one instead.", RuntimeWarning, stacklevel=2)
+
+
+class _Disagree(UnsupportedModel):
+    """The two ways gave different numbers."""
+
+
+def served(component: Component) -> TypeGuard[RowEditor]:
+    """Whether an editor changes rows of heads' outputs or neurons and does nothing else."""
+    return (
+        isinstance(component, RowEditor)
+        and set(component.edited_sites()) <= {"z", "post"}
+        and (
+            not component._by_row()
+            if isinstance(component, Ablation)
+            else type(component).hooks is RowEditor.hooks and type(component).fwd_hooks is Component.fwd_hooks
+        )
+    )
+
+
+def _like(component: Any, other: Any) -> bool:
+    """Whether two editors change the same rows."""
+    one, two = component.positions, other.positions
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return one is two or (one.shape == two.shape and bool((one == two).all()))
+    return isinstance(one, str) and isinstance(two, str) and one == two
+
+
+def _unserved(reading: Reading) -> str:
+    if reading.first_word is None:
+        return "the reading is not refusal_score alone"
+    parameter = next(reading.model.parameters())
+    if parameter.dtype not in (torch.float32, torch.float64):
+        return f"the weights are {parameter.dtype}"
+    before, why = _refused.get(reading.model, (None, ""))
+    if why and before == wiring(reading.model):
+        return why
+    if any(point.fwd_hooks for point in reading.model.hook_dict.values()):
+        return "there are hooks on the model"
+    return ""
+
+
+def packed_readings(reading: Reading, components: Sequence[RowEditor]) -> list[Float[np.ndarray, " prompt"]]:
+    """Refusal scores without an edit and under each of the first edits, as many as are worth one group.
+
+    Args:
+        reading: By `refusal_score`.
+        components: That change the same rows.
+
+    Raises:
+        UnsupportedModel: The model cannot be run so.
+        RimLensError: As the editors do where they do not fit model or prompts.
+    """
+    return _Packed(reading).readings(components)
+
+
+class _Packed:
+    def __init__(self, reading: Reading) -> None:
+        assert reading.first_word is not None  # noqa: S101 - told to the type checker: the caller saw to it
+        self.reading, self.batch, self.model = reading, reading.batch, reading.model
+        self.settings: Mapping[str, Any] = reading.first_word
+        tokenizer = tokenizer_of(self.model)
+        self.bare = BareModel(self.model)
+        device = self.bare.facts.device
+        self.openers = torch.tensor(opener_ids(tokenizer, self.settings.get("openers")), device=device)
+        skip = self.settings.get("skip", "greedy")
+        self.blank = torch.tensor([], dtype=torch.long, device=device)
+        if skip == "greedy":
+            self.blank = whitespace_ids(tokenizer, self.bare.facts.d_vocab).to(device)
+        self.forced = (
+            forced_tokens(self.model, self.batch, self.settings.get("whitespace")) if skip == "forced" else []
+        )
+        width = self.batch.tokens.shape[1]
+        self.start = [width - length for length in self.batch.lengths.tolist()]
+        self.ids = [row[start:] for row, start in zip(self.batch.tokens.tolist(), self.start, strict=True)]
+
+    def readings(self, components: Sequence[RowEditor]) -> list[Float[np.ndarray, " prompt"]]:
+        for component in components:
+            component.check_prompts(self.batch)
+        edits: list[Changes] = []
+        edited = self._edited(components[0])
+        n_layers, width = self.bare.facts.n_layers, self.bare.facts.d_model
+        most = min(MAX_TOKENS, max(1, _KEPT // (n_layers * width)))
+        scores: Float[np.ndarray, "edit prompt"] | None = None
+        with torch.no_grad():
+            for rows in micro_batches(self.batch.lengths.tolist(), max_tokens=most, max_rows=len(self.batch)):
+                trunk, written, baseline = self._trunk(rows, edited)
+                if scores is None:
+                    # One by one, as a mean over data takes a pass of its own.
+                    changes = (component.changes(self.model, self.bare.facts) for component in components)
+                    edits = _worth(trunk, changes)
+                    scores = np.empty((1 + len(edits), len(self.batch)))
+                scores[0, rows] = baseline
+                for numbers, logits in read_logits(self.bare, march(trunk, edits)):
+                    for number, values in zip(numbers, logits, strict=True):
+                        scores[1 + number, rows] = self._scores(values, written)
+        assert scores is not None  # noqa: S101 - a batch has a prompt
+        for number in range(len(edits)):
+            missing = np.isnan(scores[1 + number]).nonzero()[0].tolist()
+            if missing:
+                scores[1 + number, missing] = plainly(self.reading, components[number], missing)
+        return list(scores)
+
+    def _edited(self, component: RowEditor) -> list[list[bool]]:
+        chosen = chosen_rows(component.positions, self.batch, 0, *self.batch.tokens.shape)
+        after = is_word(component.positions, "all") or is_word(component.positions, "generated")
+        more = [after] * (MAX_SKIP + len(self.forced))
+        return [row[start:] + more for row, start in zip(chosen.tolist(), self.start, strict=True)]
+
+    def _trunk(
+        self, rows: list[int], edited: list[list[bool]]
+    ) -> tuple[Trunk, list[list[int]], Float[np.ndarray, " prompt"]]:
+        """The pass without edits, once each prompt has come to its first word."""
+        written: list[list[int]] = [list(self.forced) for _ in rows]
+        while True:
+            tokens = [self.ids[row] + more for row, more in zip(rows, written, strict=True)]
+            skipped = [0 if self.forced else len(more) for more in written]
+            trunk = Trunk(
+                self.bare,
+                Sequences(
+                    tokens,
+                    [edited[row][: len(ids)] for row, ids in zip(rows, tokens, strict=True)],
+                    [len(ids) - 1 - more for ids, more in zip(tokens, skipped, strict=True)],
+                    [self.start[row] for row in rows],
+                ),
+            )
+            logits = self.bare.logits(trunk.hidden[0])
+            next_tokens = logits.argmax(dim=-1).tolist()
+            scores = self._scores(logits, written)
+            waits = np.isnan(scores).nonzero()[0].tolist()
+            if not waits:
+                return trunk, written, scores
+            lasts = np.cumsum([1 + more for more in skipped]) - 1
+            for place in waits:
+                written[place] = [*written[place], next_tokens[lasts[place]]]
+
+    def _scores(
+        self, logits: Float[Tensor, "read d_vocab"], written: list[list[int]]
+    ) -> Float[np.ndarray, " prompt"]:
+        """Score of each prompt's first word; NaN where it would write other whitespace before it than is read here."""
+        blank, likeliest = self._likeliest_blank(logits)
+        odds = _log_odds(logits, self.openers).cpu().numpy()
+        if not np.isfinite(odds).all():
+            raise UnsupportedModel("NaN or infinity in the logits.")
+        scores = np.full(len(written), np.nan)
+        row = 0
+        for prompt, tokens in enumerate(written):
+            reads = [] if self.forced else tokens
+            for skipped in range(len(reads) + 1):
+                at = row + skipped
+                if not blank[at] or skipped == MAX_SKIP:
+                    scores[prompt] = odds[at]
+                    break
+                if skipped == len(reads) or likeliest[at] != reads[skipped]:
+                    break
+            row += len(reads) + 1
+        return scores
+
+    def _likeliest_blank(self, logits: Float[Tensor, "read d_vocab"]) -> tuple[list[bool], list[int]]:
+        """Of each row, whether its likeliest token is whitespace, and its likeliest whitespace."""
+        if not len(self.blank):
+            return [False] * len(logits), [-1] * len(logits)
+        found = logits[:, self.blank].max(dim=-1)
+        # Cheaper than the place of the largest of all. Of two tokens exactly alike, argmax takes the first.
+        blank = found.values == logits.amax(dim=-1)
+        return blank.tolist(), self.blank[found.indices].tolist()
+
+
+def _log_odds(logits: Float[Tensor, "read d_vocab"], ids: Int[Tensor, " opener"]) -> Float[Tensor, " read"]:
+    """As `log_odds`, without a copy of every logit in float64; the openers' logits are lost."""
+    found = logits[:, ids].double().logsumexp(dim=1)
+    return found - logits.index_fill_(1, ids, float("-inf")).logsumexp(dim=1)
+
+
+def _worth(trunk: Trunk, edits: Iterable[Changes]) -> list[Changes]:
+    """The first edits, as many as make a group: what they share is then a small part of it."""
+    n_layers, whole = trunk.bare.facts.n_layers, sum(map(len, trunk.sequences.tokens))
+    found: list[Changes] = []
+    cost = 0.0
+    for edit in edits:
+        found.append(edit)
+        cost += (n_layers - min(layer for _, layer in edit)) * len(trunk.pack) / (n_layers * whole)
+        if cost >= _TRUNKS_PER_GROUP and len(found) >= _FEWEST:
+            break
+    return found
+
+
+def plainly(reading: Reading, component: Component | None, rows: list[int]) -> Float[np.ndarray, " prompt"]:
+    """Read some prompts the plain way."""
+    components = [] if component is None else [component]
+    with bound(components, reading.batch, rows) as part:
+        return refusal_score(reading.model, part, *components, **(reading.first_word or {})).values
+
+
+def _require_alike(
+    found: Float[np.ndarray, " prompt"], expected: Float[np.ndarray, " prompt"], what: str
+) -> None:
+    error = np.abs(found - expected)
+    if not (error <= _TOLERANCE + 1e-5 * np.abs(expected)).all():
+        raise _Disagree(
+            f"the fast scan gives other scores than a plain forward pass on this model (off by {error.max():.2g} nats under"
+            f" {what})"
+        )

@@ -1,0 +1,62 @@
+"""The table of `make bench` as docs/speed.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+EVIDENCE = ROOT / "docs" / "evidence" / "bench.json"
+PAGE = ROOT / "docs" / "speed.md"
+
+_BEFORE = """# Speed: what is computed once, and by how much that helps
+
+Effects of many edits on the refusal score (`rl.head_effects`, and through it `rl.refusal_heads`, random sets of heads and of
+neurons) are read many at a time where that can be done exactly. Nothing is estimated; what an edit cannot change is not
+computed again:
+
+- **layers below the edit** are those of the pass without edits;
+- **rows before the first edited one** give the same keys and values in every copy. Where the last row of the prompt alone is
+  edited (`positions="prompt_last"`), one row per prompt and head goes up the layers;
+- **what all prompts begin with** (the template) stands once in each copy, and prompts lie in one sequence without padding, kept
+  apart by a mask;
+- **rows that nobody reads** do not go through the last layer's MLP, nor through the unembedding.
+
+Ablation at the last row and at all rows are different quantities, and rank heads differently.
+
+**When.** A `TransformerBridge` in float32 or float64 on one device, `refusal_score` with any rule for whitespace, and edits of heads'
+outputs or neurons to zero, to a mean over data, or by a factor. The model's own code runs: its norms, MLPs, positions, softcaps and
+sliding windows, without the bridge's hooks; attention alone is done here. In every scan the baseline and three edits are read the
+plain way as well, on the longest prompt and the shortest. Where a number differs by more than 1e-4 nats a warning says so and all
+edits are read one by one, as they are on a `HookedTransformer`, in half precision (whose error is larger than most effects), with
+hooks of your own on the model, and by any other reading. `scan="plain"` does so always, and `effects.attrs["scan"]` says which way it
+was. Held against the plain way to 1e-5 on eleven architectures: tests/measures/test_scanning.py.
+"""
+
+_AFTER = """
+A ratio is CPU-seconds of the rival over those of the figure; the rival is timed before and after it, so that both see the same
+machine. Where not all heads were run, both sides are scaled to all. The loop computes every row's logits, on padded prompts, as
+code written by hand does. The largest difference is that of edited scores between the two sides, over the heads that both ran.
+"""
+
+
+def page(found: dict[str, Any]) -> str:
+    """The page, from the file's content."""
+    versions = found["versions"]
+    lines = [
+        _BEFORE,
+        f"`{found['command']}`, {found['date']}: {found['model']}, {found['threads']} thread, torch {versions['torch']},"
+        f" TransformerLens {versions['transformer-lens']}; {found['load']:.0f} other processes waited for the processor.",
+        "",
+        "| What | Goal | Ratio | CPU-seconds | Rival | Prompts | Run | Largest difference, nats |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for figure in found["figures"]:
+        largest = figure["largest_difference_nats"]
+        ratio = f"{figure['ratio']:.1f} ×" + ("" if figure["met"] else " (missed)")
+        lines.append(
+            f"| {figure['name']} | {figure['goal']} | {ratio} | {figure['cpu_seconds']:.0f} against"
+            f" {figure['rival_cpu_seconds']:.0f} | {figure['against']} | {figure['prompts']} | {figure['measured']} |"
+            f" {'–' if largest is None else f'{largest:.0e}'} |"
+        )
+    return "\n".join(lines) + "\n" + _AFTER

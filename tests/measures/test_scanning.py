@@ -1,0 +1,325 @@
+"""Many edits at once against one forward pass per edit, in every architecture and with every rule for whitespace."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import pytest
+import torch
+
+import rim_lens as rl
+from rim_lens.chat import ChatFormat, SpanBatch
+from rim_lens.errors import ConditionError, UnknownHead
+from rim_lens.hooks import AblateHeads, AblateNeurons, ScaleHeads, ScaleNeurons
+from rim_lens.lens import hooked, model_facts, wrap_hf
+from rim_lens.lens.bare import BareModel
+from rim_lens.lens.loading import bridge_class
+from rim_lens.measures import marching, scanning
+from rim_lens.measures.edits import set_effects
+from rim_lens.measures.heads.effects import head_effects
+from rim_lens.measures.readings import Reading, refusal_reading
+from rim_lens.measures.refusal import first_word
+from rim_lens.measures.scanning import Scan, packed_readings
+from rim_lens.organisms.toy.host import toy_tokenizer
+from tests.families import fill, hf_model
+from tests.speaking import REQUESTS, speaker
+
+pytestmark = pytest.mark.skipif(bridge_class() is None, reason="scans need a TransformerBridge")
+
+VOCABULARY = 71
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "attn_implementation": "eager",
+}
+GROUPED: dict[str, Any] = {**COMMON, "num_key_value_heads": 2, "head_dim": 12}
+
+
+def hf_of(architecture: str) -> Any:
+    import transformers as t
+
+    made: dict[str, Any] = {
+        # windows shorter than the prompts, caps that bite
+        "gemma2": lambda: t.Gemma2ForCausalLM(
+            t.Gemma2Config(
+                **GROUPED,
+                sliding_window=5,
+                attn_logit_softcapping=2.0,
+                final_logit_softcapping=3.0,
+                query_pre_attn_scalar=7,
+            )
+        ),
+        "gemma3": lambda: t.Gemma3ForCausalLM(
+            t.Gemma3TextConfig(
+                **GROUPED,
+                sliding_window=5,
+                query_pre_attn_scalar=7,
+                layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            )
+        ),
+        "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**GROUPED, sliding_window=6)),
+        "qwen2": lambda: t.Qwen2ForCausalLM(
+            t.Qwen2Config(**{name: value for name, value in GROUPED.items() if name != "head_dim"})
+        ),
+        "phi3": lambda: t.Phi3ForCausalLM(
+            t.Phi3Config(**{name: value for name, value in GROUPED.items() if name != "head_dim"})
+        ),
+        "neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**COMMON)),
+        "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**GROUPED, num_local_experts=4)),
+    }
+    if architecture not in made:
+        return hf_model(architecture)
+    model = made[architecture]()
+    fill(model)
+    return model.eval()
+
+
+ARCHITECTURES = (
+    *("gpt2_relu", "gpt2_gelu", "llama", "qwen3"),
+    *("gemma2", "gemma3", "mistral", "qwen2", "phi3", "neox", "mixtral"),
+)
+
+
+@functools.cache
+def told(architecture: str) -> tuple[Any, SpanBatch]:
+    hf = hf_of(architecture)
+    if not architecture.startswith("gpt2"):
+        hf.config.max_position_embeddings = 128
+    model = wrap_hf(hf, toy_tokenizer(), family="bridge")
+    return model, ChatFormat.from_model(model).render(REQUESTS, think="off")
+
+
+def editors(model: Any, batch: SpanBatch, positions: Any) -> list[Any]:
+    """Every head by itself, sets over layers, factors, means, neurons."""
+    facts = model_facts(model)
+    last = facts.n_layers - 1
+    found: list[Any] = [AblateHeads([head], positions=positions) for head in facts.heads()]
+    found += [
+        AblateHeads([(0, 1), (last, 0), (last, 3)], positions=positions),
+        ScaleHeads([(1, 2), (0, 0)], 1.7, positions=positions),
+        AblateHeads([(1, 1), (last, 2)], method="mean", reference=batch, positions=positions),
+    ]
+    if not facts.moe:
+        found += [
+            AblateNeurons([(0, 3), (last, 5)], positions=positions),
+            AblateNeurons([(last, neuron) for neuron in range(30)], positions=positions),
+            ScaleNeurons([(1, neuron) for neuron in range(20)], -1.0, positions=positions),
+        ]
+    return found
+
+
+def differ(reading: Reading, components: Sequence[Any]) -> float:
+    """Largest difference of the fast way from the plain one; that edits do something is asserted."""
+    fast = np.array(packed_readings(reading, components))
+    plain = np.array([reading([]), *(reading([component]) for component in components)])
+    assert fast.shape == plain.shape
+    # In the last layer, edits of rows that are not read do nothing.
+    assert np.median(np.abs(plain[1:] - plain[0]).max(axis=1)) > 1e-3
+    return float(np.abs(fast - plain).max())
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt_last", "request", "mask"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fast_is_slow(architecture: str, positions: str) -> None:
+    model, batch = told(architecture)
+    assert len(set(batch.lengths.tolist())) > 2
+    asked: Any = positions
+    if positions == "mask":
+        asked = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(4)) < 0.4
+        asked[:, -2] = True
+    reading = refusal_reading(model, batch)
+    assert differ(reading, editors(model, batch, asked)) < 1e-5
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt_last", "generated"])
+@pytest.mark.parametrize("skip", ["none", "forced"])
+def test_rules_for_whitespace(monkeypatch: pytest.MonkeyPatch, skip: str, positions: str) -> None:
+    model, batch = told("llama")
+    monkeypatch.setattr(first_word, "forced_tokens", lambda *_: [5, 9])
+    monkeypatch.setattr(scanning, "forced_tokens", lambda *_: [5, 9])
+    reading = refusal_reading(model, batch, skip=skip)
+    components = editors(model, batch, positions)
+    if positions == "generated":
+        if skip == "none":
+            with pytest.raises(ConditionError, match="acts on nothing"):
+                head_effects(reading, model_facts(model).heads(), positions=positions)
+            return
+        components = [editor for editor in components if getattr(editor, "method", "") != "mean"]
+    assert differ(reading, components) < 1e-5
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt_last"])
+@pytest.mark.parametrize("seed", range(3))
+def test_whitespace_that_is_written_by_some_and_not_by_others(
+    monkeypatch: pytest.MonkeyPatch, seed: int, positions: str
+) -> None:
+    """A random part of the vocabulary counts as whitespace, so that prompts skip between none and four tokens, and edits
+    change how many and which."""
+    model, batch = told("qwen3")
+    blank = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(seed))[:40]
+    for module in (first_word, scanning):
+        monkeypatch.setattr(module, "whitespace_ids", lambda *_: blank)
+    reading = refusal_reading(model, batch)
+    skipped = rl.refusal_score(model, batch)["skipped"].values
+    assert len(set(skipped.tolist())) > 1
+    components = editors(model, batch, positions)
+    other = [rl.refusal_score(model, batch, component)["skipped"].values for component in components]
+    assert any((found != skipped).any() for found in other)
+    assert differ(reading, components) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 100])
+def test_small_passes_and_small_groups(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """One prompt and one edit at a time, or some; and groups of a few edits each."""
+    model, batch = told("llama")
+    reading = refusal_reading(model, batch)
+    monkeypatch.setattr(scanning, "MAX_TOKENS", tokens)
+    monkeypatch.setattr(marching, "_ROWS", tokens)
+    monkeypatch.setattr(marching, "_LOGITS", tokens * 10)
+    assert differ(reading, editors(model, batch, "all")) < 1e-5
+    assert differ(reading, editors(model, batch, "prompt_last")) < 1e-5
+    monkeypatch.setattr(scanning, "_TRUNKS_PER_GROUP", 1)
+    heads = model_facts(model).heads()
+    components = [AblateHeads([head]) for head in heads]
+    assert 4 <= len(packed_readings(reading, components)) - 1 < len(heads)
+    fast, plain = (head_effects(reading, heads, scan=by) for by in ("auto", "plain"))
+    assert (fast.attrs["scan"], plain.attrs["scan"]) == ("packed", "plain (it was asked for)")
+    np.testing.assert_allclose(fast, plain, atol=1e-5)
+
+
+def test_what_prompts_share_is_run_once() -> None:
+    """The packs: a stem of the template, no padding; of the last row alone, one row per prompt."""
+    model, batch = told("llama")
+    lengths = batch.lengths.tolist()
+    packed = scanning._Packed(refusal_reading(model, batch))
+    rows = list(range(len(batch)))
+    with torch.no_grad():
+        whole = packed._trunk(rows, packed._edited(AblateHeads([(0, 0)])))[0]
+        last = packed._trunk(rows, packed._edited(AblateHeads([(0, 0)], positions="prompt_last")))[0]
+    n_shared = 0
+    while len({tuple(ids[: n_shared + 1]) for ids in packed.ids}) == 1:
+        n_shared += 1
+    assert whole.pack.n_stem == n_shared > 1
+    assert len(whole.pack) == sum(lengths) - n_shared * (len(lengths) - 1)
+    assert len(last.pack) == len(batch)
+    assert last.pack.past_real.sum(dim=1).tolist() == [length - 1 for length in lengths]
+
+
+def test_it_is_used_where_it_can_be_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = told("llama")
+    reading, heads = refusal_reading(model, batch), model_facts(model).heads()
+    runs: list[str] = []
+
+    def read(components: Any) -> np.ndarray:
+        runs.append(repr(list(components)))
+        return reading.read(components)
+
+    counted = Reading(reading.name, "nats", model, batch, read, first_word=reading.first_word)
+    store: dict[str, Any] = {}
+    first = head_effects(counted, heads, remember=store)
+    assert not runs
+    assert len(store) == len(heads) + 1
+    again = head_effects(counted, heads, remember=store)
+    assert not runs
+    assert float(abs(again - first).max()) == 0
+    assert head_effects(counted, heads[:2]).attrs["scan"] == "plain (too few edits)"
+    assert len(runs) == 3
+    own = Reading("mine", "nats", model, batch, read)
+    assert head_effects(own, heads).attrs["scan"] == "plain (the reading is not refusal_score alone)"
+    assert len(runs) == 3 + 1 + len(heads)
+    runs.clear()
+    # Among editors that are served, some that are not: each its own way, in one call.
+    mixed: dict[str, Any] = {str(head): AblateHeads([head]) for head in heads}
+    mixed["resampled"] = AblateHeads([(0, 1)], method="resample", reference=batch)
+    mixed["last"] = AblateHeads([(1, 1)], positions="prompt_last")
+    baseline, effects = set_effects(counted, mixed)
+    assert len(runs) == 2
+    for place, component in enumerate(mixed.values()):
+        np.testing.assert_allclose(baseline + effects[:, place], reading([component]), atol=1e-5)
+    # A user's own hook counts in both ways.
+    hook = [("blocks.1.hook_mlp_out", lambda value, hook: value * 1.5)]
+    with hooked(model, hook):
+        found = head_effects(reading, heads)
+        assert found.attrs["scan"] == "plain (there are hooks on the model)"
+    assert float(abs(found - first).max()) > 1e-3
+
+
+def test_numbers_that_differ_are_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model on which the two ways disagree is read the plain way, with a warning."""
+    model, batch = told("llama")
+    reading, heads = refusal_reading(model, batch), model_facts(model).heads()
+    plain = head_effects(reading, heads, scan="plain")
+    made = scanning.Trunk.__init__
+
+    def off(self: Any, *args: Any) -> None:
+        made(self, *args)
+        self.before[1] = self.before[1] * 1.001
+
+    def broken(self: Any, *args: Any) -> None:
+        raise TypeError("a part is missing")
+
+    for wrong, said in ((off, "the fast scan gives other scores"), (broken, "a part is missing")):
+        monkeypatch.setattr(scanning, "_refused", WeakKeyDictionary())
+        monkeypatch.setattr(scanning.Trunk, "__init__", wrong)
+        with pytest.warns(RuntimeWarning, match=said):
+            found = head_effects(reading, heads)
+        np.testing.assert_array_equal(found, plain)
+        assert said in found.attrs["scan"]
+        with warnings.catch_warnings(action="error"):  # it is known now, and not tried again
+            assert head_effects(reading, heads).attrs["scan"] == found.attrs["scan"]
+
+
+def test_mistakes_are_told_as_on_the_plain_way() -> None:
+    model, batch = told("llama")
+    with pytest.raises(UnknownHead):
+        Scan(refusal_reading(model, batch), [AblateHeads([(layer, 0)]) for layer in range(8)])([])
+    opened = ChatFormat.from_model(model).render(REQUESTS, think="open")
+    with pytest.raises(ConditionError, match="open think block"):
+        head_effects(refusal_reading(model, opened), model_facts(model).heads())
+    with pytest.raises(ValueError, match="'auto' and 'plain'"):
+        head_effects(refusal_reading(model, batch), [(0, 0)], scan="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["bridge", "hooked"])
+def test_every_family_gives_effects(family: str) -> None:
+    try:
+        spoken = speaker("qwen3", family)
+    except rl.errors.UnsupportedModel:
+        pytest.skip("not in this TransformerLens")
+    batch = spoken.chat.render(REQUESTS, think="off")
+    reading = refusal_reading(spoken.model, batch)
+    heads = model_facts(spoken.model).heads()
+    fast, plain = (head_effects(reading, heads, scan=by) for by in ("auto", "plain"))
+    np.testing.assert_allclose(fast, plain, atol=1e-5)
+    assert fast.attrs["scan"].startswith("packed" if family == "bridge" else "plain (a HookedTransformer")
+
+
+def test_nothing_is_copied_and_nothing_stays() -> None:
+    model, batch = told("gemma2")
+    before = [(name, id(parameter)) for name, parameter in model.named_parameters()]
+    bare = BareModel(model)
+    shared = {parameter.data_ptr() for parameter in model.parameters()}
+    assert {parameter.data_ptr() for parameter in bare.hf.parameters()} <= shared
+    packed_readings(refusal_reading(model, batch), [AblateHeads([(0, 0)])])
+    assert model.original_model.config._attn_implementation == "eager"
+    assert [(name, id(parameter)) for name, parameter in model.named_parameters()] == before
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+    assert not any(
+        module._forward_pre_hooks or module._forward_hooks for module in model.original_model.modules()
+    )
+    reading = partial(rl.refusal_score, model, batch)
+    np.testing.assert_array_equal(reading(), reading())
