@@ -58,13 +58,16 @@ share[share["harmful"] > 0].round(2)
 
 # %% [markdown]
 # The head explorer: every head's mass on a span as a map; click a head (or move with the arrow keys) to see both of its patterns with
-# the spans marked. In Jupyter `rl.views.HeadExplorer(view)` is the same as a widget; the page works offline.
+# the spans marked. **Look for** L0H5, which leaves the request for the chain of thought. With a live kernel
+# `rl.views.HeadExplorer` does the same and edits heads as well; `rl.views.write_explorer(view, "heads.html")` makes a page that works
+# offline.
 
 # %%
 view = rl.views.head_view(model, chat, harmful[:3], ["off", "careful"])
 page = rl.views.explorer_html(view)
-f"{len(page) / 1e3:.0f} kB, {len(view.data['conditions'])} conditions"
+print(f"{view}: a page of {len(page) / 1e3:.0f} kB")
+view
 
 # %% [markdown]
 # Where a head looks is a hint and no more: `decoy` heads of the planted organism look just like its reader and move nothing. The next
-# notebook, [head_ablation.py](head_ablation.py), removes heads.
+# notebook, [head ablation](head_ablation.py), removes heads.

@@ -30,6 +30,11 @@ found.table[found.table["tested"]][
 # at: *positional* or *sink*, or *none*.
 
 # %%
+from rim_lens.views import plots
+
+plots.head_bubbles(found)
+
+# %%
 print(found.gate)
 print("the set chosen on the select side:", found.found)
 
@@ -56,16 +61,22 @@ shown = removal.table[removal.table["measure"].isin(["refuse", "score", "specifi
 shown[["measure", "kind", "condition", "before", "after", "change", "p", "random", "percentile"]].round(2)
 
 # %% [markdown]
+# **Look for** the coloured mark outside the grey ones, under harmful requests and not under the others.
+
+# %%
+plots.removal_beside_random(removal)
+
+# %% [markdown]
 # A head's part need not be all or nothing: scale it, and watch refusal go down and up again.
 
 # %%
 off = chat.render(evaluate[0], think="off")
 curve = {
-    factor: float(rl.refusal_score(model, off, rl.ScaleHeads(list(found.found), factor)).mean())
+    factor: round(float(rl.refusal_score(model, off, rl.ScaleHeads(list(found.found), factor)).mean()), 2)
     for factor in (0.0, 0.5, 1.0, 1.5)
 }
 curve
 
 # %% [markdown]
 # **Not shown**: that these heads alone do it (others may stand in for each other), nor what they compute. On another seed of the toy
-# other heads carry it, and sometimes none by itself.
+# other heads carry it, and sometimes none by itself. Next: [patching](patching.py).

@@ -41,6 +41,21 @@ both = into_cot.merge(into_off, on=["layer", "head"], suffixes=("_into_cot", "_i
 both[["layer", "head", "recovered_into_cot", "recovered_into_off"]].head(5).round(2)
 
 # %% [markdown]
+# As a map: effects are an xarray, and any plotting library takes one. Nats of refusal score, layer 0 at the top.
+
+# %%
+import plotly.express as px
+
+grid = rl.head_patching(model, target=cot, source=off, positions="prompt_last")["effect"].mean("prompt")
+px.imshow(
+    grid,
+    labels={"x": "head", "y": "layer", "color": "nats"},
+    color_continuous_scale="Blues",
+    aspect="auto",
+    height=260,
+)
+
+# %% [markdown]
 # Which span carries it? The residual stream of a whole span, before a layer, from the other run.
 
 # %%
@@ -61,3 +76,4 @@ for name, batch in (("careful", cot), ("filler", filler)):
 
 # %% [markdown]
 # **Not shown**: patching says what is enough to carry a difference between these two runs. What both runs share, it cannot see.
+# Next: [safety neurons](safety_neurons.py).

@@ -60,5 +60,30 @@ with rl.AblateHeads(strongest).on(model):  # a component is a context manager on
 # model does not refuse in the first place.
 
 # %%
-study = rl.Study("toy", n_requests=8)
+import tempfile
+
+study = rl.Study(
+    "toy", n_requests=8, settings=rl.Settings(n_random_sets=20, max_new_tokens=10, progress=False)
+)
 print(study.plan())
+folder = tempfile.TemporaryDirectory()
+result = study.run(folder.name)
+result
+
+# %% [markdown]
+# **Look for** the verdict's words, and then for what they stand on. Below: what was written in each condition, and how far each head's
+# attention moved into the think block. Heads found by ablation bear a dot; heads with a large change and no dot only look.
+
+# %%
+from rim_lens.views import plots
+
+plots.outcomes(result)
+
+# %%
+plots.attention_map(result)
+
+# %%
+folder.cleanup()
+
+# %% [markdown]
+# `rim-lens demo` does the same on all requests and writes `report.html`. Next: [attention on spans](attention_on_spans.py).

@@ -26,8 +26,15 @@ print(found, found.effects.verdict)
 # states neither m nor the share. **Look for** how the size of the set hangs on both, and whether halves of the pairs agree.
 
 # %%
-print({key: found.made_by["stability"][key] for key in ("jaccard", "by_chance")})
+print({key: round(found.made_by["stability"][key], 3) for key in ("jaccard", "by_chance")})
 [(row["m"], row["min_fraction"], row["size"]) for row in found.made_by["sweep"] if row["min_fraction"] == 1.0]
+
+# %%
+import pandas as pd
+
+from rim_lens.views import plots
+
+plots.neuron_sweep(pd.DataFrame(found.made_by["sweep"]), m=8)
 
 # %% [markdown]
 # Do they *do* anything? They are set to zero on other requests, beside random sets with as many neurons in each layer.
@@ -57,12 +64,16 @@ with tempfile.TemporaryDirectory() as folder:
     result = study.run(folder)
     ras = result.entanglement["deviate"].row("ras")
     restored = result.restored["deviate"]
+    rivals = plots.entanglement_rivals(result.entanglement["deviate"])
     verdict = result.neurons.effects.verdict
 print(result.neurons, "verdict:", verdict)
 print(f"RAS {ras['value']:.3f}, p {ras['p']:.2f}; random sets {ras['random']:.3f}")
 restored[["kind", "measure", "base", "tuned", "patched", "effect", "random"]].round(2)
 
+# %%
+rivals
+
 # %% [markdown]
 # **Look for** p, not for the size of RAS: at .2 it is not shown that tuning moved these neurons further, both ways, than sets chosen
 # alike for no reason, although it took refusal away (base → tuned). **Not shown** by a small p either: that these neurons did it; any
-# drift of the weights moves activations both ways.
+# drift of the weights moves activations both ways. Next: [before and after fine-tuning](before_and_after.py).
