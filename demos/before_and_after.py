@@ -45,7 +45,10 @@ runs = {
 # %%
 base = rl.load_model("toy")
 chat = rl.ChatFormat.from_model(base)
-select = [rl.load_prompts(kind, language="toy", split="select")[::2] for kind in ("harmful", "harmless")]
+select = [
+    rl.load_prompts(kind, language="toy", split="select")[::2]
+    for kind in ("harmful", "harmless")
+]
 pairs = rl.counterfactual_pairs(*select, "twins")
 neurons = rl.safety_neurons(base, chat, pairs, m=13, min_fraction=0.5, test=False)
 found = rl.compare(
@@ -73,7 +76,17 @@ plots.training_course(found)
 
 # %%
 matched = found.drift_matched("deviate", "careful")
-matched[["step", "drift", "control_step", "lost", "lost_control", "lost_difference", "reason"]].round(2)
+matched[
+    [
+        "step",
+        "drift",
+        "control_step",
+        "lost",
+        "lost_control",
+        "lost_difference",
+        "reason",
+    ]
+].round(2)
 
 # %%
 plots.lost_by_drift(found)

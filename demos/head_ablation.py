@@ -16,12 +16,24 @@ import rim_lens as rl
 
 model = rl.load_model("toy")
 chat = rl.ChatFormat.from_model(model)
-harmful, harmless = (rl.load_prompts(kind, language="toy") for kind in ("harmful", "harmless"))
+harmful, harmless = (
+    rl.load_prompts(kind, language="toy") for kind in ("harmful", "harmless")
+)
 
 # %%
-found = rl.refusal_heads(model, chat, harmful, harmless, search=rl.HeadSearch(limit=20, n_random_sets=20))
+found = rl.refusal_heads(
+    model, chat, harmful, harmless, search=rl.HeadSearch(limit=20, n_random_sets=20)
+)
 found.table[found.table["tested"]][
-    ["layer", "head", "verdict", "effect", "effect_twins", "specificity", "p_specific"]
+    [
+        "layer",
+        "head",
+        "verdict",
+        "effect",
+        "effect_twins",
+        "specificity",
+        "p_specific",
+    ]
 ].round(2)
 
 # %% [markdown]
@@ -57,8 +69,24 @@ removal = rl.removal_effects(
     n_written=1,
     max_new_tokens=8,
 )
-shown = removal.table[removal.table["measure"].isin(["refuse", "score", "specificity", "correct", "kl"])]
-shown[["measure", "kind", "condition", "before", "after", "change", "p", "random", "percentile"]].round(2)
+shown = removal.table[
+    removal.table["measure"].isin(
+        ["refuse", "score", "specificity", "correct", "kl"]
+    )
+]
+shown[
+    [
+        "measure",
+        "kind",
+        "condition",
+        "before",
+        "after",
+        "change",
+        "p",
+        "random",
+        "percentile",
+    ]
+].round(2)
 
 # %% [markdown]
 # **Look for** the coloured mark outside the grey ones, under harmful requests and not under the others.
@@ -72,7 +100,14 @@ plots.removal_beside_random(removal)
 # %%
 off = chat.render(evaluate[0], think="off")
 curve = {
-    factor: round(float(rl.refusal_score(model, off, rl.ScaleHeads(list(found.found), factor)).mean()), 2)
+    factor: round(
+        float(
+            rl.refusal_score(
+                model, off, rl.ScaleHeads(list(found.found), factor)
+            ).mean()
+        ),
+        2,
+    )
     for factor in (0.0, 0.5, 1.0, 1.5)
 }
 curve

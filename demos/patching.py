@@ -29,15 +29,21 @@ print(
 # of the whole difference. **Look for** few heads with much of it, and at `p`, which is corrected over all cells of the table.
 
 # %%
-into_cot = rl.patching_table(rl.head_patching(model, target=cot, source=off, positions="prompt_last"))
+into_cot = rl.patching_table(
+    rl.head_patching(model, target=cot, source=off, positions="prompt_last")
+)
 into_cot.head(5).round(3)
 
 # %% [markdown]
 # Noising: the other way round. A head that is needed and one that is enough are different things; hold the two tables together.
 
 # %%
-into_off = rl.patching_table(rl.head_patching(model, target=off, source=cot, positions="prompt_last"))
-both = into_cot.merge(into_off, on=["layer", "head"], suffixes=("_into_cot", "_into_off"))
+into_off = rl.patching_table(
+    rl.head_patching(model, target=off, source=cot, positions="prompt_last")
+)
+both = into_cot.merge(
+    into_off, on=["layer", "head"], suffixes=("_into_cot", "_into_off")
+)
 both[["layer", "head", "recovered_into_cot", "recovered_into_off"]].head(5).round(2)
 
 # %% [markdown]
@@ -46,7 +52,9 @@ both[["layer", "head", "recovered_into_cot", "recovered_into_off"]].head(5).roun
 # %%
 import plotly.express as px
 
-grid = rl.head_patching(model, target=cot, source=off, positions="prompt_last")["effect"].mean("prompt")
+grid = rl.head_patching(model, target=cot, source=off, positions="prompt_last")[
+    "effect"
+].mean("prompt")
 px.imshow(
     grid,
     labels={"x": "head", "y": "layer", "color": "nats"},
@@ -69,7 +77,9 @@ spans.head(6).round(2)
 # %%
 filler = rl.render_conditions(chat, harmful, ["filler"])["filler"]
 for name, batch in (("careful", cot), ("filler", filler)):
-    blocked = rl.refusal_score(model, batch, rl.BlockAttention("prompt_last", "cot"))
+    blocked = rl.refusal_score(
+        model, batch, rl.BlockAttention("prompt_last", "cot")
+    )
     print(
         f"{name:>8}: {float(rl.refusal_score(model, batch).mean()):+.1f} → {float(blocked.mean()):+.1f} nats"
     )

@@ -27,7 +27,9 @@ harmful[0].text, twins[0].text  # one word apart
 # %%
 conditions = {"off": chat.render(harmful, think="off", label="off")}
 for kind in ("careful", "filler", "unrelated"):
-    conditions[kind] = chat.render(harmful, think=chat.cots(harmful, kind), label=kind)
+    conditions[kind] = chat.render(
+        harmful, think=chat.cots(harmful, kind), label=kind
+    )
 for name, batch in conditions.items():
     print(f"{name:>10}: refuses {rl.refusal_rate(rl.generate(model, batch))}")
 
@@ -46,12 +48,19 @@ data["attention_mass"].mean("prompt").sel(span="request").round(2)
 # %%
 baseline = rl.refusal_score(model, off)
 heads = [(layer, head) for layer in range(2) for head in range(8)]
-effects = {h: float((rl.refusal_score(model, off, rl.AblateHeads([h])) - baseline).mean()) for h in heads}
+effects = {
+    h: float((rl.refusal_score(model, off, rl.AblateHeads([h])) - baseline).mean())
+    for h in heads
+}
 strongest = sorted(effects, key=effects.get)[:2]
-print("baseline", round(float(baseline.mean()), 2), "nats; strongest heads", strongest)
+print(
+    "baseline", round(float(baseline.mean()), 2), "nats; strongest heads", strongest
+)
 
 # %%
-with rl.AblateHeads(strongest).on(model):  # a component is a context manager on any model; they stack
+with rl.AblateHeads(strongest).on(
+    model
+):  # a component is a context manager on any model; they stack
     print("both removed:", rl.refusal_rate(rl.generate(model, off)))
 
 # %% [markdown]
@@ -63,7 +72,9 @@ with rl.AblateHeads(strongest).on(model):  # a component is a context manager on
 import tempfile
 
 study = rl.Study(
-    "toy", n_requests=8, settings=rl.Settings(n_random_sets=20, max_new_tokens=10, progress=False)
+    "toy",
+    n_requests=8,
+    settings=rl.Settings(n_random_sets=20, max_new_tokens=10, progress=False),
 )
 print(study.plan())
 folder = tempfile.TemporaryDirectory()

@@ -14,11 +14,17 @@
 # %%
 import rim_lens as rl
 
-model = rl.load_model("planted")  # a toy in which eight neurons carry refusal because we put it there
+model = rl.load_model(
+    "planted"
+)  # a toy in which eight neurons carry refusal because we put it there
 chat = rl.ChatFormat.from_model(model)
-harmful, harmless = (rl.load_prompts(kind, language="toy")[::2] for kind in ("harmful", "harmless"))
+harmful, harmless = (
+    rl.load_prompts(kind, language="toy")[::2] for kind in ("harmful", "harmless")
+)
 pairs = rl.counterfactual_pairs(harmful, harmless, "twins")
-found = rl.safety_neurons(model, chat, pairs, m=8, scope="model", min_fraction=0.5, n_random_sets=20)
+found = rl.safety_neurons(
+    model, chat, pairs, m=8, scope="model", min_fraction=0.5, n_random_sets=20
+)
 print(found, found.effects.verdict)
 
 # %% [markdown]
@@ -26,8 +32,17 @@ print(found, found.effects.verdict)
 # states neither m nor the share. **Look for** how the size of the set hangs on both, and whether halves of the pairs agree.
 
 # %%
-print({key: round(found.made_by["stability"][key], 3) for key in ("jaccard", "by_chance")})
-[(row["m"], row["min_fraction"], row["size"]) for row in found.made_by["sweep"] if row["min_fraction"] == 1.0]
+print(
+    {
+        key: round(found.made_by["stability"][key], 3)
+        for key in ("jaccard", "by_chance")
+    }
+)
+[
+    (row["m"], row["min_fraction"], row["size"])
+    for row in found.made_by["sweep"]
+    if row["min_fraction"] == 1.0
+]
 
 # %%
 import pandas as pd
@@ -41,7 +56,18 @@ plots.neuron_sweep(pd.DataFrame(found.made_by["sweep"]), m=8)
 
 # %%
 table = found.effects.table
-table[["measure", "kind", "change", "change_low", "change_high", "p", "random", "percentile"]].round(2)
+table[
+    [
+        "measure",
+        "kind",
+        "change",
+        "change_low",
+        "change_high",
+        "p",
+        "random",
+        "percentile",
+    ]
+].round(2)
 
 # %% [markdown]
 # Do they decide, or only write the words? A *writer*'s effect goes straight into the logits.
@@ -60,7 +86,9 @@ import tempfile
 
 with tempfile.TemporaryDirectory() as folder:
     settings = rl.NeuronSettings(n_random_sets=20, written=False, response="none")
-    study = rl.NeuronStudy("toy", tuned={"deviate": "toy:deviate"}, n_requests=24, settings=settings)
+    study = rl.NeuronStudy(
+        "toy", tuned={"deviate": "toy:deviate"}, n_requests=24, settings=settings
+    )
     result = study.run(folder)
     ras = result.entanglement["deviate"].row("ras")
     restored = result.restored["deviate"]
@@ -68,7 +96,9 @@ with tempfile.TemporaryDirectory() as folder:
     verdict = result.neurons.effects.verdict
 print(result.neurons, "verdict:", verdict)
 print(f"RAS {ras['value']:.3f}, p {ras['p']:.2f}; random sets {ras['random']:.3f}")
-restored[["kind", "measure", "base", "tuned", "patched", "effect", "random"]].round(2)
+restored[["kind", "measure", "base", "tuned", "patched", "effect", "random"]].round(
+    2
+)
 
 # %%
 rivals

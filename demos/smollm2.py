@@ -51,12 +51,17 @@ gate
 model = rl.load_model("smollm2-refusal")
 chat = rl.ChatFormat.from_model(model)
 harmful, twins = some("harmful", "evaluate"), some("harmless", "evaluate")
-conditions = rl.render_conditions(chat, harmful, ["off", "careful", "filler", "unrelated"])
+conditions = rl.render_conditions(
+    chat, harmful, ["off", "careful", "filler", "unrelated"]
+)
 rows = []
 for name, batch in conditions.items():
     score = rl.refusal_score(model, batch)
     written = rl.generate(model, batch, max_new_tokens=16)
-    counts = {outcome: written.outcome.count(outcome) for outcome in ("refuse", "comply", "other")}
+    counts = {
+        outcome: written.outcome.count(outcome)
+        for outcome in ("refuse", "comply", "other")
+    }
     rows.append({"condition": name, **counts, "score, nats": float(score.mean())})
 pd.DataFrame(rows).round(2)
 
@@ -93,17 +98,28 @@ px.imshow(
 # %%
 off = conditions["off"]
 off_twins = chat.render(twins, think="off", label="off")
-hint = rl.gradient_scores(model, chat.render(some("harmful", "select"), think="off"), max_rows=2)[
-    "score"
-].mean("prompt")
-ranked = hint.stack(one=("layer", "head")).to_series().sort_values(key=abs, ascending=False).head(6)
+hint = rl.gradient_scores(
+    model, chat.render(some("harmful", "select"), think="off"), max_rows=2
+).mean("prompt")
+ranked = (
+    hint.stack(one=("layer", "head"))
+    .to_series()
+    .sort_values(key=abs, ascending=False)
+    .head(6)
+)
 heads = [(int(layer), int(head)) for layer, head in ranked.index]
 removed = {
-    name: rl.head_effects(rl.refusal_reading(model, batch), heads).mean("prompt").values
+    name: rl.head_effects(rl.refusal_reading(model, batch), heads)
+    .mean("prompt")
+    .values
     for name, batch in (("harmful", off), ("twins", off_twins))
 }
 pd.DataFrame(
-    {"head": [f"L{layer}H{head}" for layer, head in heads], "by gradient": ranked.values, **removed}
+    {
+        "head": [f"L{layer}H{head}" for layer, head in heads],
+        "by gradient": ranked.values,
+        **removed,
+    }
 ).round(2)
 
 # %% [markdown]
@@ -120,9 +136,20 @@ pairs = [
         some("harmful", split), rl.load_prompts("harmless", language="en"), "twins"
     )
 ]
-found = rl.safety_neurons(model, chat, pairs, min_fraction=0.5, response="none", n_random_sets=20)
+found = rl.safety_neurons(
+    model, chat, pairs, min_fraction=0.5, response="none", n_random_sets=20
+)
 print(found, found.effects.verdict)
-columns = ["measure", "kind", "change", "change_low", "change_high", "p", "random", "percentile"]
+columns = [
+    "measure",
+    "kind",
+    "change",
+    "change_low",
+    "change_high",
+    "p",
+    "random",
+    "percentile",
+]
 found.effects.table[columns].round(2)
 
 # %% [markdown]

@@ -30,6 +30,7 @@ NAMES = (
 )
 SLOWEST_CELL = 3600  # seconds; a whole notebook takes less than a minute where nothing else runs
 PLOTLY = "application/vnd.plotly.v1+json"
+WIDGET = "application/vnd.jupyter.widget-view+json"  # progress bars; without a kernel they are empty
 
 
 def executed(name: str) -> Any:
@@ -50,6 +51,7 @@ def executed(name: str) -> Any:
     client = NotebookClient(notebook, timeout=SLOWEST_CELL, startup_timeout=300, extra_arguments=quiet)
     client.execute(env=env, cwd=str(DEMOS))
     notebook.metadata["run_on"] = datetime.now(UTC).date().isoformat()
+    notebook.metadata.pop("widgets", None)
     return without_noise(notebook)
 
 
@@ -59,7 +61,11 @@ def without_noise(notebook: Any) -> Any:
         cell.metadata.pop("execution", None)
         if cell.cell_type != "code":
             continue
-        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        cell.outputs = [
+            output
+            for output in cell.outputs
+            if output.get("name") != "stderr" and WIDGET not in output.get("data", {})
+        ]
         for output in cell.outputs:
             if "text" in output:
                 output["text"] = output["text"].replace(str(ROOT), ".")

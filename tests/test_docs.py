@@ -115,3 +115,17 @@ def test_functions_that_the_pages_name_are_there():
     for page in (ROOT / "docs").glob("*.md"):
         for name in set(re.findall(r"`rl\.(\w+)", page.read_text(encoding="utf-8"))):
             assert hasattr(rl, name), f"{page.name}: rl.{name}"
+
+
+@pytest.mark.skipif(not (DOCS / "evidence" / "smollm2.ipynb").exists(), reason="not run yet: make evidence")
+def test_the_notebook_that_was_run_beforehand_is_the_one_in_demos():
+    """Its page shows the code that stands in demos/smollm2.py, with outputs and no error."""
+    import ast
+
+    cells = json.loads((DOCS / "evidence" / "smollm2.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    run = "\n".join("".join(cell["source"]) for cell in code)
+    now = (ROOT / "demos" / "smollm2.py").read_text(encoding="utf-8")
+    assert ast.dump(ast.parse(run)) == ast.dump(ast.parse(now))
+    assert not [output for cell in code for output in cell["outputs"] if output["output_type"] == "error"]
+    assert sum(bool(cell["outputs"]) for cell in code) >= 6
