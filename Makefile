@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 EXTRA := $(if $(findstring smollm2,$(MODEL)),smollm2,demo)
 PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test check contract docs bench evidence evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-checkpoints evidence-freezing clean
+.PHONY: demo test check contract docs notebooks bench evidence evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-checkpoints evidence-freezing clean
 
 demo: .venv/ready-$(EXTRA)
 	@# 3: the study ran and stopped at its gate, which is an answer
@@ -30,16 +30,20 @@ check: .venv/ready-dev
 contract: .venv-tl2/ready-dev
 	.venv-tl2/bin/python $(PYTEST) -m family_contract
 
-# The documentation, as docs/_build/index.html; a warning is an error.
+# The documentation, as docs/_build/index.html, with the notebooks run; a warning is an error.
 docs: .venv/ready-docs
 	.venv/bin/sphinx-build -W --keep-going -q docs docs/_build
+
+# The notebooks as .ipynb files that have been run, for Jupyter.
+notebooks: .venv/ready-docs
+	.venv/bin/python docs/run_notebooks.py runs/notebooks
 
 # Figures of speed beside their rivals, as docs/evidence/bench.json and docs/speed.md. Alone on one thread, or ratios are noise.
 bench: .venv/ready-dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks
 
 # What takes long. Its outputs are committed under docs/evidence, with command, versions and date.
-evidence: .venv/ready-dev evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-checkpoints evidence-freezing
+evidence: .venv/ready-dev .venv/ready-docs evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-checkpoints evidence-freezing
 	.venv/bin/rim-lens organism toy --seeds 0-5 --out docs/evidence
 	.venv/bin/rim-lens organism smollm2 --seeds 0-2 --out docs/evidence
 	.venv/bin/rim-lens organism smollm2 --newline --seeds 0 --adapters runs/smollm2-newline --out docs/evidence
@@ -51,6 +55,7 @@ evidence: .venv/ready-dev evidence-oracles evidence-statistics evidence-heads ev
 	.venv/bin/rim-lens heads smollm2-refusal --requests 16 --n-test 270 --no-probes --no-removing --no-statistics --out runs/heads-smollm2-refusal
 	cp runs/heads-smollm2-refusal/report.md docs/evidence/heads_smollm2-refusal.md
 	cp runs/heads-smollm2-refusal/heads/heads.json docs/evidence/heads_smollm2-refusal.json
+	.venv/bin/python docs/run_notebooks.py docs/evidence smollm2
 
 # The largest difference of each editor from an independent computation, in every family and version.
 evidence-oracles: .venv/ready-dev .venv-tl3/ready-dev .venv-tl2/ready-dev

@@ -17,17 +17,26 @@ import rim_lens as rl
 
 model = rl.load_model("toy")
 chat = rl.ChatFormat.from_model(model)
-harmful, twins = (rl.load_prompts(kind, language="toy", split="evaluate") for kind in ("harmful", "harmless"))
-conditions = rl.render_conditions(chat, harmful, ["off", "careful", "filler", "open"])
+harmful, twins = (
+    rl.load_prompts(kind, language="toy", split="evaluate")
+    for kind in ("harmful", "harmless")
+)
+conditions = rl.render_conditions(
+    chat, harmful, ["off", "careful", "filler", "open"]
+)
 list(conditions["careful"].spans)
 
 # %% [markdown]
 # One pass per condition. The masses of the atoms are shares of one row: they sum to 1, whatever the head.
 
 # %%
-reading = {name: rl.capture(model, batch, rl.SpanAttention()) for name, batch in conditions.items()}
+reading = {
+    name: rl.capture(model, batch, rl.SpanAttention())
+    for name, batch in conditions.items()
+}
 off, careful, filler = (
-    reading[name]["attention_mass"].mean("prompt") for name in ("off", "careful", "filler")
+    reading[name]["attention_mass"].mean("prompt")
+    for name in ("off", "careful", "filler")
 )
 careful.sel(layer=0, head=5).to_series().round(2)
 
@@ -38,7 +47,9 @@ careful.sel(layer=0, head=5).to_series().round(2)
 # %%
 change = (careful - off).sel(span="request").to_series()
 by_filler = (filler - off).sel(span="request").to_series()
-table = change.rename("careful − off").to_frame().join(by_filler.rename("filler − off"))
+table = (
+    change.rename("careful − off").to_frame().join(by_filler.rename("filler − off"))
+)
 table.sort_values("careful − off").head(6).round(2)
 
 # %% [markdown]
@@ -52,19 +63,29 @@ for kind, prompts in (("harmful", harmful), ("harmless", twins)):
         rl.capture(model, batch, rl.SpanAttention())
         for batch in rl.render_conditions(chat, prompts, ["open", "off"]).values()
     )
-    moves[kind] = rl.argmax_shift(open_, off_, enters="think").mean("prompt").to_series()
-share = moves["harmful"].rename("harmful").to_frame().join(moves["harmless"].rename("harmless"))
+    moves[kind] = (
+        rl.argmax_shift(open_, off_, enters="think").mean("prompt").to_series()
+    )
+share = (
+    moves["harmful"]
+    .rename("harmful")
+    .to_frame()
+    .join(moves["harmless"].rename("harmless"))
+)
 share[share["harmful"] > 0].round(2)
 
 # %% [markdown]
 # The head explorer: every head's mass on a span as a map; click a head (or move with the arrow keys) to see both of its patterns with
-# the spans marked. In Jupyter `rl.views.HeadExplorer(view)` is the same as a widget; the page works offline.
+# the spans marked. **Look for** L0H5, which leaves the request for the chain of thought. With a live kernel
+# `rl.views.HeadExplorer` does the same and edits heads as well; `rl.views.write_explorer(view, "heads.html")` makes a page that works
+# offline.
 
 # %%
 view = rl.views.head_view(model, chat, harmful[:3], ["off", "careful"])
 page = rl.views.explorer_html(view)
-f"{len(page) / 1e3:.0f} kB, {len(view.data['conditions'])} conditions"
+print(f"{view}: a page of {len(page) / 1e3:.0f} kB")
+view
 
 # %% [markdown]
 # Where a head looks is a hint and no more: `decoy` heads of the planted organism look just like its reader and move nothing. The next
-# notebook, [head_ablation.py](head_ablation.py), removes heads.
+# notebook, [head ablation](head_ablation.py), removes heads.

@@ -45,7 +45,10 @@ runs = {
 # %%
 base = rl.load_model("toy")
 chat = rl.ChatFormat.from_model(base)
-select = [rl.load_prompts(kind, language="toy", split="select")[::2] for kind in ("harmful", "harmless")]
+select = [
+    rl.load_prompts(kind, language="toy", split="select")[::2]
+    for kind in ("harmful", "harmless")
+]
 pairs = rl.counterfactual_pairs(*select, "twins")
 neurons = rl.safety_neurons(base, chat, pairs, m=13, min_fraction=0.5, test=False)
 found = rl.compare(
@@ -63,12 +66,30 @@ found = rl.compare(
 )
 found.table[["run", "step", "lost", "lost_rate", "weight_drift", "ras"]].round(3)
 
+# %%
+from rim_lens.views import plots
+
+plots.training_course(found)
+
 # %% [markdown]
 # **Look for** whether the two runs part *at equal drift*, not at equal steps: a run that moved further has lost more of everything.
 
 # %%
 matched = found.drift_matched("deviate", "careful")
-matched[["step", "drift", "control_step", "lost", "lost_control", "lost_difference", "reason"]].round(2)
+matched[
+    [
+        "step",
+        "drift",
+        "control_step",
+        "lost",
+        "lost_control",
+        "lost_difference",
+        "reason",
+    ]
+].round(2)
+
+# %%
+plots.lost_by_drift(found)
 
 # %% [markdown]
 # Correlations over checkpoints look strong, as all that training moves goes together. With two runs nothing can be tested: p comes from
@@ -79,3 +100,6 @@ found.correlations("ras")
 
 # %%
 shutil.rmtree(folder)  # the weights of eight small checkpoints
+
+# %% [markdown]
+# Next: [your own model](your_own_model.py).

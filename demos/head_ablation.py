@@ -16,18 +16,35 @@ import rim_lens as rl
 
 model = rl.load_model("toy")
 chat = rl.ChatFormat.from_model(model)
-harmful, harmless = (rl.load_prompts(kind, language="toy") for kind in ("harmful", "harmless"))
+harmful, harmless = (
+    rl.load_prompts(kind, language="toy") for kind in ("harmful", "harmless")
+)
 
 # %%
-found = rl.refusal_heads(model, chat, harmful, harmless, search=rl.HeadSearch(limit=20, n_random_sets=20))
+found = rl.refusal_heads(
+    model, chat, harmful, harmless, search=rl.HeadSearch(limit=20, n_random_sets=20)
+)
 found.table[found.table["tested"]][
-    ["layer", "head", "verdict", "effect", "effect_twins", "specificity", "p_specific"]
+    [
+        "layer",
+        "head",
+        "verdict",
+        "effect",
+        "effect_twins",
+        "specificity",
+        "p_specific",
+    ]
 ].round(2)
 
 # %% [markdown]
 # **Look for** the verdict, and read it in this order: `effect` (removal moves harmful requests), `effect_twins` (does it move twins as
 # much? then it is *general*), `p_specific` (is the difference told from chance?). Heads with no effect are called by what they look
 # at: *positional* or *sink*, or *none*.
+
+# %%
+from rim_lens.views import plots
+
+plots.head_bubbles(found)
 
 # %%
 print(found.gate)
@@ -52,8 +69,30 @@ removal = rl.removal_effects(
     n_written=1,
     max_new_tokens=8,
 )
-shown = removal.table[removal.table["measure"].isin(["refuse", "score", "specificity", "correct", "kl"])]
-shown[["measure", "kind", "condition", "before", "after", "change", "p", "random", "percentile"]].round(2)
+shown = removal.table[
+    removal.table["measure"].isin(
+        ["refuse", "score", "specificity", "correct", "kl"]
+    )
+]
+shown[
+    [
+        "measure",
+        "kind",
+        "condition",
+        "before",
+        "after",
+        "change",
+        "p",
+        "random",
+        "percentile",
+    ]
+].round(2)
+
+# %% [markdown]
+# **Look for** the coloured mark outside the grey ones, under harmful requests and not under the others.
+
+# %%
+plots.removal_beside_random(removal)
 
 # %% [markdown]
 # A head's part need not be all or nothing: scale it, and watch refusal go down and up again.
@@ -61,11 +100,18 @@ shown[["measure", "kind", "condition", "before", "after", "change", "p", "random
 # %%
 off = chat.render(evaluate[0], think="off")
 curve = {
-    factor: float(rl.refusal_score(model, off, rl.ScaleHeads(list(found.found), factor)).mean())
+    factor: round(
+        float(
+            rl.refusal_score(
+                model, off, rl.ScaleHeads(list(found.found), factor)
+            ).mean()
+        ),
+        2,
+    )
     for factor in (0.0, 0.5, 1.0, 1.5)
 }
 curve
 
 # %% [markdown]
 # **Not shown**: that these heads alone do it (others may stand in for each other), nor what they compute. On another seed of the toy
-# other heads carry it, and sometimes none by itself.
+# other heads carry it, and sometimes none by itself. Next: [patching](patching.py).

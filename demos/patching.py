@@ -29,16 +29,39 @@ print(
 # of the whole difference. **Look for** few heads with much of it, and at `p`, which is corrected over all cells of the table.
 
 # %%
-into_cot = rl.patching_table(rl.head_patching(model, target=cot, source=off, positions="prompt_last"))
+into_cot = rl.patching_table(
+    rl.head_patching(model, target=cot, source=off, positions="prompt_last")
+)
 into_cot.head(5).round(3)
 
 # %% [markdown]
 # Noising: the other way round. A head that is needed and one that is enough are different things; hold the two tables together.
 
 # %%
-into_off = rl.patching_table(rl.head_patching(model, target=off, source=cot, positions="prompt_last"))
-both = into_cot.merge(into_off, on=["layer", "head"], suffixes=("_into_cot", "_into_off"))
+into_off = rl.patching_table(
+    rl.head_patching(model, target=off, source=cot, positions="prompt_last")
+)
+both = into_cot.merge(
+    into_off, on=["layer", "head"], suffixes=("_into_cot", "_into_off")
+)
 both[["layer", "head", "recovered_into_cot", "recovered_into_off"]].head(5).round(2)
+
+# %% [markdown]
+# As a map: effects are an xarray, and any plotting library takes one. Nats of refusal score, layer 0 at the top.
+
+# %%
+import plotly.express as px
+
+grid = rl.head_patching(model, target=cot, source=off, positions="prompt_last")[
+    "effect"
+].mean("prompt")
+px.imshow(
+    grid,
+    labels={"x": "head", "y": "layer", "color": "nats"},
+    color_continuous_scale="Blues",
+    aspect="auto",
+    height=260,
+)
 
 # %% [markdown]
 # Which span carries it? The residual stream of a whole span, before a layer, from the other run.
@@ -54,10 +77,13 @@ spans.head(6).round(2)
 # %%
 filler = rl.render_conditions(chat, harmful, ["filler"])["filler"]
 for name, batch in (("careful", cot), ("filler", filler)):
-    blocked = rl.refusal_score(model, batch, rl.BlockAttention("prompt_last", "cot"))
+    blocked = rl.refusal_score(
+        model, batch, rl.BlockAttention("prompt_last", "cot")
+    )
     print(
         f"{name:>8}: {float(rl.refusal_score(model, batch).mean()):+.1f} → {float(blocked.mean()):+.1f} nats"
     )
 
 # %% [markdown]
 # **Not shown**: patching says what is enough to carry a difference between these two runs. What both runs share, it cannot see.
+# Next: [safety neurons](safety_neurons.py).

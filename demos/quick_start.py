@@ -27,7 +27,9 @@ harmful[0].text, twins[0].text  # one word apart
 # %%
 conditions = {"off": chat.render(harmful, think="off", label="off")}
 for kind in ("careful", "filler", "unrelated"):
-    conditions[kind] = chat.render(harmful, think=chat.cots(harmful, kind), label=kind)
+    conditions[kind] = chat.render(
+        harmful, think=chat.cots(harmful, kind), label=kind
+    )
 for name, batch in conditions.items():
     print(f"{name:>10}: refuses {rl.refusal_rate(rl.generate(model, batch))}")
 
@@ -46,12 +48,19 @@ data["attention_mass"].mean("prompt").sel(span="request").round(2)
 # %%
 baseline = rl.refusal_score(model, off)
 heads = [(layer, head) for layer in range(2) for head in range(8)]
-effects = {h: float((rl.refusal_score(model, off, rl.AblateHeads([h])) - baseline).mean()) for h in heads}
+effects = {
+    h: float((rl.refusal_score(model, off, rl.AblateHeads([h])) - baseline).mean())
+    for h in heads
+}
 strongest = sorted(effects, key=effects.get)[:2]
-print("baseline", round(float(baseline.mean()), 2), "nats; strongest heads", strongest)
+print(
+    "baseline", round(float(baseline.mean()), 2), "nats; strongest heads", strongest
+)
 
 # %%
-with rl.AblateHeads(strongest).on(model):  # a component is a context manager on any model; they stack
+with rl.AblateHeads(strongest).on(
+    model
+):  # a component is a context manager on any model; they stack
     print("both removed:", rl.refusal_rate(rl.generate(model, off)))
 
 # %% [markdown]
@@ -60,5 +69,32 @@ with rl.AblateHeads(strongest).on(model):  # a component is a context manager on
 # model does not refuse in the first place.
 
 # %%
-study = rl.Study("toy", n_requests=8)
+import tempfile
+
+study = rl.Study(
+    "toy",
+    n_requests=8,
+    settings=rl.Settings(n_random_sets=20, max_new_tokens=10, progress=False),
+)
 print(study.plan())
+folder = tempfile.TemporaryDirectory()
+result = study.run(folder.name)
+result
+
+# %% [markdown]
+# **Look for** the verdict's words, and then for what they stand on. Below: what was written in each condition, and how far each head's
+# attention moved into the think block. Heads found by ablation bear a dot; heads with a large change and no dot only look.
+
+# %%
+from rim_lens.views import plots
+
+plots.outcomes(result)
+
+# %%
+plots.attention_map(result)
+
+# %%
+folder.cleanup()
+
+# %% [markdown]
+# `rim-lens demo` does the same on all requests and writes `report.html`. Next: [attention on spans](attention_on_spans.py).

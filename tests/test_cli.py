@@ -4,27 +4,118 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
 import rim_lens as rl
 from rim_lens import cli
-from rim_lens.cli.options import read_conditions, read_seeds
+from rim_lens.cli import names
+from rim_lens.cli.options import complete_listed, complete_model, read_conditions, read_seeds
+from rim_lens.lens.loading import known_sources
 from rim_lens.organisms.toy import toy_model, toy_tokenizer
+from rim_lens.prompts.cots import COT_KINDS
 from rim_lens.views.reproduce import by_name, command, python
 
 run = CliRunner().invoke
 SMALL = ["--requests", "6", "--max-new-tokens", "10"]
 
 
+def help_of(*words: str) -> str:
+    """What --help says on a narrow terminal, in one line."""
+    shown = run(cli.app, [*words, "--help"], env={"TERMINAL_WIDTH": "80", "COLUMNS": "80"})
+    assert shown.exit_code == 0, shown.output
+    assert max(map(len, shown.output.splitlines())) <= 80
+    return re.sub(r"[\s│]+", " ", shown.output)
+
+
 def test_help_teaches():
-    out = run(cli.app, ["--help"]).output
-    for word in ("demo", "study", "heads", "neurons", "measures", "direction", "show", "organism"):
+    """Where to begin, where results go, and what the exit codes mean."""
+    out = help_of()
+    for word in ("demo", "study", "heads", "neurons", "compare", "measures", "direction", "show", "organism"):
         assert word in out
-    assert "rim-lens demo" in re.sub(r"\s+", " ", out)
+    for told in (
+        "rim-lens demo",
+        "runs/COMMAND-MODEL",
+        "report.html",
+        "3 stopped at the gate",
+        "--show-completion",
+    ):
+        assert told in out
+
+
+def leaves(group=None, words=()):
+    """Every command, those of groups too, as its words and itself."""
+    group = group or typer.main.get_command(cli.app)
+    for name, one in group.commands.items():
+        if hasattr(one, "commands"):
+            yield from leaves(one, (*words, name))
+        else:
+            yield (*words, name), one
+
+
+@pytest.mark.parametrize(("words", "command"), leaves(), ids=lambda value: getattr(value, "name", None))
+def test_every_command_says_what_it_does_and_speaks_json(words, command):
+    out = help_of(*words)
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert "--json" in options
+    assert all(parameter.help for parameter in command.params if parameter.name != "help")
+    if words[0] != "organism":
+        assert "Examples" in out
+        assert f"rim-lens {words[0]}" in out
+
+
+EXAMPLES = [example for examples in cli.EXAMPLES.values() for example in examples]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_in_the_help_are_commands(example):
+    """They parse: each name is a command, each option one of its options."""
+    words = shlex.split(example.partition(" > ")[0])
+    assert words[0] == "rim-lens"
+    command = typer.main.get_command(cli.app).commands[words[1]]
+    context = command.make_context(words[1], words[2:])
+    assert context.params
+    # A misspelt option is refused by the same call.
+    with pytest.raises(Exception, match="No such option"):  # typer has a click of its own in some versions
+        command.make_context(words[1], [*words[2:], "--no-such-option"])
+
+
+def test_completion_offers_what_is_there(tmp_path, monkeypatch):
+    """Names that load_model knows, folders, words of a list; and both of typer's commands."""
+    assert {name.partition(":")[0] for name in names.MODELS} == set(known_sources())
+    assert set(names.CONDITIONS) == {"off", "open", *COT_KINDS}
+    assert complete_model("smol") == ["smollm2", "smollm2-refusal"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "note.txt").touch()
+    assert complete_model("ru") == ["runs"]
+    assert complete_model("runs/") == ["runs/mine"]
+    heads = dict(leaves())["heads",]
+    (argument,) = [parameter for parameter in heads.params if parameter.name == "model"]
+    found = argument.shell_complete(heads.context_class(heads), "plan")
+    assert [item.value for item in found] == ["planted"]
+    assert complete_listed(*names.CONDITIONS)("off,ca") == ["off,careful"]
+
+
+def test_a_shell_is_given_its_completion(monkeypatch):
+    """As bash asks for it."""
+    asked = {"_RIM_LENS_COMPLETE": "complete_bash", "COMP_WORDS": "rim-lens heads toy:d", "COMP_CWORD": "2"}
+    told = run(cli.app, [], prog_name="rim-lens", env=asked)
+    assert told.output.split() == ["toy:deviate"], told.output
+
+
+def test_completion_does_not_wait_for_torch():
+    """A shell asks at every key."""
+    code = "import sys, rim_lens.cli; from rim_lens.cli.options import complete_model; complete_model('t'); print('torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "False"
 
 
 def test_a_plan_runs_nothing(tmp_path):

@@ -10,6 +10,8 @@ import pytest
 
 from rim_lens.chat.spans import ATOMS
 from rim_lens.organisms.planted import planted_truth
+from tests.fetch_tokenizers import cache_folder
+from tests.true_tokenizers import load_tokenizer
 
 DEMOS = Path(__file__).resolve().parents[1] / "demos"
 
@@ -18,18 +20,29 @@ def ran(name: str) -> dict[str, Any]:
     return runpy.run_path(str(DEMOS / f"{name}.py"))
 
 
+BY_HAND = {"smollm2"}  # takes minutes on a real model: make evidence runs it
+
+
 def test_every_notebook_is_run_here_and_named_in_the_readme():
+    root = DEMOS.parent
     names = {path.stem for path in DEMOS.glob("*.py")}
-    here = Path(__file__).read_text()
-    readme = (DEMOS.parent / "README.md").read_text()
+    here, readme, make = (
+        path.read_text() for path in (Path(__file__), root / "README.md", root / "Makefile")
+    )
+    shown = runpy.run_path(str(root / "docs" / "run_notebooks.py"))["NAMES"]
+    assert names - BY_HAND == set(shown)
     for name in names:
-        assert f'ran("{name}")' in here
         assert f"demos/{name}.py" in readme
+        if name in BY_HAND:
+            assert f"run_notebooks.py docs/evidence {name}" in make
+        else:
+            assert f'ran("{name}")' in here
 
 
 def test_quick_start():
     shown = ran("quick_start")
     assert len(shown["strongest"]) == 2
+    assert shown["result"].gate["passed"]
     assert float(shown["baseline"].mean()) > 0
 
 
@@ -70,3 +83,22 @@ def test_before_and_after():
     assert last["lost"] > 0
     assert len(shown["matched"]) == 4
     assert not shown["folder"].exists()
+
+
+@pytest.mark.parametrize("tokenizer", ["true", "small"])
+def test_your_own_model(tokenizer, monkeypatch, tmp_path):
+    """On random weights nothing is found, with Qwen3's own tokenizer where it was fetched, and without."""
+    if tokenizer == "true":
+        load_tokenizer("qwen3")  # skips where it is not there
+        monkeypatch.setenv("RIM_LENS_TOKENIZERS", str(cache_folder()))
+    else:
+        monkeypatch.setenv("RIM_LENS_TOKENIZERS", str(tmp_path))
+    shown = ran("your_own_model")
+    assert (shown["model"].cfg.d_vocab > 100_000) == (tokenizer == "true")
+    assert shown["chat"].name == "qwen3"
+    assert [one.kind for one in shown["harmful"]] == ["harmful"] * 24
+    tested = shown["found"].table
+    assert (tested["verdict"] != "refusal").all(), tested
+    assert tested["tested"].any()
+    assert shown["written"].outcome.count("refuse") == 0
+    assert not shown["file"].exists()

@@ -7,8 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from rim_lens.cli.names import TRAINED
 from rim_lens.cli.options import (
+    ASKED,
     GATE_EXIT,
+    SIZE,
     AsJson,
     BothKinds,
     Device,
@@ -16,11 +19,16 @@ from rim_lens.cli.options import (
     Gate,
     Harmful,
     Harmless,
+    Neurons,
     Out,
     PlanOnly,
+    RandomSets,
     Reasoning,
     Requests,
+    Seed,
     Tokens,
+    complete_listed,
+    complete_model,
     errors,
     planned_and_run,
     read_device,
@@ -32,59 +40,94 @@ from rim_lens.cli.options import (
 )
 from rim_lens.errors import RimLensError
 
+TRAINING = "Training here, with --train"
+
 
 def compare(
-    base: Annotated[str, typer.Argument(help="A name rim_lens knows, a hub name, or a folder.")],
+    base: Annotated[
+        str,
+        typer.Argument(
+            metavar="BASE",
+            help="The model before tuning: a name rim_lens knows, a folder, or a hub name.",
+            autocompletion=complete_model,
+        ),
+    ],
     tuned: Annotated[
         list[str] | None,
         typer.Argument(
-            help="What was tuned from it: folders step-N of one run, a run of rl.fine_tune, models; or NAME=MODEL."
+            metavar="[TUNED]...",
+            help="What was tuned from it: folders step-N of one run, a run of rl.fine_tune, models; or NAME=MODEL.",
+            autocompletion=complete_model,
         ),
     ] = None,
     train: Annotated[
         str | None,
         typer.Option(
-            help="Or train runs here on these chains of thought: careful,confirm,deviate,heuristic."
+            metavar="LIST",
+            help="Or train runs here, on these chains of thought: careful,confirm,deviate,heuristic.",
+            autocompletion=complete_listed(*TRAINED),
+            rich_help_panel=TRAINING,
         ),
     ] = None,
     seeds: Annotated[
-        str, typer.Option(help="Of training, one run of each kind for each: 0-2, or 0,2.")
+        str,
+        typer.Option(
+            metavar="LIST", help="One run of each kind for each: 0-2, or 0,2.", rich_help_panel=TRAINING
+        ),
     ] = "0-2",
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Of each run; 320 for the toy, 120 for others.")
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Of each run; 320 for the toy, 120 for others.", rich_help_panel=TRAINING
+        ),
     ] = None,
-    checkpoints: Annotated[int, typer.Option(min=1, help="Of each run that is trained here.")] = 6,
-    operator: Annotated[str, typer.Option(help="Of the toy's sums: - is new to it, + it knows.")] = "-",
+    checkpoints: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Of each run.", rich_help_panel=TRAINING)
+    ] = 6,
+    operator: Annotated[
+        str,
+        typer.Option(
+            metavar="SIGN", help="Of the toy's sums: - is new to it, + it knows.", rich_help_panel=TRAINING
+        ),
+    ] = "-",
     control: Annotated[
         str | None,
-        typer.Option(help="The kind, or given run, that others are held against at equal drift; careful."),
+        typer.Option(
+            metavar="RUN",
+            help="The kind, or given run, that others are held against at equal drift; careful if there is one.",
+            rich_help_panel=ASKED,
+        ),
     ] = None,
-    m: Annotated[
-        int | None,
-        typer.Option("--m", min=1, help="Neurons that each pair names in each layer; 5 % of a layer."),
-    ] = None,
-    random_sets: Annotated[
-        int, typer.Option("--random-sets", min=1, help="Random sets per layer beside the chosen neurons.")
-    ] = 100,
+    m: Neurons = None,
     prompts: BothKinds = None,
     harmful: Harmful = None,
     harmless: Harmless = None,
     reasoning: Reasoning = None,
-    out: Out = None,
     requests: Requests = None,
+    random_sets: RandomSets = 100,
     max_new_tokens: Tokens = 48,
     max_cot_tokens: Annotated[
         int | None,
-        typer.Option("--max-cot-tokens", min=1, help="Close a chain of thought that is longer than this."),
+        typer.Option(
+            "--max-cot-tokens",
+            min=1,
+            metavar="N",
+            help="Close a chain of thought that is longer than this.",
+            rich_help_panel=SIZE,
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of random sets, permutations and intervals.")] = 0,
+    gate: Gate = True,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    seed: Seed = 0,
     plan: PlanOnly = False,
+    out: Out = None,
     as_json: AsJson = False,
-    gate: Gate = True,
 ) -> None:
-    """What does fine-tuning do to refusal on the way, and does entanglement follow it better than drift and chance do?"""
+    """What does fine-tuning do to refusal on the way, and does entanglement follow it better than drift and chance do?
+
+    Give tuned models, or --train to make them here. Each checkpoint is read: refusal, twins, sums, drift, RAS and its rivals.
+    """
     import torch
 
     from rim_lens.study import CheckpointSettings, CheckpointStudy
@@ -109,7 +152,7 @@ def compare(
                 max_cot_tokens=max_cot_tokens,
                 gate=gate,
                 seed=seed,
-                progress=not as_json and errors.is_terminal,
+                progress=errors.is_terminal,
             ),
             device=read_device(device),
             dtype=getattr(torch, read_dtype(dtype)),

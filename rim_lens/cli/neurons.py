@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from rim_lens.cli.options import (
+    ASKED,
     GATE_EXIT,
     AsJson,
     BothKinds,
@@ -16,11 +17,17 @@ from rim_lens.cli.options import (
     Gate,
     Harmful,
     Harmless,
+    ModelName,
+    Neurons,
     Out,
     PlanOnly,
+    RandomSets,
     Reasoning,
     Requests,
+    Seed,
     Tokens,
+    Tuned,
+    complete_listed,
     errors,
     planned_and_run,
     read_device,
@@ -32,40 +39,53 @@ from rim_lens.cli.options import (
 
 
 def neurons(
-    model: Annotated[str, typer.Argument(help="A name rim_lens knows, a hub name, or a folder.")],
-    tuned: Annotated[list[str] | None, typer.Option(help="A fine-tuned variant; repeat for more.")] = None,
+    model: ModelName,
+    tuned: Tuned = None,
     pairs: Annotated[
-        str, typer.Option(help="What chooses: twins, or intent (a sentence of malicious intent, the paper).")
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="What chooses: twins, or intent (a sentence of malicious intent, as in the paper).",
+            autocompletion=complete_listed("twins", "intent"),
+            rich_help_panel=ASKED,
+        ),
     ] = "twins",
-    m: Annotated[
-        int | None,
-        typer.Option("--m", min=1, help="Neurons that each pair names in each layer; 5 % of a layer."),
-    ] = None,
+    m: Neurons = None,
     min_fraction: Annotated[
-        float, typer.Option(help="Share of pairs that must name a neuron; the paper takes all, 1.0.")
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="Of the pairs, how many must name a neuron; the paper takes all, 1.0.",
+            rich_help_panel=ASKED,
+        ),
     ] = 0.5,
-    random_sets: Annotated[
-        int, typer.Option("--random-sets", min=1, help="Random sets per layer beside the set.")
-    ] = 100,
     multiverse: Annotated[
         bool,
-        typer.Option("--multiverse", help="Entanglement over every choice the paper leaves open as well."),
+        typer.Option(
+            "--multiverse",
+            help="Entanglement over every choice the paper leaves open.",
+            rich_help_panel=ASKED,
+        ),
     ] = False,
     prompts: BothKinds = None,
     harmful: Harmful = None,
     harmless: Harmless = None,
     reasoning: Reasoning = None,
-    out: Out = None,
     requests: Requests = None,
+    random_sets: RandomSets = 100,
     max_new_tokens: Tokens = 48,
-    seed: Annotated[int, typer.Option(help="Of random sets and intervals.")] = 0,
+    gate: Gate = True,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    seed: Seed = 0,
     plan: PlanOnly = False,
+    out: Out = None,
     as_json: AsJson = False,
-    gate: Gate = True,
 ) -> None:
-    """Which neurons does refusal depend on, what does removing them do, and did tuning move these rather than others?"""
+    """Which neurons does refusal depend on, what does removing them do, and did tuning move these rather than others?
+
+    Neurons are chosen by pairs of requests, tested on other requests beside random sets of the same layers, and held against tuned models: RAS with its rivals, and what putting the old activations back restores.
+    """
     import torch
 
     from rim_lens.study import NeuronSettings, NeuronStudy
@@ -85,7 +105,7 @@ def neurons(
             max_new_tokens=max_new_tokens,
             gate=gate,
             seed=seed,
-            progress=not as_json and errors.is_terminal,
+            progress=errors.is_terminal,
         ),
         parts=PARTS if multiverse else PARTS[:-1],
         device=read_device(device),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,27 +20,179 @@ DTYPES = ("float32", "bfloat16", "float16")
 console = Console(width=None if sys.stdout.isatty() else 120)
 errors = Console(stderr=True)
 
+# Panels of a command's help, in the order in which a command has them.
+ASKED, REQUESTS, SIZE, LEFT_OUT, RUN, RESULT = (
+    "What is asked",
+    "Requests: our own sets where no file is given",
+    "How much",
+    "Leave out",
+    "How it runs",
+    "Plan and results",
+)
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """Names that `load_model` knows, and folders."""
+    from rim_lens.cli.names import MODELS
+
+    head, _, last = incomplete.rpartition("/")
+    folders = (
+        [folder.name for folder in Path(head or ".").glob(f"{last}*") if folder.is_dir()]
+        if last or head
+        else []
+    )
+    return [name for name in MODELS if name.startswith(incomplete)] + [
+        f"{head}/{name}" if head else name for name in folders
+    ]
+
+
+def complete_listed(*words: str) -> Callable[[str], list[str]]:
+    """Words of a list with commas: what stands before the last comma is kept."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [before + comma + word for word in words if word.startswith(last)]
+
+    return complete
+
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A name rim_lens knows (toy, toy:C, planted, smollm2, smollm2-refusal …), a folder, or a hub name.",
+        autocompletion=complete_model,
+    ),
+]
+Tuned = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODEL",
+        help="A fine-tuned variant to hold beside; repeat for more.",
+        autocompletion=complete_model,
+        rich_help_panel=ASKED,
+    ),
+]
 Out = Annotated[
-    Path | None, typer.Option("--out", help="Folder for the results; run again with the same to go on.")
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="FOLDER",
+        help="Results go there; the same folder goes on where it stopped. Else runs/COMMAND-MODEL.",
+        show_default=False,
+        rich_help_panel=RESULT,
+    ),
 ]
 Requests = Annotated[
-    int | None, typer.Option("--requests", min=4, help="At most so many requests of each kind and split.")
+    int | None,
+    typer.Option(
+        "--requests", min=4, metavar="N", help="At most so many of each kind and split.", rich_help_panel=SIZE
+    ),
 ]
-Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens generated per prompt.")]
-PlanOnly = Annotated[bool, typer.Option("--plan", help="Count passes and estimate the time, then stop.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of tables.")]
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, mps.")]
+Tokens = Annotated[
+    int,
+    typer.Option(
+        "--max-new-tokens",
+        min=1,
+        metavar="N",
+        help="Most tokens written per prompt; 64 at most on harmful requests.",
+        rich_help_panel=SIZE,
+    ),
+]
+RandomSets = Annotated[
+    int,
+    typer.Option(
+        "--random-sets",
+        min=1,
+        metavar="N",
+        help="Random sets with as many neurons in each layer, beside the chosen one.",
+        rich_help_panel=SIZE,
+    ),
+]
+Neurons = Annotated[
+    int | None,
+    typer.Option(
+        "--m",
+        min=1,
+        metavar="N",
+        help="Neurons that each pair names in each layer; 5 % of a layer if not given.",
+        rich_help_panel=ASKED,
+    ),
+]
+PlanOnly = Annotated[
+    bool,
+    typer.Option(
+        "--plan",
+        help="Count passes, estimate time and memory, and stop: nothing is run.",
+        rich_help_panel=RESULT,
+    ),
+]
+AsJson = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print one JSON document in place of tables; progress goes to stderr.",
+        rich_help_panel=RESULT,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Where the model runs: cpu, cuda, cuda:1, mps.",
+        autocompletion=complete_listed("cpu", "cuda", "mps"),
+        rich_help_panel=RUN,
+    ),
+]
 Dtype = Annotated[
-    str, typer.Option(help="Of the weights, and never chosen for you: " + ", ".join(DTYPES) + ".")
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Of the weights, and never chosen for you: " + ", ".join(DTYPES) + ".",
+        autocompletion=complete_listed(*DTYPES),
+        rich_help_panel=RUN,
+    ),
 ]
-Harmful = Annotated[Path | None, typer.Option(help="Your requests: .csv or .jsonl with a text column.")]
-Harmless = Annotated[Path | None, typer.Option(help="Their harmless twins, in the same order or by id.")]
-Reasoning = Annotated[Path | None, typer.Option(help="Your reasoning questions.")]
+Seed = Annotated[
+    int,
+    typer.Option(
+        metavar="N", help="Of random sets, controls, permutations and intervals.", rich_help_panel=RUN
+    ),
+]
+Harmful = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Harmful ones: .csv or .jsonl with a column text.", rich_help_panel=REQUESTS
+    ),
+]
+Harmless = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Their harmless twins, in the same order or by id.", rich_help_panel=REQUESTS
+    ),
+]
+Reasoning = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Reasoning questions, with answers.", rich_help_panel=REQUESTS),
+]
 BothKinds = Annotated[
     Path | None,
-    typer.Option("--prompts", help="Requests of both kinds: .csv or .jsonl with columns text and kind."),
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help="Both kinds in one file: .csv or .jsonl with columns text and kind.",
+        rich_help_panel=REQUESTS,
+    ),
 ]
-Gate = Annotated[bool, typer.Option(help="Stop where the model does not refuse in the first place.")]
+Gate = Annotated[
+    bool,
+    typer.Option(
+        " /--no-gate",
+        help="The gate, which stops where the model does not refuse in the first place.",
+        show_default=False,
+        rich_help_panel=LEFT_OUT,
+    ),
+]
 
 
 def read_files(files: Mapping[str, Path | None], both_kinds: Path | None = None) -> dict[str, Any]:
@@ -137,7 +289,7 @@ def planned_and_run(question: Any, model: str, out: Path, *, plan_only: bool, as
     if plan_only:
         return None
     try:
-        return question.run(out, say=None if as_json else say)
+        return question.run(out, say=whisper if as_json else say)
     except KeyboardInterrupt:
         errors.print(
             f"\nStopped. What was measured is in {out}; the same command goes on from there.", markup=False
@@ -148,6 +300,20 @@ def planned_and_run(question: Any, model: str, out: Path, *, plan_only: bool, as
 def say(line: str) -> None:
     """One line of what goes on."""
     console.print(f"· {line}", markup=False, highlight=False)
+
+
+def whisper(line: str) -> None:
+    """The same on stderr, where stdout is one JSON document."""
+    errors.print(f"· {line}", markup=False, highlight=False)
+
+
+def show_written(paths: Sequence[Path], as_json: bool) -> None:
+    """Say what was written, or print the JSON document among it."""
+    if as_json:
+        print(next(path for path in paths if path.suffix == ".json").read_text(encoding="utf-8"))
+        return
+    for path in paths:
+        console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def open_result(folder: Path) -> Any:

@@ -8,8 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from rim_lens.cli.names import CONDITIONS
 from rim_lens.cli.options import (
+    ASKED,
     GATE_EXIT,
+    LEFT_OUT,
+    SIZE,
     AsJson,
     BothKinds,
     Device,
@@ -17,11 +21,15 @@ from rim_lens.cli.options import (
     Gate,
     Harmful,
     Harmless,
+    ModelName,
     Out,
     PlanOnly,
     Reasoning,
     Requests,
     Tokens,
+    Tuned,
+    complete_listed,
+    complete_model,
     console,
     errors,
     open_result,
@@ -41,18 +49,24 @@ REAL_REQUESTS = 24
 
 def demo(
     model: Annotated[
-        str, typer.Option(help="toy, smollm2, smollm2-refusal, a hub name, or a folder.")
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help="toy, smollm2, smollm2-refusal, a folder, or a hub name.",
+            autocompletion=complete_model,
+            rich_help_panel=ASKED,
+        ),
     ] = "toy",
-    out: Out = None,
     requests: Requests = None,
     max_new_tokens: Tokens = 48,
-    plan: PlanOnly = False,
-    as_json: AsJson = False,
     gate: Gate = True,
+    plan: PlanOnly = False,
+    out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Run the main study and write its report: by default on the toy, with neurons and its three fine-tuned variants.
+    """Run the main study and write its report: by default on the toy, a minute or two.
 
-    On a real model it measures heads; see neurons for the other half.
+    Does a chain of thought lower refusal, which heads carry refusal, and what did fine-tuning move? The toy comes with its three fine-tuned variants; other models are asked with 24 requests of each kind, about heads: see [bold]neurons[/bold] for the other half.
     """
     toy = model == "toy"
     _study(
@@ -69,20 +83,26 @@ def demo(
 
 
 def study(
-    model: Annotated[str, typer.Argument(help="A name rim_lens knows, a hub name, or a folder.")],
-    tuned: Annotated[list[str] | None, typer.Option(help="A fine-tuned variant; repeat for more.")] = None,
+    model: ModelName,
+    tuned: Tuned = None,
+    probes: Annotated[
+        bool, typer.Option("--probes", help="Train and ablate probes as well.", rich_help_panel=ASKED)
+    ] = False,
+    prompts: BothKinds = None,
     harmful: Harmful = None,
     harmless: Harmless = None,
     reasoning: Reasoning = None,
-    probes: Annotated[bool, typer.Option(help="Train and ablate probes as well.")] = False,
-    out: Out = None,
     requests: Requests = None,
     max_new_tokens: Tokens = 64,
-    plan: PlanOnly = False,
-    as_json: AsJson = False,
     gate: Gate = True,
+    plan: PlanOnly = False,
+    out: Out = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Run the main study on a model, with your own requests if you like."""
+    """Run the main study on a model, with your own requests if you like.
+
+    The plan comes first. Then: a gate (does it refuse at all?), attention on spans with and without a chain of thought, refusal in each condition beside filler, heads by removal, and neurons where tuned variants are given.
+    """
     _study(
         model,
         tuned=tuned or [],
@@ -93,41 +113,76 @@ def study(
         as_json=as_json,
         gate=gate,
         files={"harmful": harmful, "harmless": harmless, "reasoning": reasoning},
+        both_kinds=prompts,
         parts=("heads", "probes", "neurons") if probes else ("heads", "neurons"),
     )
 
 
 def heads(
-    model: Annotated[str, typer.Argument(help="A name rim_lens knows, a hub name, or a folder.")],
+    model: ModelName,
     think: Annotated[
-        str, typer.Option(help="Think conditions, with commas; off and the controls they need are added.")
+        str,
+        typer.Option(
+            metavar="LIST",
+            help="Think conditions, with commas; off and the controls they need are added.",
+            autocompletion=complete_listed(*CONDITIONS),
+            rich_help_panel=ASKED,
+        ),
     ] = "off,careful,filler,unrelated,open",
+    tuned: Tuned = None,
     prompts: BothKinds = None,
     harmful: Harmful = None,
     harmless: Harmless = None,
-    out: Out = None,
     requests: Requests = None,
     n_test: Annotated[
-        int, typer.Option("--n-test", min=1, help="Heads tested one by one; all where there are no more.")
+        int,
+        typer.Option(
+            "--n-test",
+            min=1,
+            metavar="N",
+            help="Heads tested one by one; all where there are no more.",
+            rich_help_panel=SIZE,
+        ),
     ] = 24,
     max_new_tokens: Tokens = 48,
-    tuned: Annotated[
-        list[str] | None, typer.Option(help="A fine-tuned variant whose heads stand beside; repeat for more.")
-    ] = None,
     statistics: Annotated[
-        bool, typer.Option(help="What all heads write and how they look, and pairs of the found ones.")
+        bool,
+        typer.Option(
+            " /--no-statistics",
+            help="What all heads write and how they look, and pairs of the found ones.",
+            show_default=False,
+            rich_help_panel=LEFT_OUT,
+        ),
     ] = True,
     removing: Annotated[
-        bool, typer.Option(help="Remove the found heads, and edit them under chains of thought.")
+        bool,
+        typer.Option(
+            " /--no-removing",
+            help="Removing the found heads, and editing them under chains of thought.",
+            show_default=False,
+            rich_help_panel=LEFT_OUT,
+        ),
     ] = True,
-    probes: Annotated[bool, typer.Option(help="Train and ablate probes as well.")] = True,
+    probes: Annotated[
+        bool,
+        typer.Option(
+            " /--no-probes",
+            help="Probes: what separates, and what ablating it does.",
+            show_default=False,
+            rich_help_panel=LEFT_OUT,
+        ),
+    ] = True,
+    gate: Gate = True,
     device: Device = "cpu",
     dtype: Dtype = "float32",
     plan: PlanOnly = False,
+    out: Out = None,
     as_json: AsJson = False,
-    gate: Gate = True,
 ) -> None:
-    """Which heads does refusal depend on, where do they look with and without a CoT, and what does removing them do?"""
+    """Which heads does refusal depend on, where do they look with and without a CoT, and what does removing them do?
+
+    Heads are chosen on some requests and tested on others and their harmless twins, beside random heads of the same layers.
+    """
     conditions, added = read_conditions(think)
     if added and not as_json:
         console.print(
@@ -165,10 +220,10 @@ def heads(
 
 
 def show(
-    folder: Annotated[Path, typer.Argument(help="A study's folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where a study was run: runs/…")],
     as_json: AsJson = False,
 ) -> None:
-    """Show a finished study, and write its report anew."""
+    """Show a finished study, and write its report anew. Nothing is measured."""
     show_result(open_result(folder), as_json)
 
 
@@ -193,9 +248,7 @@ def _study(
 
     from rim_lens.study import Settings, Study
 
-    asked = Settings(
-        max_new_tokens=max_new_tokens, gate=gate, progress=not as_json and errors.is_terminal, **settings
-    )
+    asked = Settings(max_new_tokens=max_new_tokens, gate=gate, progress=errors.is_terminal, **settings)
     question = Study(
         model,
         tuned=tuned,
