@@ -127,7 +127,7 @@ class CheckpointStudy:
     or trained here on harmless problems with chains of thought of several kinds; neurons that refusal hangs on, chosen in the
     base on the `select` side; then, on the `evaluate` side and one model in memory at a time, refusal, over-refusal, accuracy,
     drift and entanglement of every checkpoint. Of these: what each run lost, paired over requests; how the metrics correlate
-    with it, with p from exchanging whole runs; each kind beside a *control* (the careful chains) where that drifted as far from
+    with it, with p from exchanging whole runs, and within kinds whole seeds; each kind beside a *control* (the careful chains) where that drifted as far from
     the base, trained on for the purpose where it did not come so far; and the loss foretold from first checkpoints, and from
     gradients before training.
 
