@@ -134,9 +134,9 @@ export function mount(root, view, arrays, kernel = null) {
     for (const [places, colour] of [[random, view.palette.blue], [inSet, view.palette.found]]) {
       const mx = x(meanOf(places, xs)), my = y(meanOf(places, ys));
       if (!Number.isFinite(mx + my)) continue;
-      for (const [ink, thick] of [[colours.paper, 6], [colour, 3]]) {
+      for (const [ink, thick] of [[colours.paper, 8], [colour, 3.5]]) {
         pen.strokeStyle = ink; pen.lineWidth = thick; pen.beginPath();
-        pen.moveTo(mx - 8, my); pen.lineTo(mx + 8, my); pen.moveTo(mx, my - 8); pen.lineTo(mx, my + 8); pen.stroke();
+        pen.moveTo(mx - 10, my); pen.lineTo(mx + 10, my); pen.moveTo(mx, my - 10); pen.lineTo(mx, my + 10); pen.stroke();
       }
     }
     for (const name of live?.ticked ?? []) {

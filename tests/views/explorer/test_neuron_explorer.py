@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import rim_lens as rl
+from rim_lens.measures.held_out import chosen_by
 from rim_lens.views import (
     NeuronView,
     neuron_explorer_html,
@@ -206,10 +207,7 @@ def test_what_cannot_be_shown_is_refused(toys: Any) -> None:
         neuron_view(base, chat, [(0, 256)], harmful, harmless)
     with pytest.raises(rl.errors.CaptureError, match=r"effect of neuron \(2, 0\)"):
         neuron_view(base, chat, MEMBERS, harmful, harmless, effects={(2, 0): 1.0})
-    texts = [prompt.text for prompt in harmful]
-    chosen = rl.NeuronSet.of(
-        base, MEMBERS, made_by={"select_ids": [], "select_texts": texts, "select_families": []}
-    )
+    chosen = rl.NeuronSet.of(base, MEMBERS, made_by=chosen_by(harmful))
     with pytest.raises(rl.errors.StatisticsError):
         neuron_view(base, chat, chosen, harmful, harmless)
 
