@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 EXTRA := $(if $(findstring smollm2,$(MODEL)),smollm2,demo)
 PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test check contract docs notebooks bench evidence evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-checkpoints evidence-freezing clean
+.PHONY: demo test check contract docs notebooks bench evidence evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-circuits evidence-checkpoints evidence-freezing clean
 
 demo: .venv/ready-$(EXTRA)
 	@# 3: the study ran and stopped at its gate, which is an answer
@@ -43,7 +43,7 @@ bench: .venv/ready-dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks
 
 # What takes long. Its outputs are committed under docs/evidence, with command, versions and date.
-evidence: .venv/ready-dev .venv/ready-docs evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-checkpoints evidence-freezing
+evidence: .venv/ready-dev .venv/ready-docs evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-circuits evidence-checkpoints evidence-freezing
 	.venv/bin/rim-lens organism toy --seeds 0-5 --out docs/evidence
 	.venv/bin/rim-lens organism smollm2 --seeds 0-2 --out docs/evidence
 	.venv/bin/rim-lens organism smollm2 --newline --seeds 0 --adapters runs/smollm2-newline --out docs/evidence
@@ -76,6 +76,10 @@ evidence-heads: .venv/ready-dev
 evidence-neurons: .venv/ready-dev
 	.venv/bin/python -m tests.entanglement_nulls
 	.venv/bin/python -m tests.neuron_verdicts
+
+# What edges and shares of circuits are worth: planted truth, models without refusal, toys.
+evidence-circuits: .venv/ready-dev
+	.venv/bin/python -m tests.circuit_verdicts
 
 # What fine-tuning does to refusal in toys of six seeds, and whether entanglement follows it.
 evidence-checkpoints: .venv/ready-dev

@@ -21,8 +21,7 @@ Values = Mapping[tuple[Site, int], tuple[list[int], Float[Tensor, "prompt pos co
 class Put(Component):
     """Put given values in chosen columns of activations, at every position of whole prompts.
 
-    Values have one row per prompt of the bound batch, or of its first prompts where the batch repeats these again and again.
-    Where a value is NaN, the pass keeps its own. Padding is overwritten too, which nothing reads. Whole prompts only: under a
+    Values have one row per prompt of the bound batch. Where a value is NaN, the pass keeps its own. Padding is overwritten too, which nothing reads. Whole prompts only: under a
     key-value cache, what is read later stays as it is.
 
     Args:
@@ -57,8 +56,7 @@ class Put(Component):
                 f"Put holds values for {values.shape[1]} positions, and this pass has {activation.shape[0]} prompts of {width}"
                 f" where {len(self._members)} are bound. Bind the batch that is read, and read it whole."
             )
-        rows = torch.tensor([member % len(values) for member in self._members])
         edited, index = activation.clone(), columns.to(activation.device)
-        new = values[rows, -width:].to(edited)
+        new = values[self._members, -width:].to(edited)
         edited[:, :, index] = torch.where(new.isnan(), edited[:, :, index], new)
         return edited

@@ -85,8 +85,8 @@ class CircuitPlan:
     Attributes:
         n_nodes: Heads, nodes of neurons and spans.
         n_edges: Edges among them and into the refusal score, for each contrast.
-        n_batches: Batches of edges, one for each input of each receiver: all its senders run together. Edges into the refusal
-            score need none.
+        n_batches: Batches of edges, one for each receiver, in which all its senders and inputs run together, beside one pass
+            that records. Edges into the refusal score need none.
         n_rows: Prompts read in all, one forward pass each; edges whose sender sends the same in both runs are not run.
         n_tokens: Tokens in all.
     """
@@ -242,7 +242,7 @@ class Question:
             add(self.reasoning, 2 * reads)
             add(widths["select"][TWINS], 4)
         add(widths["select"][TWINS], 2)
-        groups = {(edge.receiver, edge.input) for edge in heard}
+        groups = {edge.receiver for edge in heard}
         n_nodes = len(self.nodes) + len(self.spans)
         return CircuitPlan(n_nodes, len(self.edges), len(groups), rows, tokens)
 

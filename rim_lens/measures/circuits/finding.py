@@ -210,7 +210,7 @@ def plan_circuit(
     >>> requests = [rl.load_prompts(kind, language="toy") for kind in ("harmful", "harmless")]
     >>> plan = rl.plan_circuit(model, chat, [(0, 5), (1, 1)], [(0, 3)], *requests, search=rl.CircuitSearch(limit=4))
     >>> plan.n_nodes, plan.n_edges, plan.n_batches
-    (5, 18, 6)
+    (5, 18, 3)
     """
     search = search or CircuitSearch()
     return Question(
@@ -270,7 +270,7 @@ def _measured(asked: Question, contrast: str, openers: list[str] | None, first: 
 
 def kept_nodes(nodes: Sequence[Node], found: Measured, rule: EdgeRule) -> list[Node]:
     """The heads and neurons with a way to the refusal score by edges that are large enough on the select side."""
-    least = rule.least(float(found.reach_select.mean()))
+    least = rule.least_kept(float(found.reach_select.mean()))
     sizes = np.abs(found.select.mean(axis=0))
     large = [edge for edge, size in zip(found.edges, sizes, strict=True) if size >= least]
     reached = {END}

@@ -35,8 +35,8 @@ from rim_lens.hooks import BlockAttention, Component
 from rim_lens.hooks.putting import Put
 from rim_lens.lens import Model, ModelFacts, Site, verify
 from rim_lens.measures.circuits.instead import Instead, edited
-from rim_lens.measures.circuits.nodes import Edge, Node, checked_nodes, edges_between
-from rim_lens.measures.circuits.reading import Receiver, spots_proven, spots_read
+from rim_lens.measures.circuits.nodes import Edge, Input, Node, checked_nodes, edges_between
+from rim_lens.measures.circuits.reading import Receiver, one_after_another, spots_proven, spots_read
 from rim_lens.measures.circuits.settling import next_word_odds, settled
 from rim_lens.measures.circuits.writing import Writing, recorded_spots, spots_written
 from rim_lens.measures.ending import Ending, read_ending
@@ -66,7 +66,7 @@ def path_effects(
     """Effect of every edge from senders to receivers on the refusal score, prompt by prompt.
 
     Edges into the refusal score itself need no pass: final norm and unembedding are computed exactly, as `direct_effects`
-    does. All others of one input of one receiver run as one batch, senders × prompts rows.
+    does. All others of one receiver run as one batch, with a row for each edge and prompt.
 
     Args:
         model: Any HookedTransformer or TransformerBridge, in eval mode.
@@ -199,18 +199,16 @@ class PathRun:
                 " by heads alone."
             )
         effects = np.full((len(self.batch), len(edges)), np.nan)
-        groups: dict[tuple[Node, str], list[int]] = {}
+        groups: dict[Node, list[int]] = {}
         for place, edge in enumerate(edges):
-            groups.setdefault((edge.receiver, edge.input), []).append(place)
-        known: dict[Node, Receiver] = {}
-        for (node, _), places in tqdm(groups.items(), desc=f"paths {self.batch.name}", disable=not progress):
-            together = [edges[place] for place in places]
+            groups.setdefault(edge.receiver, []).append(place)
+        for node, places in tqdm(groups.items(), desc=f"paths {self.batch.name}", disable=not progress):
+            hears = [edges[place] for place in places]
             if node.kind == "end":
-                effects[:, places] = self._at_end(together)
+                effects[:, places] = self._at_end(hears)
                 continue
-            if node not in known:
-                known[node] = Receiver(self.model, self.facts, node, self.recorded, self.proof)
-            effects[:, places] = self._at(known[node], together)
+            receiver = Receiver(self.model, self.facts, node, self.recorded, self.proof)
+            effects[:, places] = self._at(receiver, hears)
         return effects
 
     def _at_end(self, edges: Sequence[Edge]) -> Float[np.ndarray, "prompt edge"]:
@@ -220,22 +218,26 @@ class PathRun:
 
     def _at(self, receiver: Receiver, edges: Sequence[Edge]) -> Float[np.ndarray, "prompt edge"]:
         found = np.zeros((len(self.batch), len(edges)))
-        moved: list[int] = []
-        streams: list[Tensor] = []
+        streams: dict[Node, Tensor] = {}
+        moved: dict[Input, list[int]] = {}
         for place, edge in enumerate(edges):
             if edge.sender.kind == "span" and self.instead.method == "zero":
                 found[:, place] = self._without_span(edge)
                 continue
-            stream = self._stream(receiver, edge.sender)
+            if edge.sender not in streams:
+                streams[edge.sender] = self._stream(receiver, edge.sender)
             # What is not changed has no effect, and needs no pass to say so.
-            if not torch.equal(stream, receiver.stream):
-                moved.append(place)
-                streams.append(stream)
+            if not torch.equal(streams[edge.sender], receiver.stream):
+                moved.setdefault(edge.input, []).append(place)
         if moved:
-            repeated = self.batch.select([*range(len(self.batch))] * len(moved))
-            put = Put(receiver.values(edges[0].input, torch.stack(streams)))
-            scores = self._scores(repeated, [put]).reshape(len(moved), len(self.batch))
-            found[:, moved] = (scores - self.ending.baseline).T
+            parts = [
+                receiver.values(way, torch.stack([streams[edges[place].sender] for place in places]))
+                for way, places in moved.items()
+            ]
+            places = [place for some in moved.values() for place in some]
+            repeated = self.batch.select([*range(len(self.batch))] * len(places))
+            scores = self._scores(repeated, [Put(one_after_another(parts))])
+            found[:, places] = (scores.reshape(len(places), -1) - self.ending.baseline).T
         return found
 
     def _stream(self, receiver: Receiver, sender: Node) -> Float[Tensor, "prompt pos d_model"]:

@@ -58,6 +58,7 @@ class Receiver:
 
         Rows are those of the first stream, then the second, and so on. The other heads that share a key-value head keep their z.
         """
+        n_runs = len(streams)
         layer, members = self.node.layer, list(self.node.members)
         rows = streams.flatten(0, 1)
         if way == "mlp":
@@ -73,7 +74,8 @@ class Receiver:
         values = {(site, layer): ([column], self._projected(way, rows)[:, :, column : column + 1])}
         if way == "q" or not others:
             return values
-        return {**values, ("z", layer): (others, self.recorded["z", layer][:, :, others])}
+        kept = self.recorded["z", layer][:, :, others]
+        return {**values, ("z", layer): (others, kept.repeat(n_runs, *[1] * (kept.ndim - 1)))}
 
     def _column(self, way: Input) -> int:
         head = self.node.members[0]
@@ -127,6 +129,20 @@ class Receiver:
                 self.facts,
                 f"{way} of {self.node.name} is not norm and projection of the residual stream before it",
             )
+
+
+def one_after_another(parts: Sequence[Values]) -> Values:
+    """Values for the rows of the first part, then of the second, and so on; NaN, which leaves the pass its own, where a part has none."""
+    counts = [len(next(iter(part.values()))[1]) for part in parts]
+    found: dict[tuple[Site, int], tuple[list[int], Tensor]] = {}
+    for spot in dict.fromkeys(spot for part in parts for spot in part):
+        columns, like = next(part[spot] for part in parts if spot in part)
+        rows = [
+            part[spot][1] if spot in part else like.new_full((count, *like.shape[1:]), torch.nan)
+            for part, count in zip(parts, counts, strict=True)
+        ]
+        found[spot] = (columns, torch.cat(rows))
+    return found
 
 
 def _keep(value: Tensor, hook: Any, kept: list[Tensor]) -> None:  # noqa: ARG001

@@ -31,20 +31,22 @@ Effects = Float[np.ndarray, "prompt edge"]
 class EdgeRule:
     """When an edge is the circuit's.
 
-    p ≤ alpha on evaluate requests, and an effect of the same sign on both sides, of at least `min_effect` nats and of at least
-    `min_share` of the difference between the two runs. Where the runs do not differ no share can be had, and any size of
-    `min_effect` counts.
+    p ≤ alpha on evaluate requests, an effect there of at least `min_effect` nats and `min_share` of the difference between the two
+    runs, and on select requests one of the same sign, large enough to keep its sender (`keep_share`). Where the runs do not
+    differ no share can be had, and any size from `min_effect` on counts.
 
     Attributes:
         alpha: Level of the test, over all edges of a contrast.
         min_effect: Smallest size of an effect, nats.
         min_share: Smallest size as a share of the mean difference between the runs. Weights with noise write a little
             everywhere; ask for less where many edges share the work.
+        keep_share: The same for edges that keep a node in the circuit, on select requests.
     """
 
     alpha: float = 0.05
     min_effect: float = 0.25
-    min_share: float = 0.1
+    min_share: float = 0.2
+    keep_share: float = 0.1
 
     def __post_init__(self) -> None:
         """Refuse thresholds out of range.
@@ -52,18 +54,27 @@ class EdgeRule:
         Raises:
             StatisticsError: One is.
         """
-        if not (0 < self.alpha <= 1 and self.min_effect >= 0 and 0 <= self.min_share <= 1):
+        shares = (self.min_share, self.keep_share)
+        if not (0 < self.alpha <= 1 and self.min_effect >= 0 and all(0 <= one <= 1 for one in shares)):
             raise StatisticsError(
-                f"{self} was asked for; alpha and min_share are shares, min_effect is at least 0."
+                f"{self} was asked for; alpha, min_share and keep_share are shares, min_effect is at least 0."
             )
 
     def least(self, reach: float) -> float:
         """Smallest size of an effect, nats, where the runs differ by `reach`.
 
         >>> EdgeRule().least(-20.0), EdgeRule().least(0.1)
-        (2.0, 0.25)
+        (4.0, 0.25)
         """
         return max(self.min_effect, self.min_share * abs(reach))
+
+    def least_kept(self, reach: float) -> float:
+        """Smallest size of an effect on select requests, nats, that keeps its sender.
+
+        >>> EdgeRule().least_kept(-20.0)
+        2.0
+        """
+        return max(self.min_effect, self.keep_share * abs(reach))
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +121,7 @@ def edge_table(
 
     both = (found.effect - found.back) / 2
     reach = float(found.reach.mean())
-    least, least_select = rule.least(reach), rule.least(float(found.reach_select.mean()))
+    least, least_select = rule.least(reach), rule.least_kept(float(found.reach_select.mean()))
     p = _corrected(both, families, least, seed)
     rows: list[dict[str, Any]] = []
     for place, edge in enumerate(found.edges):

@@ -73,8 +73,7 @@ def test_the_plan_holds(counted: tuple[rl.Circuit, int]) -> None:
     plan = found.settings["plan"]
     assert plan["n_edges"] == len(found.edges)
     assert 0.5 * plan["n_rows"] < read <= plan["n_rows"]
-    n_inputs = 3 * 2 + 1  # two heads, one node of neurons
-    assert plan["n_batches"] <= n_inputs
+    assert plan["n_batches"] == 3  # two heads, one node of neurons
     assert set(found.tests["kind"]) == {"harmful", "harmless", "reasoning", "reasoning answers"}
 
 
