@@ -58,7 +58,8 @@ share[share["harmful"] > 0].round(2)
 
 # %% [markdown]
 # The head explorer: every head's mass on a span as a map; click a head (or move with the arrow keys) to see both of its patterns with
-# the spans marked. In Jupyter `rl.views.HeadExplorer(view)` is the same as a widget; the page works offline.
+# the spans marked. The page works offline; in Jupyter `rl.views.HeadExplorer(model, chat, requests)` is the same with a live kernel,
+# where heads can be ablated or scaled.
 
 # %%
 view = rl.views.head_view(model, chat, harmful[:3], ["off", "careful"])

@@ -22,10 +22,11 @@ const CSS = `
 .rlx th, .rlx td { padding: 2px 10px 2px 0; text-align: left; border-bottom: 1px solid var(--grid); vertical-align: top; }
 .rlx td.n, .rlx th.n { text-align: right; } .rlx .scroll { overflow-x: auto; }
 .rlx .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 5px; vertical-align: -1px; }
-.rlx .legend { display: flex; flex-wrap: wrap; gap: 2px 12px; font-size: 12.5px; color: var(--soft); }
+.rlx td.tokens-first { min-width: 15em; }
+.rlx .legend { margin-bottom: 8px; display: flex; flex-wrap: wrap; gap: 2px 12px; font-size: 12.5px; color: var(--soft); }
 .rlx .tip { position: fixed; z-index: 9; pointer-events: none; background: var(--paper); color: var(--ink); border: 1px solid var(--axis); border-radius: 5px; padding: 4px 8px; font-size: 13px; max-width: 30em; overflow-wrap: anywhere; white-space: pre-line; box-shadow: 0 2px 8px #0003; }
 .rlx code, .rlx pre { font-family: var(--mono); font-size: 12.5px; unicode-bidi: isolate; }
-.rlx pre { overflow: auto; background: var(--code); padding: 8px 10px; border-radius: 6px; max-height: 16em; }
+.rlx pre { overflow: auto; white-space: pre; word-break: normal; background: var(--code); padding: 8px 10px; border-radius: 6px; max-height: 16em; }
 .rlx .live { border-top: 1px solid var(--grid); margin-top: 14px; padding-top: 12px; }
 .rlx .wrong { color: var(--found); }
 `;
@@ -104,7 +105,7 @@ export function mount(root, view, arrays, kernel = null) {
   const fetched = new Map(), gridMemo = new Map();
   root.replaceChildren();
   const style = make("style"); style.textContent = CSS;
-  const box = make("div", { class: "rlx" });
+  const box = make("div", { class: "rlx", "data-lm-suppress-shortcuts": true });  // JupyterLab's keys are not meant here
   const tip = make("div", { class: "tip", hidden: true, role: "status" });
   root.append(style, box);
   let colours;
@@ -571,7 +572,7 @@ export function mount(root, view, arrays, kernel = null) {
     state.stat ||= view.start.stat; state.span ||= view.start.span;
     [state.layer, state.head] = view.start.head;
     const parts = [];
-    if (view.prompts.length > 1) parts.push(menu("prompt", "prompt", view.prompts.map((one, place) => [String(place), one.id]), "0", (value) => { state.prompt = Number(value); state.query = [null, null]; }));
+    if (view.prompts.length > 1) parts.push(menu("prompt", "prompt", view.prompts.map((one, place) => [String(place), one.id]), "0", (value) => { state.prompt = Number(value); state.query = [null, null]; if (kernel) apply(state.steps); }));
     parts.push(menu("a", "condition", names, String(state.a), (value) => { state.a = Number(value); state.query = [null, null]; }));
     if (names.length > 1) parts.push(menu("b", "beside", names, String(state.b), (value) => { state.b = Number(value); state.query = [null, null]; }));
     parts.push(menu("stat", "map", stats, state.stat, (value) => { state.stat = value; }));
@@ -629,24 +630,32 @@ export function mount(root, view, arrays, kernel = null) {
   function showScores(reply) {
     const head = make("tr", {}, ...["condition", "refusal score (nats)", "as it is", "effect", "likeliest first tokens", "continuation"].map((text, place) => make("th", { text, class: place > 0 && place < 4 ? "n" : null })));
     scores.replaceChildren(make("thead", {}, head), make("tbody", {}, ...reply.conditions.map((one) => {
-      const tokens = make("td");
+      const tokens = make("td", { class: "tokens-first" });
       one.tokens.forEach((token, place) => tokens.append(place ? ", " : "", make("code", { text: token.token }), ` ${token.probability.toFixed(3)}`));
       if (one.note) tokens.append(one.note);
       return make("tr", { "data-condition": one.name }, make("td", { text: one.name }), make("td", { class: "n", text: short(one.score ?? NaN), title: exact(one.score ?? NaN), "data-what": "score" }),
         make("td", { class: "n", text: short(one.baseline ?? NaN) }), make("td", { class: "n", text: one.score === null ? "–" : signed(one.score - one.baseline) }), tokens, make("td", { text: one.continuation }));
     })));
-    history.replaceChildren(...reply.history.map((text) => make("li", { text })));
+    const names = reply.conditions.filter((one) => one.score !== null).map((one) => one.name), after = (values) => values.filter((value) => value !== null).map((value) => make("td", { class: "n", text: short(value), title: exact(value) }));
+    const steps = [{ edit: "no edit", scores: reply.conditions.map((one) => one.baseline) }, ...reply.history];
+    history.replaceChildren(make("thead", {}, make("tr", {}, make("th", { text: "edit, beside those above" }), ...names.map((name) => make("th", { class: "n", text: `score, ${name}` })))),
+      make("tbody", {}, ...steps.map((step) => make("tr", {}, make("td", { text: step.edit }), ...after(step.scores)))));
     code.textContent = reply.code;
+  }
+  function copy() {
+    const chosen_ = () => { getSelection().selectAllChildren(code); say("The code is selected: copy it."); };
+    if (!navigator.clipboard) return chosen_();
+    return navigator.clipboard.writeText(code.textContent).then(() => say("The code is on the clipboard."), chosen_);
   }
   function live() {
     const factor = make("input", { type: "number", step: "0.25", value: "0.5", "aria-label": "factor", "data-what": "factor" });
     const button = (what, text, onclick) => make("button", { type: "button", text, onclick, "data-what": what });
     tickButton = button("tick", "Tick this head", tick);
-    scores = make("table", { "data-what": "scores" }); history = make("ol"); code = make("pre", { "data-what": "code" }); status = make("p", { class: "soft", "data-what": "status", role: "status" });
+    scores = make("table", { "data-what": "scores" }); history = make("table", { "data-what": "history" }); code = make("pre", { "data-what": "code" }); status = make("p", { class: "soft", "data-what": "status", role: "status" });
     const bar = make("div", { class: "bar" }, tickButton, button("ablate", "Ablate ticked", () => edit("ablate", null)), button("scale", "Scale ticked by", () => edit("scale", Number(factor.value))), factor,
       button("undo", "Undo", () => apply(state.steps.slice(0, -1))), button("reset", "Reset", () => apply([])));
     setTimeout(() => apply([]), 0);
-    return make("div", { class: "live" }, make("h3", { text: "Edit heads and see refusal move" }), bar, status, make("div", { class: "scroll" }, scores), make("p", { class: "soft", text: "Edits in force, oldest first; as code:" }), history, code);
+    return make("div", { class: "live" }, make("h3", { text: "Edit heads and see refusal move" }), bar, status, make("div", { class: "scroll" }, scores), make("h3", { text: "History" }), make("div", { class: "scroll" }, history), code, make("div", { class: "bar" }, button("copy", "Copy code", copy)));
   }
 
   // --- all of it ---

@@ -78,7 +78,16 @@ def test_scores_are_those_of_the_same_editors(explorer: HeadExplorer) -> None:
         assert after["score"] != before["score"]
         assert [token["token"] for token in after["tokens"]] == word["token"].tolist()
         assert after["continuation"].split(":")[0] in ("refuse", "comply", "other")
-    assert edited["history"] == ["ablate L0H5, L1H3", "scale L0H1 by 0.5"]
+    assert [step["edit"] for step in edited["history"]] == ["ablate L0H5, L1H3", "scale L0H1 by 0.5"]
+    for place, (name, batch) in enumerate(batches.items()):
+        course = [step["scores"][place] for step in edited["history"]]
+        if name == "open":
+            assert course == [None, None]
+            continue
+        with rl.AblateHeads([(0, 5), (1, 3)]).on(model):
+            first = float(rl.refusal_score(model, batch.select([1]))[0])
+        assert course == pytest.approx([first, edited["conditions"][place]["score"]], abs=1e-6)
+        assert abs(course[0] - course[1]) > 1e-4
 
 
 def test_the_history_as_code_gives_the_same_scores(explorer: HeadExplorer) -> None:
