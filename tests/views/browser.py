@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,16 @@ HOSTILE = (
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
-def require_chromium() -> None:
-    """Skip where there is no Chromium; on CI that is a failure."""
-    try:
-        import selenium  # noqa: F401
-    except ImportError:
-        missing = "selenium"
-    else:
-        missing = "" if CHROMIUM and DRIVER else "chromium and chromedriver"
+def require_chromium(*modules: str) -> None:
+    """Skip where Chromium or one of these modules is missing; on CI that is a failure."""
+    missing = [name for name in ("selenium", *modules) if find_spec(name) is None]
+    if not (CHROMIUM and DRIVER):
+        missing.append("chromium and chromedriver")
     if not missing:
         return
     if os.environ.get("CI") == "true":
-        pytest.fail(f"{missing} must be installed on CI.")
-    pytest.skip(f"needs {missing}")
+        pytest.fail(f"{', '.join(missing)} must be installed on CI.")
+    pytest.skip(f"needs {', '.join(missing)}")
 
 
 @contextmanager

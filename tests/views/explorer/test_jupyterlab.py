@@ -43,15 +43,14 @@ WAIT = 240  # s; a condition that holds is seen at once, so that only a failure 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    require_chromium()
+    require_chromium("jupyterlab", "ipykernel", "anywidget")
     with jupyterlab(tmp_path_factory.mktemp("jupyter")) as running:
         write_notebook(running.folder / "explorer.ipynb", [SHOWN, COMPUTED])
         yield running
 
 
 @pytest.fixture(scope="module")
-def lab_browser() -> Iterator[Any]:
-    require_chromium()
+def lab_browser(lab: Lab) -> Iterator[Any]:
     with offline_chromium(HOST) as driver:
         driver.set_window_size(1280, 1000)
         driver.set_script_timeout(WAIT)  # a busy machine may leave the page no turn for long

@@ -38,6 +38,7 @@ def explorer() -> HeadExplorer:
         requests,
         ("off", "careful", "open"),
         heads=[(0, 5)],
+        shown=2,
         max_new_tokens=8,
     )
 
@@ -211,5 +212,13 @@ def test_ticking_a_head_moves_the_score_to_python_s_value(
     pump(
         lambda: "Token colour" in browser.execute_script("return document.querySelector('.rlx').textContent")
     )
+    # Another prompt: its own score.
+    browser.execute_script(
+        "const menu = document.querySelector('[data-what=prompt]'); menu.value = '1'; menu.dispatchEvent(new Event('change'))"
+    )
+    wait_for(4)
+    second = float(rl.refusal_score(explorer.model, explorer.view.batches["off"].select([1]))[0])
+    assert scores()["off"] == pytest.approx(second, rel=1e-5)
+    assert abs(second - plain) > 1e-3
     assert requests_of(browser) == [page.as_uri()]
     assert errors_of(browser) == []
