@@ -6,8 +6,6 @@ scripts whose digests it names run. Text from models and prompts is escaped wher
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 import re
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rim_lens.folder import write_whole
+from rim_lens.views import offline
 from rim_lens.views.plots.style import template
 from rim_lens.views.tables import Table, Token
 from rim_lens.views.text import markdown_block, markdown_code, markdown_text, visible
@@ -90,11 +89,11 @@ def page_html(page: Page) -> str:
         findings=page.findings,
         sections=page.sections,
         cells=_cells,
-        policy=_policy(scripts if figures else []),
+        policy=offline.policy(scripts if figures else []),
         library=library,
         script=script,
-        data=_harmless_json(
-            {"figures": figures, "templates": {theme: template(theme) for theme in ("light", "dark")}}
+        data=offline.harmless_json(
+            finite({"figures": figures, "templates": {theme: template(theme) for theme in ("light", "dark")}})
         )
         if figures
         else "",
@@ -103,24 +102,10 @@ def page_html(page: Page) -> str:
     )
 
 
-def _policy(scripts: list[str]) -> str:
-    """No request at all, and no script but these."""
-    digests = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts
-    )
-    # Plotly sets styles of its own, and draws maps as images made in the page.
-    return (
-        f"default-src 'none'; script-src {digests or chr(39) + 'none' + chr(39)}; style-src 'unsafe-inline'; img-src data:;"
-        " base-uri 'none'; form-action 'none'"
-    )
-
-
 def _plotly() -> str:
     from plotly.offline import get_plotlyjs
 
-    # A digest is taken of what the browser reads, and it reads line ends as newlines.
-    library = str(get_plotlyjs()).replace("\r\n", "\n").replace("\r", "\n")
-    return re.sub(r"</(script)", r"<\\/\1", library, flags=re.IGNORECASE)
+    return offline.as_read(str(get_plotlyjs()))
 
 
 def _bare(figure: str) -> Any:
@@ -128,12 +113,6 @@ def _bare(figure: str) -> Any:
     plain = json.loads(figure)
     plain["layout"].pop("template", None)
     return plain
-
-
-def _harmless_json(value: Any) -> str:
-    """JSON that can stand in a page: no character opens or closes a tag."""
-    text = json.dumps(finite(value), ensure_ascii=True, allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _render(name: str, **values: Any) -> str:

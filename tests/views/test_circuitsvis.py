@@ -13,16 +13,8 @@ import torch
 import rim_lens as rl
 from rim_lens.views import circuitsvis_heads, circuitsvis_pattern, circuitsvis_tokens, head_patterns
 from rim_lens.views.text import visible
-from tests.views.browser import errors_of, requests_of
+from tests.views.browser import HOSTILE, harmless
 
-HOSTILE = (
-    "<think>",
-    "</script><img src=x onerror=window.hit=1>",
-    "\U0001f600",
-    "שלום",
-    "\u202ea\x07",
-    "</think>",
-)
 HEADS = [(0, 5), (1, 3)]
 
 
@@ -100,8 +92,6 @@ def test_what_does_not_fit_is_refused_with_advice(read: Any) -> None:
 def test_hostile_tokens_are_seen_and_nothing_is_asked_for(
     read: Any, browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from selenium.webdriver.support.ui import WebDriverWait
-
     _, chat, batch, _ = read
     n = len(HOSTILE)
     monkeypatch.setattr(
@@ -117,26 +107,12 @@ def test_hostile_tokens_are_seen_and_nothing_is_asked_for(
         + circuitsvis_pattern(chat, batch, square)
     )
     path = page.write(tmp_path / "page.html")
-    requests_of(browser), errors_of(browser)
-    browser.get(path.as_uri())
-    WebDriverWait(browser, 30).until(
-        lambda it: it.execute_script("return document.body.dataset.drawn") == "yes"
-    )
-    WebDriverWait(browser, 30).until(
-        lambda it: it.execute_script("return document.getElementById('picture-1').innerText").count(
-            "</think>"
-        )
-    )
+    harmless(browser, path, HOSTILE)
     for place in (0, 1):  # the others draw their tokens on a canvas
         text = browser.execute_script(f"return document.getElementById('picture-{place}').innerText")
         squeezed = re.sub(r"\s", "", text)
         for token in HOSTILE:
             assert re.sub(r"\s", "", visible(token)) in squeezed, (place, token, text[:400])
-    assert browser.execute_script("return [window.hit, document.images.length]") == [None, 0]
     assert browser.execute_script(
         "return ['picture-2', 'picture-3'].map(id => document.querySelectorAll('#' + id + ' canvas').length)"
     ) == [3, 1]
-    assert requests_of(browser) == [path.as_uri()]
-    assert [
-        said for said in errors_of(browser) if "WebGL" not in said
-    ] == []  # the library's own, of headless browsers

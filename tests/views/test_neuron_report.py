@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from rim_lens.organisms.planted import planted_truth
 from rim_lens.study.neuron_results import PARTS
 from rim_lens.views.neuron_report import neuron_command, neuron_python
 from rim_lens.views.neuron_words import neuron_findings
+from tests.views.browser import HOSTILE, harmless
 
 SETTINGS = rl.NeuronSettings(m=8, scope="model", min_fraction=1.0, n_random_sets=20, max_new_tokens=6)
-EVIL = "<img onerror=x>"
+EVIL = HOSTILE[1]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,14 @@ def test_the_page_markdown_and_json_say_the_same(result):
     )
     assert {"chosen", "removed", "methods", "reproduce"} <= set(read["sections"])
     assert "sandbox" in result._repr_html_()
+
+
+@pytest.mark.chromium
+def test_the_page_opens_offline_and_runs_nothing_of_what_it_shows(result, browser, tmp_path):
+    named = replace(result, design={**result.design, "model": " ".join(HOSTILE)})
+    harmless(browser, rl.write_neuron_report(named, tmp_path / "report.html"), [" ".join(HOSTILE), EVIL])
+    drawn = "return [...document.querySelectorAll('.plot')].map(plot => plot.querySelectorAll('svg.main-svg').length)"
+    assert all(browser.execute_script(drawn))
 
 
 def test_how_to_run_it_again_is_what_was_run(result, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 from rim_lens.study import StudyResult
 from rim_lens.views import study_html, write_report
 from rim_lens.views.text import visible
-from tests.views.browser import act_until, errors_of, open_page, requests_of
+from tests.views.browser import act_until, harmless, open_page
 from tests.views.planted import Planted, write
 
 Make = Callable[..., StudyResult]
@@ -179,21 +179,12 @@ def test_plotly_is_not_imported_before_it_is_needed() -> None:
 
 @pytest.mark.chromium
 def test_the_page_opens_offline(toy_study: StudyResult, toy_report: Path, browser: Any) -> None:
-    requests_of(browser), errors_of(browser)
-    open_page(browser, toy_report)
+    harmless(browser, toy_report)
     drawn = browser.execute_script(
         "return [...document.querySelectorAll('.plot')].map(plot => plot.querySelectorAll('svg.main-svg').length)"
     )
     assert len(drawn) == (19 if toy_study.heads.found else 11)
     assert all(drawn)
-    assert requests_of(browser) == [toy_report.as_uri()]
-    assert errors_of(browser) == []
-    # A browser that let a request through would say so here.
-    blocked = browser.execute_async_script(
-        "const done = arguments[0]; fetch('https://example.org/').then(() => done('sent'), () => done('blocked'))"
-    )
-    assert blocked == "blocked"
-    errors_of(browser), requests_of(browser)
 
 
 @pytest.mark.chromium
@@ -258,13 +249,7 @@ def test_hostile_text_runs_nothing_and_is_seen(hostile_study: StudyResult, brows
     from selenium.webdriver.common.by import By
 
     report = write_report(hostile_study)
-    requests_of(browser), errors_of(browser)
-    open_page(browser, report)
-    assert browser.execute_script("return window.hit") is None
-    codes = browser.execute_script(
-        "return [...document.querySelectorAll('td code')].map(code => code.textContent)"
-    )
-    assert HOSTILE in codes
+    harmless(browser, report, [*TOKENS, f"model {HOSTILE}", "<think>%{x}"])
     labels = browser.execute_script(
         "return [...document.querySelectorAll('#figure-tuned_outcomes .xtick text')]"
         ".map(text => text.textContent)"
@@ -280,5 +265,3 @@ def test_hostile_text_runs_nothing_and_is_seen(hostile_study: StudyResult, brows
         click=False,
     )
     assert "<think>%{x}" in hover
-    assert requests_of(browser) == [report.as_uri()]
-    assert errors_of(browser) == []

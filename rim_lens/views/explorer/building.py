@@ -408,6 +408,6 @@ def _about(
     tested = "" if maps else " No head was tested by removal here."
     return (
         f"{facts.n_layers} layers × {facts.n_heads} heads; {n_prompts} {'prompt' if n_prompts == 1 else 'prompts'} under"
-        f" {', '.join(batches)}. Mass: attention of the last prompt token, summed over a span. Full patterns: {len(heads)} heads,"
+        f" {', '.join(batches)}. Mass: attention of the last prompt token, summed over a span. Full patterns: {len(heads)} {'head' if len(heads) == 1 else 'heads'},"
         f" {rows}; spans and sentences: every head.{tested} rim_lens {__version__}."
     )

@@ -402,7 +402,7 @@ export function mount(root, view, arrays, kernel = null) {
     state.stat ||= view.start.stat; state.span ||= view.start.span;
     [state.layer, state.head] = view.start.head;
     const parts = [];
-    if (view.prompts.length > 1) parts.push(pick("prompt", "prompt", view.prompts.map((one, place) => [String(place), one.id]), "0", (value) => { state.prompt = Number(value); state.query = [null, null]; }));
+    if (view.prompts.length > 1) parts.push(pick("prompt", "prompt", view.prompts.map((one, place) => [String(place), one.id]), "0", (value) => { state.prompt = Number(value); state.query = [null, null]; live?.again(); }));
     parts.push(pick("a", "condition", names, String(state.a), (value) => { state.a = Number(value); state.query = [null, null]; }));
     if (names.length > 1) parts.push(pick("b", "beside", names, String(state.b), (value) => { state.b = Number(value); state.query = [null, null]; }));
     parts.push(pick("stat", "map", stats, state.stat, (value) => { state.stat = value; }));

@@ -4,12 +4,12 @@ function livePanel({ box, kernel, word, prompt, here, ticksChanged }) {
   const ticked = new Set();
   let steps = [];
   const button = (what, text, onclick) => make("button", { type: "button", text, onclick, "data-what": what });
-  const tickButton = button("tick", `Tick this ${word}`, tick), history = make("ol");
+  const tickButton = button("tick", `Tick this ${word}`, tick), history = make("table", { "data-what": "history" });
   const factor = make("input", { type: "number", step: "0.25", value: "0.5", "aria-label": "factor", "data-what": "factor" });
   const scores = make("table", { "data-what": "scores" }), code = make("pre", { "data-what": "code" }), status = make("p", { class: "soft", "data-what": "status", role: "status" });
   const bar = make("div", { class: "bar" }, tickButton, button("ablate", "Ablate ticked", () => edit("ablate", null)), button("scale", "Scale ticked by", () => edit("scale", Number(factor.value))), factor,
     button("undo", "Undo", () => apply(steps.slice(0, -1))), button("reset", "Reset", () => apply([])));
-  const element = make("div", { class: "live" }, make("h3", { text: `Edit ${word}s and see refusal move` }), bar, status, make("div", { class: "scroll" }, scores), make("p", { class: "soft", text: "Edits in force, oldest first; as code:" }), history, code);
+  const element = make("div", { class: "live" }, make("h3", { text: `Edit ${word}s and see refusal move` }), bar, status, make("div", { class: "scroll" }, scores), make("h3", { text: "History" }), make("div", { class: "scroll" }, history), code, make("div", { class: "bar" }, button("copy", "Copy code", copy)));
 
   function say(text, wrong = false) {
     status.textContent = String(text instanceof Error ? text.message : text);
@@ -40,14 +40,22 @@ function livePanel({ box, kernel, word, prompt, here, ticksChanged }) {
   function showScores(reply) {
     const head = make("tr", {}, ...["condition", "refusal score (nats)", "as it is", "effect", "likeliest first tokens", "continuation"].map((text, place) => make("th", { text, class: place > 0 && place < 4 ? "n" : null })));
     scores.replaceChildren(make("thead", {}, head), make("tbody", {}, ...reply.conditions.map((one) => {
-      const tokens = make("td");
+      const tokens = make("td", { class: "tokens-first" });
       one.tokens.forEach((token, place) => tokens.append(place ? ", " : "", make("code", { text: token.token }), ` ${token.probability.toFixed(3)}`));
       if (one.note) tokens.append(one.note);
       return make("tr", { "data-condition": one.name }, make("td", { text: one.name }), make("td", { class: "n", text: short(one.score ?? NaN), title: exact(one.score ?? NaN), "data-what": "score" }),
         make("td", { class: "n", text: short(one.baseline ?? NaN) }), make("td", { class: "n", text: one.score === null ? "–" : signed(one.score - one.baseline) }), tokens, make("td", { text: one.continuation }));
     })));
-    history.replaceChildren(...reply.history.map((text) => make("li", { text })));
+    const names = reply.conditions.filter((one) => one.score !== null).map((one) => one.name), after = (values) => values.filter((value) => value !== null).map((value) => make("td", { class: "n", text: short(value), title: exact(value) }));
+    const course = [{ edit: "no edit", scores: reply.conditions.map((one) => one.baseline) }, ...reply.history];
+    history.replaceChildren(make("thead", {}, make("tr", {}, make("th", { text: "edit, beside those above" }), ...names.map((name) => make("th", { class: "n", text: `score, ${name}` })))),
+      make("tbody", {}, ...course.map((step) => make("tr", {}, make("td", { text: step.edit }), ...after(step.scores)))));
     code.textContent = reply.code;
+  }
+  function copy() {
+    const chosen = () => { getSelection().selectAllChildren(code); say("The code is selected: copy it."); };
+    if (!navigator.clipboard) return chosen();
+    return navigator.clipboard.writeText(code.textContent).then(() => say("The code is on the clipboard."), chosen);
   }
   setTimeout(() => apply([]), 0);
   return { element, ticked, tick, label, say, again: () => apply(steps) };

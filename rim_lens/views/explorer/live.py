@@ -97,7 +97,7 @@ class LiveExplorer:
         self.batches = dict(batches)
         self.edits: list[Edit] = []
         self._max_new_tokens = max_new_tokens
-        self._baselines: dict[tuple[int, str], float | None] = {}
+        self._known: dict[tuple[int, str, tuple[Edit, ...]], float] = {}
 
     def undo(self) -> Self:
         """Take the last edit back; harmless where there is none."""
@@ -163,22 +163,34 @@ class LiveExplorer:
         raise CaptureError(f"the page asked for {message.get('kind')!r}, which this kernel does not know.")
 
     def _measured(self, edits: list[Edit], prompt: int) -> dict[str, Any]:
-        components = [edit.component() for edit in edits]
-        told = [
-            self._one(name, batch.select([prompt]), prompt, components)
-            for name, batch in self.batches.items()
-        ]
+        told, courses = [], []
+        for name, batch in self.batches.items():
+            one = batch.select([prompt])
+            note = why_no_score(one)
+            courses.append([] if note else self._course(name, one, prompt, tuple(edits)))
+            told.append(self._one(name, one, note, courses[-1], [edit.component() for edit in edits]))
         self.edits = edits  # not before: an edit that cannot be done leaves the earlier ones in force
-        return {"conditions": told, "history": [edit.told() for edit in edits], "code": self.code()}
+        history = [
+            {"edit": edit.told(), "scores": [course[step] if course else None for course in courses]}
+            for step, edit in enumerate(edits, start=1)
+        ]
+        return {"conditions": told, "history": history, "code": self.code()}
 
-    def _one(self, name: str, one: SpanBatch, prompt: int, components: list[Component]) -> dict[str, Any]:
-        model, note = self.models[name], why_no_score(one)
-        score: float | None = None
+    def _course(self, name: str, one: SpanBatch, prompt: int, edits: tuple[Edit, ...]) -> list[float]:
+        """The score without any edit, after the first, after the first two and so on; earlier ones are remembered."""
+        for stop in range(len(edits) + 1):
+            key = (prompt, name, edits[:stop])
+            if key not in self._known:
+                editors = [edit.component() for edit in edits[:stop]]
+                self._known[key] = float(refusal_score(self.models[name], one, *editors)[0])
+        return [self._known[prompt, name, edits[:stop]] for stop in range(len(edits) + 1)]
+
+    def _one(
+        self, name: str, one: SpanBatch, note: str, course: Sequence[float], components: list[Component]
+    ) -> dict[str, Any]:
+        model = self.models[name]
         tokens: list[dict[str, Any]] = []
         if not note:
-            if (prompt, name) not in self._baselines:
-                self._baselines[prompt, name] = float(refusal_score(model, one)[0])
-            score = float(refusal_score(model, one, *components)[0])
             words = first_tokens(model, one, *components, k=5)
             tokens = [
                 {"token": visible(token), "probability": float(share)}
@@ -186,8 +198,8 @@ class LiveExplorer:
             ]
         return {
             "name": name,
-            "score": score,
-            "baseline": self._baselines.get((prompt, name)),
+            "score": course[-1] if course else None,
+            "baseline": course[0] if course else None,
             "tokens": tokens,
             "note": note,
             "continuation": self._continuation(model, one, components),

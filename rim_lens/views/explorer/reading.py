@@ -83,13 +83,12 @@ class HeadPatterns(Reader):
             )
         wanted = self._width if self.last is None else min(self.last, self._width)
         # Prompts of like length run together, with the padding cut that none of them needs.
-        rows = pattern[:, :, -min(wanted, n_queries) :].float()
-        padded = torch.nn.functional.pad(rows, (self._width - n_keys, 0, wanted - rows.shape[2], 0))
-        real = self._real(padded.shape[0]).to(padded.device)
-        padded = padded * real[:, None, -wanted:, None]  # what a padding row says means nothing
+        real = self._real(pattern.shape[0]).to(pattern.device)[:, -wanted:, None]
         for place, (its_layer, head) in enumerate(heads):
             if its_layer == layer:
-                self.keep("attention_patterns", place, padded[:, head])
+                rows = pattern[:, head, -min(wanted, n_queries) :].float()
+                padded = torch.nn.functional.pad(rows, (self._width - n_keys, 0, wanted - rows.shape[1], 0))
+                self.keep("attention_patterns", place, padded * real)  # what a padding row says means nothing
 
     def _real(self, n_prompts: int) -> Float[Tensor, "prompt pos"]:
         if self._batch is None:

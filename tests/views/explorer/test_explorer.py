@@ -14,16 +14,8 @@ import rim_lens as rl
 from rim_lens.views import HeadView, explorer_html, head_view, write_explorer
 from rim_lens.views.explorer.building import packed
 from rim_lens.views.text import visible
-from tests.views.browser import act_until, errors_of, requests_of
+from tests.views.browser import HOSTILE, act_until, errors_of, harmless, requests_of
 
-HOSTILE = (
-    "<think>",
-    "</script><img src=x onerror=window.hit=1>",
-    "\U0001f600",
-    "\u05e9\u05dc\u05d5\u05dd",
-    "\u202ea\x07\n",
-    "</think>",
-)
 EFFECTS = {(0, 5): -1.25, (1, 3): 0.4}
 
 
@@ -173,7 +165,7 @@ def opened(view: HeadView, browser: Any, tmp_path: Path) -> Any:
     assert browser.execute_script("return document.querySelector('.rlx').dataset.drawn") == "yes"
     yield browser
     assert browser.execute_script("return [window.hit, document.images.length]") == [None, 0]
-    assert requests_of(browser) == [path.as_uri()]
+    assert {*requests_of(browser)} <= {path.as_uri()}
     assert errors_of(browser) == []
 
 
@@ -244,6 +236,11 @@ def test_two_conditions_side_by_side_with_exact_masses(view: HeadView, opened: A
 def packed_row(values: np.ndarray, query: int) -> np.ndarray:
     start = query * (query + 1) // 2
     return values[start : start + query + 1]
+
+
+@pytest.mark.chromium
+def test_the_page_can_ask_for_nothing(opened: Any, tmp_path: Path) -> None:
+    harmless(opened, tmp_path / "explorer.html", HOSTILE)
 
 
 @pytest.mark.chromium

@@ -24,6 +24,7 @@ def explorer() -> HeadExplorer:
         requests,
         ("off", "careful", "open"),
         heads=[(0, 5)],
+        shown=2,
         max_new_tokens=8,
     )
 
@@ -64,7 +65,16 @@ def test_scores_are_those_of_the_same_editors(explorer: HeadExplorer) -> None:
         assert after["score"] != before["score"]
         assert [token["token"] for token in after["tokens"]] == word["token"].tolist()
         assert after["continuation"].split(":")[0] in ("refuse", "comply", "other")
-    assert edited["history"] == ["ablate L0H5, L1H3", "scale L0H1 by 0.5"]
+    assert [step["edit"] for step in edited["history"]] == ["ablate L0H5, L1H3", "scale L0H1 by 0.5"]
+    for place, (name, batch) in enumerate(batches.items()):
+        course = [step["scores"][place] for step in edited["history"]]
+        if name == "open":
+            assert course == [None, None]
+            continue
+        with rl.AblateHeads([(0, 5), (1, 3)]).on(model):
+            first = float(rl.refusal_score(model, batch.select([1]))[0])
+        assert course == pytest.approx([first, edited["conditions"][place]["score"]], abs=1e-6)
+        assert abs(course[0] - course[1]) > 1e-4
 
 
 def test_the_history_as_code_gives_the_same_scores(explorer: HeadExplorer) -> None:
@@ -149,4 +159,12 @@ def test_ticking_a_head_moves_the_score_to_python_s_value(
     pump(
         lambda: "Token colour" in browser.execute_script("return document.querySelector('.rlx').textContent")
     )
+    # Another prompt: its own score.
+    browser.execute_script(
+        "const menu = document.querySelector('[data-what=prompt]'); menu.value = '1'; menu.dispatchEvent(new Event('change'))"
+    )
+    wait_for(4)
+    second = float(rl.refusal_score(explorer.model, explorer.view.batches["off"].select([1]))[0])
+    assert scores()["off"] == pytest.approx(second, rel=1e-5)
+    assert abs(second - plain) > 1e-3
     kernel.close()
