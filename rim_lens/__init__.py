@@ -134,6 +134,7 @@ _HOME: dict[str, str] = {
     "neuron_nodes": "measures",
     "span_node": "measures",
     "end_node": "measures",
+    "direction_node": "measures",
     "patched": "measures",
     "ablated": "measures",
     "composition": "measures",

@@ -6,6 +6,7 @@ from rim_lens.measures.checkpoints.freezing import Freezing, freezing
 from rim_lens.measures.checkpoints.result import Comparison
 from rim_lens.measures.circuits.asking import CircuitPlan, CircuitSearch
 from rim_lens.measures.circuits.composing import composition
+from rim_lens.measures.circuits.directions import direction_node
 from rim_lens.measures.circuits.finding import circuit, plan_circuit
 from rim_lens.measures.circuits.instead import ablated, patched
 from rim_lens.measures.circuits.linking import compare_circuits, neurons_in_thought
@@ -137,6 +138,7 @@ __all__ = [
     "counterfactual_pairs",
     "direct_effects",
     "direct_to_logits",
+    "direction_node",
     "dose_curve",
     "empty_block_span",
     "end_node",

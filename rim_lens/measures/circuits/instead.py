@@ -68,8 +68,14 @@ class Instead:
             )
         return AblateNeurons(neurons, **self._ablation())
 
-    def stream(self, model: Model, layers: Sequence[int], span: str) -> RowEditor:
-        """An editor that puts a span's residual stream before layers in place.
+    def stream(self, model: Model, layers: Sequence[int], layer: int, span: str) -> RowEditor:
+        """An editor that puts a span's residual stream before a layer in place.
+
+        Args:
+            model: Runs the source, where no other model does.
+            layers: Layers that will be asked for, this one among them: the source is run once for all.
+            layer: The layer.
+            span: The span.
 
         Raises:
             StatisticsError: A mean or a donor's stream was asked for.
@@ -83,7 +89,7 @@ class Instead:
         key = tuple(layers)
         if key not in known:
             known[key] = record(self.source_model or model, self._prompts, ["resid_pre"], layers)
-        return PatchResidual(layers, known[key], span, "resid_pre", self.align)
+        return PatchResidual([layer], known[key], span, "resid_pre", self.align)
 
     @cached_property
     def _recordings(self) -> dict[tuple[int, ...], Any]:

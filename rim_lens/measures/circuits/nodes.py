@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rim_lens.chat.spans import ATOMS, COMPOSITES
@@ -12,8 +12,8 @@ from rim_lens.hooks.ablating import by_layer
 from rim_lens.lens import Head, ModelFacts
 from rim_lens.measures.heads.effects import head_name
 
-Kind = Literal["head", "neurons", "span", "end"]
-Input = Literal["q", "k", "v", "mlp", "logits"]
+Kind = Literal["head", "neurons", "span", "end", "direction"]
+Input = Literal["q", "k", "v", "mlp", "logits", "projection"]
 Neuron = tuple[int, int]
 HEAD_INPUTS: tuple[Input, ...] = ("q", "k", "v")
 
@@ -24,10 +24,11 @@ class Node:
 
     Attributes:
         name: "L0H5", "and L0", "request", "refusal".
-        kind: A "head"; "neurons" of one layer, taken together; a "span" of the prompt, which heads read; or the "end", the
-            refusal score.
-        layer: Of a head or of neurons; −1 for the others.
+        kind: A "head"; "neurons" of one layer, taken together; a "span" of the prompt, which heads read; the "end", the
+            refusal score; or a "direction" of the stream.
+        layer: Of a head or of neurons; of a direction, the one whose input it is read in; −1 for the others.
         members: The head's number, or the neurons'.
+        vector: Of a direction, a unit vector.
 
     >>> head_node((0, 5)).name, END.name, span_node("request").kind
     ('L0H5', 'refusal', 'span')
@@ -37,6 +38,7 @@ class Node:
     kind: Kind
     layer: int = -1
     members: tuple[int, ...] = ()
+    vector: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def heads(self) -> list[Head]:
@@ -50,11 +52,13 @@ class Node:
 
     def inputs(self) -> tuple[Input, ...]:
         """The ways in which it reads the residual stream."""
-        return {"head": HEAD_INPUTS, "neurons": ("mlp",), "span": (), "end": ("logits",)}[self.kind]
-
-    def to_dict(self) -> dict[str, object]:
-        """Plain values for JSON."""
-        return {"name": self.name, "kind": self.kind, "layer": self.layer, "members": list(self.members)}
+        ways: dict[Kind, tuple[Input, ...]] = {
+            "head": HEAD_INPUTS,
+            "neurons": ("mlp",),
+            "end": ("logits",),
+            "direction": ("projection",),
+        }
+        return ways.get(self.kind, ())
 
 
 END = Node("refusal", "end")
@@ -108,11 +112,6 @@ def span_node(span: str) -> Node:
     return Node(span, "span")
 
 
-def node_from_dict(read: Mapping[str, object]) -> Node:
-    """Return the node that `Node.to_dict` told."""
-    return Node(read["name"], read["kind"], read["layer"], tuple(read["members"]))  # type: ignore[arg-type]
-
-
 def checked_nodes(nodes: Iterable[Node], facts: ModelFacts) -> list[Node]:
     """Distinct nodes that the model has.
 
@@ -149,13 +148,13 @@ def comes_before(sender: Node, receiver: Node) -> bool:
     """
     if sender.kind == "span":
         return receiver.kind == "head"
-    if sender.kind == "end":
+    if sender.kind not in ("head", "neurons"):
         return False
     if receiver.kind == "end":
         return True
     if sender.kind == "head" and receiver.kind == "neurons":
         return sender.layer <= receiver.layer
-    return receiver.kind in ("head", "neurons") and sender.layer < receiver.layer
+    return receiver.kind != "span" and sender.layer < receiver.layer
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,8 @@ def path_effects(
         model: Any HookedTransformer or TransformerBridge, in eval mode.
         batch: Prompts whose think block is closed.
         senders: Nodes that say something else (`head_node`, `neuron_nodes`, `span_node`).
-        receivers: Nodes that hear it: heads, neurons, `end_node()`.
+        receivers: Nodes that hear it: heads, neurons, `end_node()`; or a `direction_node`, of which the effect is the change
+            of the last row's projection, in units of the residual stream.
         instead: What is said instead, `patched` or `ablated`.
         edges: Only these; every edge between them when None.
         openers: See `refusal_score`.
@@ -83,7 +84,8 @@ def path_effects(
 
     Returns:
         Dataset with ``effect`` (prompt, edge), edited − baseline in nats, ``baseline`` (prompt), and coordinates ``edge``
-        (its name), ``sender``, ``receiver``, ``input`` (edge) and ``family`` (prompt).
+        (its name), ``sender``, ``receiver``, ``input`` (edge) and ``family`` (prompt). NaN for keys of a span whose values are
+        zeroed: keys of zero would be keys as others.
 
     Raises:
         UnsupportedModel: The stream is not the sum of what is written, or is not read by norm and projection.
@@ -204,16 +206,18 @@ class PathRun:
             groups.setdefault(edge.receiver, []).append(place)
         for node, places in tqdm(groups.items(), desc=f"paths {self.batch.name}", disable=not progress):
             hears = [edges[place] for place in places]
-            if node.kind == "end":
-                effects[:, places] = self._at_end(hears)
+            if node.kind in ("end", "direction"):
+                effects[:, places] = self._at_last_row(node, hears)
                 continue
             receiver = Receiver(self.model, self.facts, node, self.recorded, self.proof)
             effects[:, places] = self._at(receiver, hears)
         return effects
 
-    def _at_end(self, edges: Sequence[Edge]) -> Float[np.ndarray, "prompt edge"]:
-        assert self.writing is not None  # noqa: S101 - a span does not reach the end
+    def _at_last_row(self, node: Node, edges: Sequence[Edge]) -> Float[np.ndarray, "prompt edge"]:
+        assert self.writing is not None  # noqa: S101 - a span reaches heads alone
         changes = torch.stack([self.writing.change(edge.sender)[:, -1] for edge in edges], dim=1)
+        if node.kind == "direction":
+            return (changes.double() @ torch.tensor(node.vector, dtype=torch.float64)).numpy()
         return self.ending.effects(-changes)
 
     def _at(self, receiver: Receiver, edges: Sequence[Edge]) -> Float[np.ndarray, "prompt edge"]:
@@ -246,12 +250,10 @@ class PathRun:
             change = self.writing.change(sender)
             return (receiver.stream.float() + change).to(receiver.stream.dtype)
         layers = sorted({node.layer for node in self.receivers if node.kind == "head"})
-        editor = self.instead.stream(self.model, layers, sender.name)
+        spot: tuple[Site, int] = ("resid_pre", receiver.node.layer)
+        editor = self.instead.stream(self.model, layers, receiver.node.layer, sender.name)
         editor.check_prompts(self.batch)
-        recorded = {("resid_pre", layer): receiver.stream for layer in layers}
-        return edited(editor, self.model, self.facts, self.batch, recorded)[  # type: ignore[arg-type]
-            "resid_pre", receiver.node.layer
-        ]
+        return edited(editor, self.model, self.facts, self.batch, {spot: receiver.stream})[spot]
 
     def _without_span(self, edge: Edge) -> Float[np.ndarray, " prompt"]:
         """The head loses the span's values; to zero keys would be to make them any keys, so that these have no effect."""

@@ -88,7 +88,7 @@ def direct_effects(
 
     facts = model_facts(model)
     chosen = facts.check_heads(facts.heads() if heads is None else heads)
-    unit, below = _unit(facts, direction, layer)
+    unit, below = unit_direction(facts, direction, layer)
     ending = read_ending(
         model,
         facts,
@@ -164,9 +164,16 @@ def _written(
     return each.float().cpu()
 
 
-def _unit(
+def unit_direction(
     facts: ModelFacts, direction: Tensor | RefusalDirection | Probe | None, layer: int | None
 ) -> tuple[Float[Tensor, " d_model"] | None, int]:
+    """A direction as a unit vector, and the layer whose input it was taken from; (None, 0) where there is none.
+
+    Raises:
+        UnknownLayer: A vector came without its layer, or the model lacks that layer.
+        WrongHookShape: It is not one vector [d_model].
+        ImpossibleEdit: It is zero or not finite.
+    """
     if direction is None:
         return None, 0
     final = False

@@ -23,6 +23,7 @@ from rim_lens.errors import (
     UnsupportedModel,
 )
 from rim_lens.lens import hooked, model_facts
+from rim_lens.measures.circuits.directions import direction_node
 from rim_lens.measures.circuits.instead import ablated, patched
 from rim_lens.measures.circuits.nodes import (
     END,
@@ -190,6 +191,16 @@ def test_zeroed_heads_reach_the_end_by_their_direct_effects(case_gqa: Case) -> N
     np.testing.assert_allclose(
         found["effect"].values.reshape(direct["direct_effect"].shape), direct["direct_effect"], atol=2e-5
     )
+
+
+def test_zeroed_heads_reach_a_direction_by_what_they_write_along_it(case_gqa: Case) -> None:
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    node = direction_node(case_gqa.model, vector, layer=1)
+    heads = [head_node(head) for head in case_gqa.facts.heads()]
+    found = path_effects(case_gqa.model, case_gqa.batch, heads, [node], ablated(), openers=OPENERS)["effect"]
+    direct = direct_effects(case_gqa.model, case_gqa.batch, direction=vector, layer=1, openers=OPENERS)
+    assert found.sizes["edge"] == 6  # heads of layer 1 come too late
+    np.testing.assert_allclose(found, -direct["projection"].sel(layer=0), atol=2e-5)
 
 
 @pytest.mark.skipif("bridge" not in FAMILIES, reason="TransformerLens 4 patches paths on bridges alone")
