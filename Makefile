@@ -55,6 +55,10 @@ evidence: .venv/ready-dev .venv/ready-docs evidence-oracles evidence-statistics 
 	.venv/bin/rim-lens heads smollm2-refusal --requests 16 --n-test 270 --no-probes --no-removing --no-statistics --out runs/heads-smollm2-refusal
 	cp runs/heads-smollm2-refusal/report.md docs/evidence/heads_smollm2-refusal.md
 	cp runs/heads-smollm2-refusal/heads/heads.json docs/evidence/heads_smollm2-refusal.json
+	.venv/bin/rim-lens compare smollm2-refusal --train careful,heuristic --control heuristic --seeds 0-2 --steps 36 --requests 12 \
+	  --max-cot-tokens 48 --out runs/compare-smollm2-refusal
+	cp runs/compare-smollm2-refusal/report.md docs/evidence/checkpoints_smollm2-refusal.md
+	cp runs/compare-smollm2-refusal/comparison/comparison.json docs/evidence/checkpoints_smollm2-refusal.json
 	.venv/bin/python docs/run_notebooks.py docs/evidence smollm2
 
 # The largest difference of each editor from an independent computation, in every family and version.

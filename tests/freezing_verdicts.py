@@ -118,6 +118,7 @@ def page(told: dict[str, Any]) -> str:
     """The page, from the evidence alone."""
     design, table = told["design"], pd.DataFrame(told["runs"])
     column = next(name for name in table if str(name).startswith("accuracy_"))
+    free = table[table["frozen"] == "nothing"]
     lines = [
         (
             "seed",
@@ -162,7 +163,7 @@ that did not choose. Three numbers: nothing frozen / found neurons / mean over r
 
 {markdown_table(lines)}
 
-Beyond random sets, freezing the found neurons keeps {kept["mean"]:+.2f} nats of refusal score, mean over seeds ({kept["low"]:+.2f} to {kept["high"]:+.2f}; p = {kept["p"]:.3f}, signs of {kept["n"]} seeds
+Of {free["lost"].mean():.1f} nats of refusal score that are lost with nothing frozen (mean over seeds), freezing the found neurons keeps {kept["mean"]:+.2f} beyond random sets ({kept["low"]:+.2f} to {kept["high"]:+.2f}; p = {kept["p"]:.3f}, signs of {kept["n"]} seeds
 flipped, the finest possible {2 ** (1 - kept["n"]):.3f}): **{shown}**. Sums answered rightly change by {gained["mean"]:+.2f} ({gained["low"]:+.2f} to {gained["high"]:+.2f}, p = {gained["p"]:.3f}).
 
 What it does not show: anything about other models, kinds of chains, or larger sets. A seed is one training run; intervals are over requests, by

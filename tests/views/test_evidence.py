@@ -1,4 +1,4 @@
-"""The committed page of all heads of smollm2-refusal says what the committed table holds."""
+"""Committed pages of smollm2-refusal say what the committed tables hold."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from rim_lens.measures.frames import frame_from_json
-from rim_lens.views.words import signed
+from rim_lens.views.words import plain, share, signed
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence"
 
@@ -21,3 +21,22 @@ def test_every_head_stands_in_the_page_as_in_the_table() -> None:
     for row in table.to_dict("records"):
         name, effect = f"L{row['layer']}H{row['head']}", signed(row["effect"])
         assert any(row["verdict"] in line and f" {name} " in line and effect in line for line in rows), name
+
+
+def test_every_checkpoint_stands_in_the_page_as_in_the_comparison() -> None:
+    stored = json.loads((EVIDENCE / "checkpoints_smollm2-refusal.json").read_text(encoding="utf-8"))
+    table = frame_from_json(stored["table"])
+    tuned = table[table["step"] > 0]
+    assert tuned.groupby("run").size().to_dict() == {
+        f"{kind}_{seed}": 6 for kind in ("careful", "heuristic") for seed in range(3)
+    }
+    lines = (EVIDENCE / "checkpoints_smollm2-refusal.md").read_text(encoding="utf-8").splitlines()
+    for row in tuned.to_dict("records"):
+        name = row["run"].replace("_", "\\_")
+        (line,) = (
+            line
+            for line in lines
+            if line.startswith(f"| {name} | {row['step']} |") and signed(row["score_harmful"]) in line
+        )
+        for number in (share(row["refused_harmless"]), share(row["accuracy_open"]), plain(row["ras"])):
+            assert f"| {number} |" in line

@@ -183,7 +183,7 @@ def test_the_page_opens_offline(toy_study: StudyResult, toy_report: Path, browse
     drawn = browser.execute_script(
         "return [...document.querySelectorAll('.plot')].map(plot => plot.querySelectorAll('svg.main-svg').length)"
     )
-    assert len(drawn) == (19 if toy_study.heads.found else 11)
+    assert len(drawn) == (21 if toy_study.heads.found else 13)
     assert all(drawn)
 
 

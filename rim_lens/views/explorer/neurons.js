@@ -395,5 +395,5 @@ export function mount(root, view, arrays, kernel = null) {
   return keepDrawn(draw);
 }
 
-export const render = rendering(mount);
+const render = rendering(mount);
 export default { render };
