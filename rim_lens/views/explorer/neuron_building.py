@@ -295,10 +295,11 @@ def _of_whole_set(neurons: Any) -> str:
         return "The set as a whole: not tested."
     scores = tested.table[tested.table["measure"] == "score"]
     row = scores[scores["kind"] == "harmful"].iloc[0]
+    change = f"{row['change']:+.3g}".replace("-", "−")
     return (
-        f"The set as a whole: verdict “{tested.verdict}”; removing it changes refusal of harmful requests by {row['change']:+.3g}"
+        f"The set as a whole: verdict “{tested.verdict}”; removing it changes refusal of harmful requests by {change}"
         f" {row['unit']} ({row['condition']}, n = {row['n']})."
-    ).replace("-", "−")
+    )
 
 
 def _check_kinds(asked: Mapping[str, Sequence[Any]], two: bool) -> None:
