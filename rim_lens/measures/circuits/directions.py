@@ -13,7 +13,7 @@ from rim_lens.measures.heads.direct import unit_direction
 from rim_lens.measures.refusal.direction import RefusalDirection
 
 if TYPE_CHECKING:
-    from rim_lens.measures.probes.result import Probe
+    from rim_lens.measures.probes.fitting import Probe
 
 
 def direction_node(
