@@ -18,7 +18,7 @@ from rim_lens.views.neuron_words import neuron_findings
 from tests.views.browser import HOSTILE, harmless
 
 SETTINGS = rl.NeuronSettings(m=8, scope="model", min_fraction=1.0, n_random_sets=20, max_new_tokens=6)
-EVIL = HOSTILE[1]
+EVIL = "<img onerror=x>"
 
 
 @pytest.fixture(scope="module")
