@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,6 @@ import pytest
 import torch
 
 import rim_lens as rl
-
-DEMOS = sorted((Path(__file__).parents[1] / "demos").glob("*.py"))
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +68,3 @@ def test_a_study_shift_equals_the_function_on_the_captured_arrays(toy):
     plain = rl.reciprocal_activation_shift(*[np.asarray(array) for array in arrays])
     assert labelled.value == plain.value
     assert labelled.value > 0
-
-
-@pytest.mark.parametrize("demo", DEMOS, ids=lambda path: path.stem)
-def test_demos_run(demo):
-    runpy.run_path(str(demo))
