@@ -6,7 +6,6 @@ import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -331,16 +330,19 @@ def test_every_family_gives_effects(family: str) -> None:
 
 def test_nothing_is_copied_and_nothing_stays() -> None:
     model, batch = told("gemma2")
-    before = [(name, id(parameter)) for name, parameter in model.named_parameters()]
+    reading = refusal_reading(model, batch)
+    scores = reading()  # the bridge puts hooks of its own on its norms in its first pass
+
+    def state() -> list[Any]:
+        hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+        return [[(name, id(parameter)) for name, parameter in model.named_parameters()], hooks]
+
+    before = state()
     bare = BareModel(model)
     shared = {parameter.data_ptr() for parameter in model.parameters()}
     assert {parameter.data_ptr() for parameter in bare.hf.parameters()} <= shared
-    packed_readings(refusal_reading(model, batch), [AblateHeads([(0, 0)])])
+    packed_readings(reading, [AblateHeads([(0, 0)])])
     assert model.original_model.config._attn_implementation == "eager"
-    assert [(name, id(parameter)) for name, parameter in model.named_parameters()] == before
+    assert state() == before
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
-    assert not any(
-        module._forward_pre_hooks or module._forward_hooks for module in model.original_model.modules()
-    )
-    reading = partial(rl.refusal_score, model, batch)
-    np.testing.assert_array_equal(reading(), reading())
+    np.testing.assert_array_equal(reading(), scores)
