@@ -3,6 +3,7 @@ PYTHON ?= python3
 MODEL ?= toy
 DEMO_ARGS ?=
 WORKERS ?= 2
+PROMPTS ?= 24
 # Small models run fastest on one thread; tests share the cores among workers. A real model takes all cores.
 export OMP_NUM_THREADS ?= $(if $(filter toy planted,$(MODEL)),1,$(shell getconf _NPROCESSORS_ONLN))
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -40,7 +41,7 @@ notebooks: .venv/ready-docs
 
 # Figures of speed beside their rivals, as docs/evidence/bench.json and docs/speed.md. Alone on one thread, or ratios are noise.
 bench: .venv/ready-dev
-	OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks $(PROMPTS)
 
 # What takes long. Its outputs are committed under docs/evidence, with command, versions and date.
 evidence: .venv/ready-dev .venv/ready-docs evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-circuits evidence-checkpoints evidence-freezing

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -17,6 +20,23 @@ from rim_lens.lens import Model, ModelFacts, Site, hook_name, hooked, last_logit
 
 # One mean for all rows; one for each atom; one for each place within an atom, counted from its end or start
 Per = Literal["all", "span", "position"]
+
+
+_sharing = threading.local()
+
+
+@contextmanager
+def shared_means() -> Iterator[None]:
+    """Within this context means of one reference, at one site and the same rows, are taken once, of all layers.
+
+    For many editors of one model that is not changed meanwhile.
+    """
+    before = getattr(_sharing, "known", None)
+    _sharing.known = {}
+    try:
+        yield
+    finally:
+        _sharing.known = before
 
 
 def check_vocabulary(facts: ModelFacts, batch: SpanBatch) -> None:
@@ -83,6 +103,27 @@ def reference_means(
         ReferenceMismatch: The reference tokens are not of this model's vocabulary, or no row is chosen.
         NotFinite: A mean is NaN or infinite.
     """
+    known: dict[tuple[Any, ...], dict[int, Tensor]] | None = getattr(_sharing, "known", None)
+    if known is None:
+        return _means(model, facts, reference, site, layers, positions, per, from_end)
+    rows = positions if isinstance(positions, str) else id(positions)
+    key = (id(model), id(reference), site, rows, per, from_end)
+    if key not in known:
+        every = list(range(facts.n_layers))
+        known[key] = _means(model, facts, reference, site, every, positions, per, from_end)
+    return {layer: known[key][layer] for layer in layers}
+
+
+def _means(
+    model: Model,
+    facts: ModelFacts,
+    reference: SpanBatch,
+    site: Site,
+    layers: list[int],
+    positions: Positions,
+    per: Per,
+    from_end: bool,
+) -> dict[int, Tensor]:
     check_vocabulary(facts, reference)
     places = reference_slots(reference, positions, per, from_end)
     n_slots = int(places.max()) + 1

@@ -24,6 +24,7 @@ from rim_lens.hooks.ablating import Ablation
 from rim_lens.hooks.base import Component, bound
 from rim_lens.hooks.editing import RowEditor
 from rim_lens.hooks.positions import chosen_rows, is_word
+from rim_lens.hooks.reference import shared_means
 from rim_lens.lens import tokenizer_of
 from rim_lens.lens.attaching import wiring
 from rim_lens.lens.bare import BareModel
@@ -217,9 +218,10 @@ class _Packed:
             for rows in micro_batches(self.batch.lengths.tolist(), max_tokens=most, max_rows=len(self.batch)):
                 trunk, written, baseline = self._trunk(rows, edited)
                 if scores is None:
-                    # One by one, as a mean over data takes a pass of its own.
+                    # One by one: a mean over data takes passes of its own.
                     changes = (component.changes(self.model, self.bare.facts) for component in components)
-                    edits = _worth(trunk, changes)
+                    with shared_means():
+                        edits = _worth(trunk, changes)
                     scores = np.empty((1 + len(edits), len(self.batch)))
                 scores[0, rows] = baseline
                 for numbers, logits in read_logits(self.bare, march(trunk, edits)):

@@ -27,7 +27,6 @@ from rim_lens.measures.refusal.score import log_odds
 from rim_lens.provenance import provenance
 from tests.benchmarks.page import EVIDENCE, PAGE, page
 
-N_PROMPTS = 24
 SYSTEM = (
     "You are a helpful AI assistant named SmolLM, trained by Hugging Face to help people with what they ask."
 )
@@ -165,10 +164,10 @@ def _shared(batch: SpanBatch) -> int:
     return found
 
 
-def main() -> None:
+def main(n_prompts: int) -> None:
     model = rl.load_model("smollm2")
     chat = rl.ChatFormat.from_model(model)
-    requests = rl.load_prompts("harmful", split="select")[:N_PROMPTS]
+    requests = rl.load_prompts("harmful", split="select")[:n_prompts]
     batch = chat.render(requests, think="off", system=SYSTEM)
     apart = different_from_the_first(batch)
     facts = model_facts(model)
@@ -185,15 +184,16 @@ def main() -> None:
         figures.append(part())
         sys.stdout.write(json.dumps(figures[-1], ensure_ascii=False) + "\n")
         sys.stdout.flush()
-        found = provenance("make bench", ("torch", "transformers", "transformer-lens")) | {
+        command = f"make bench PROMPTS={n_prompts}"
+        found = provenance(command, ("torch", "transformers", "transformer-lens")) | {
             "model": "SmolLM2-135M, float32",
             "threads": torch.get_num_threads(),
             "load": os.getloadavg()[0],
             "figures": figures,
         }
         EVIDENCE.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    PAGE.write_text(page(found), encoding="utf-8")
+        PAGE.write_text(page(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))

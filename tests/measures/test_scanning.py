@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +16,7 @@ import torch
 import rim_lens as rl
 from rim_lens.chat import ChatFormat, SpanBatch
 from rim_lens.errors import ConditionError, UnknownHead
-from rim_lens.hooks import AblateHeads, AblateNeurons, ScaleHeads, ScaleNeurons
+from rim_lens.hooks import AblateHeads, AblateNeurons, ScaleHeads, ScaleNeurons, reference
 from rim_lens.lens import hooked, model_facts, wrap_hf
 from rim_lens.lens.bare import BareModel
 from rim_lens.lens.loading import bridge_class
@@ -33,6 +33,8 @@ from tests.speaking import REQUESTS, speaker
 pytestmark = pytest.mark.skipif(bridge_class() is None, reason="scans need a TransformerBridge")
 
 VOCABULARY = 71
+# Of unequal length, and with a beginning that they share.
+PROMPTS = [replace(prompt, text=f"make bread please {prompt.text}") for prompt in REQUESTS]
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -100,7 +102,7 @@ def told(architecture: str) -> tuple[Any, SpanBatch]:
     if not architecture.startswith("gpt2"):
         hf.config.max_position_embeddings = 128
     model = wrap_hf(hf, toy_tokenizer(), family="bridge")
-    return model, ChatFormat.from_model(model).render(REQUESTS, think="off")
+    return model, ChatFormat.from_model(model).render(PROMPTS, think="off")
 
 
 def editors(model: Any, batch: SpanBatch, positions: Any) -> list[Any]:
@@ -213,10 +215,28 @@ def test_what_prompts_share_is_run_once() -> None:
     n_shared = 0
     while len({tuple(ids[: n_shared + 1]) for ids in packed.ids}) == 1:
         n_shared += 1
-    assert whole.pack.n_stem == n_shared > 1
+    assert whole.pack.n_stem == n_shared > 3
     assert len(whole.pack) == sum(lengths) - n_shared * (len(lengths) - 1)
     assert len(last.pack) == len(batch)
     assert last.pack.past_real.sum(dim=1).tolist() == [length - 1 for length in lengths]
+
+
+@pytest.mark.parametrize("editor", [AblateHeads, AblateNeurons])
+def test_means_over_data_are_taken_once(monkeypatch: pytest.MonkeyPatch, editor: Any) -> None:
+    model, batch = told("llama")
+    passes: list[int] = []
+    run = reference.last_logits
+
+    def counted(*args: Any) -> torch.Tensor:
+        passes.append(1)
+        return run(*args)
+
+    monkeypatch.setattr(reference, "last_logits", counted)
+    components = [
+        editor([(layer, number)], method="mean", reference=batch) for layer in range(3) for number in range(4)
+    ]
+    assert differ(refusal_reading(model, batch), components) < 1e-5
+    assert len(passes) == 1 + len(components)  # one for all, and on the plain way one for each
 
 
 def test_it_is_used_where_it_can_be_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +307,7 @@ def test_mistakes_are_told_as_on_the_plain_way() -> None:
     model, batch = told("llama")
     with pytest.raises(UnknownHead):
         Scan(refusal_reading(model, batch), [AblateHeads([(layer, 0)]) for layer in range(8)])([])
-    opened = ChatFormat.from_model(model).render(REQUESTS, think="open")
+    opened = ChatFormat.from_model(model).render(PROMPTS, think="open")
     with pytest.raises(ConditionError, match="open think block"):
         head_effects(refusal_reading(model, opened), model_facts(model).heads())
     with pytest.raises(ValueError, match="'auto' and 'plain'"):
@@ -300,7 +320,7 @@ def test_every_family_gives_effects(family: str) -> None:
         spoken = speaker("qwen3", family)
     except rl.errors.UnsupportedModel:
         pytest.skip("not in this TransformerLens")
-    batch = spoken.chat.render(REQUESTS, think="off")
+    batch = spoken.chat.render(PROMPTS, think="off")
     reading = refusal_reading(spoken.model, batch)
     heads = model_facts(spoken.model).heads()
     fast, plain = (head_effects(reading, heads, scan=by) for by in ("auto", "plain"))
@@ -310,16 +330,19 @@ def test_every_family_gives_effects(family: str) -> None:
 
 def test_nothing_is_copied_and_nothing_stays() -> None:
     model, batch = told("gemma2")
-    before = [(name, id(parameter)) for name, parameter in model.named_parameters()]
+    reading = refusal_reading(model, batch)
+    scores = reading()  # the bridge puts hooks of its own on its norms in its first pass
+
+    def state() -> list[Any]:
+        hooks = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
+        return [[(name, id(parameter)) for name, parameter in model.named_parameters()], hooks]
+
+    before = state()
     bare = BareModel(model)
     shared = {parameter.data_ptr() for parameter in model.parameters()}
     assert {parameter.data_ptr() for parameter in bare.hf.parameters()} <= shared
-    packed_readings(refusal_reading(model, batch), [AblateHeads([(0, 0)])])
+    packed_readings(reading, [AblateHeads([(0, 0)])])
     assert model.original_model.config._attn_implementation == "eager"
-    assert [(name, id(parameter)) for name, parameter in model.named_parameters()] == before
+    assert state() == before
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
-    assert not any(
-        module._forward_pre_hooks or module._forward_hooks for module in model.original_model.modules()
-    )
-    reading = partial(rl.refusal_score, model, batch)
-    np.testing.assert_array_equal(reading(), reading())
+    np.testing.assert_array_equal(reading(), scores)

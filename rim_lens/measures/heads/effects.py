@@ -55,7 +55,7 @@ def head_effects(
 
     Effects on the refusal score (`refusal_reading`) are read many sets at a time on a bridge in float32: only what a set can
     change is computed again, see docs/speed.md. A few of the numbers are held against plain readings in every scan, and where
-    they differ by more than 1e-4 nats a warning says so and each set is read by itself. Everything else takes one reading for
+    they differ (by more than 1e-4 nats and 1e-5 of the score) a warning says so and each set is read by itself. Everything else takes one reading for
     each set and one for the baseline.
 
     Args:
