@@ -315,13 +315,16 @@ def test_the_inference_half_stopped_anywhere_goes_on_to_the_same(probed, tmp_pat
 
         return call
 
-    again = rl.Study(rl.load_model("toy"), **INFERENCE)
+    model = rl.load_model("toy")
+    again = rl.Study(model, **INFERENCE)
     names = {
         removing: ("removal_effects", "restoring", "refusal_heads"),
         probing: ("probe", "refusal_cliff", "probe_after_ablation"),
     }
+    # As in the whole study a hook of one's own is there, so that scans go the plain way in both, to the last digit.
+    own = [(hook_name("resid_pre", 0), lambda tensor, hook: None)]
     for at in (2, 3, 7):
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, model.hooks(fwd_hooks=own):
             done.clear()
             for module, functions in names.items():
                 for name in functions:
@@ -329,7 +332,8 @@ def test_the_inference_half_stopped_anywhere_goes_on_to_the_same(probed, tmp_pat
             with pytest.raises(Stop):
                 again.run(tmp_path)
         assert not rl.load_study(tmp_path).measured
-    assert again.run(tmp_path).measured
+    with model.hooks(fwd_hooks=own):
+        assert again.run(tmp_path).measured
     assert contents(tmp_path) == contents(folder)
 
 
