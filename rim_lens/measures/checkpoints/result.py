@@ -102,7 +102,7 @@ class Comparison:
 
         A correlation within a run has no p: its checkpoints follow each other. The others have two, from exchanging the courses
         of whole runs, where that can be done in at least 24 ways. p exchanges runs of one group, whatever their kind: it includes
-        differences between kinds, and says little of runs of few kinds. p_…_kind exchanges within kinds, whole units where these
+        differences between kinds, and says little of runs of few kinds. ``p_…_kind`` exchanges within kinds, whole units where these
         are named. Neither tells what a metric does from all that goes with it. See
         `rim_lens.measures.checkpoints.relating.correlations` for columns, and for what each p leaves open.
 
@@ -111,7 +111,7 @@ class Comparison:
             outcome: "lost" (nats), "lost_rate", "score_harmful", or any other column.
             groups: Run → group within which runs are exchanged; None: `settings["groups"]` where runs of several
                 comparisons were joined, else all.
-            kinds: Run → kind of training. None: no p_…_kind.
+            kinds: Run → kind of training. None: no ``p_…_kind``.
             units: Run → seed of training or base, where each has one run of every kind: they change places whole.
             alternative: Of the test.
             n_permutations: Drawn at most, where not all are counted.

@@ -66,7 +66,7 @@ def neurons_in_thought(
         max_rows: Most prompts in one pass.
 
     Returns:
-        One row per layer of neurons, model ("base", "tuned") and condition: node, n_neurons, model, condition, mean (activation,
+        A table with one row per layer of the set, model ("base", "tuned") and condition, of node, n_neurons, mean (activation,
         model's units) with its interval; change (− the first condition) with interval and p; from_base (tuned − base) with
         interval and p. p is by sign flips over families, by the max statistic over all rows of its column. NaN where there is
         nothing to compare.

@@ -127,7 +127,7 @@ def test_sides_do_not_meet_and_twins_stand_beside(bench, brief) -> None:
 # --- kept, gone on with, read back ------------------------------------------------------------------
 
 
-def test_what_was_interrupted_goes_on_and_ends_the_same(bench, brief, tmp_path, monkeypatch) -> None:
+def test_what_was_interrupted_goes_on_and_ends_the_same(bench, tmp_path, monkeypatch) -> None:
     from rim_lens.measures import readings
 
     measured = readings.refusal_score
@@ -140,6 +140,9 @@ def test_what_was_interrupted_goes_on_and_ends_the_same(bench, brief, tmp_path, 
             raise KeyboardInterrupt
         return measured(*args, **settings)
 
+    # Scans go the plain way here, one call for each edit, so that there is much to be stopped in.
+    monkeypatch.setattr("rim_lens.measures.scanning._FEWEST", math.inf)
+    whole = rl.refusal_heads(*bench, **BRIEF)
     monkeypatch.setattr(readings, "refusal_score", stops)
     for wanted in (9, 28):
         calls, stop_at = 0, wanted
@@ -149,10 +152,10 @@ def test_what_was_interrupted_goes_on_and_ends_the_same(bench, brief, tmp_path, 
     lines = tmp_path / "heads" / "evaluate.jsonl"
     lines.write_bytes(lines.read_bytes() + b'{"key": "cut sho')  # stopped while writing
     calls = 0
-    same(rl.refusal_heads(*bench, **BRIEF, folder=tmp_path), brief)
+    same(rl.refusal_heads(*bench, **BRIEF, folder=tmp_path), whole)
     assert 0 < calls < 60 - before  # what was measured is not measured again
     calls = 0
-    same(rl.refusal_heads(*bench, **BRIEF, folder=tmp_path), brief)
+    same(rl.refusal_heads(*bench, **BRIEF, folder=tmp_path), whole)
     assert calls == 0
     with pytest.raises(StudyFolderError, match=r"different: .*read_in"):
         rl.refusal_heads(*bench, **BRIEF, folder=tmp_path, read_in="careful", gate=True)
