@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +20,7 @@ def all_logits(
 ) -> Float[Tensor, "prompt pos d_vocab"]:
     """One forward pass without gradients, logits of every row."""
     tokens, attention_mask = _to_device(model, tokens, attention_mask)
-    with torch.no_grad():
+    with torch.no_grad(), _letting_patterns_go(model, tokens):
         return model(tokens, attention_mask=attention_mask, return_type="logits")
 
 
@@ -40,12 +42,43 @@ def last_logits(
 
 def _last_row(model: Model, tokens: Tensor, attention_mask: Tensor, extra: dict[str, Any]) -> Tensor:
     if model_facts(model).family == "TransformerBridge":
-        logits = model(tokens, attention_mask=attention_mask, return_type="logits", logits_to_keep=1, **extra)
+        with _letting_patterns_go(model, tokens):
+            logits = model(
+                tokens, attention_mask=attention_mask, return_type="logits", logits_to_keep=1, **extra
+            )
         return logits[:, -1]
     residual = model(tokens, attention_mask=attention_mask, stop_at_layer=model.cfg.n_layers, **extra)
     logits = model.unembed(model.ln_final(residual[:, -1:]))[:, -1]
     cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0  # Gemma 2; "none" is None, 0 or -1
     return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+
+@contextmanager
+def _letting_patterns_go(model: Model, tokens: Tensor) -> Iterator[None]:
+    """Keep the bridge from keeping every layer's last pattern.
+
+    Its joint attention (GPT-2, GPT-NeoX) puts the pattern on the module, where nothing reads it: layers × heads × pos² floats in all,
+    17 GB for 32 × 32 × 2048². It is dropped as soon as its layer has run.
+    """
+    handles = []
+    if model_facts(model).family == "TransformerBridge" and tokens.shape[1] > 1:
+        from transformer_lens.model_bridge.generalized_components import JointQKVAttentionBridge
+
+        attentions = [getattr(block, "attn", None) for block in model.blocks]
+        handles = [
+            one.register_forward_hook(_forget)
+            for one in attentions
+            if isinstance(one, JointQKVAttentionBridge)
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _forget(module: Any, *_: Any) -> None:
+    module._pattern = None
 
 
 def _to_device(model: Model, *tensors: Tensor) -> list[Tensor]:

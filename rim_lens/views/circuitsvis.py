@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from rim_lens.chat import ChatFormat
     from rim_lens.lens import Head
 
-# Heads × tokens². Sixteen heads of 64 tokens are 65 000, drawn in about 4 s; of 128 tokens 262 000, in 15 s.
-MAX_CELLS = 150_000
+# Heads × tokens²: sixteen heads of 64 tokens. A browser is busy with them for seconds, see docs/views.md; the explorer is not.
+MAX_CELLS = 66_000
 MAX_COLOURED = 20_000  # tokens × heads in one view of coloured tokens
 _STYLE = f"""body {{ margin: 0; padding: 12px 16px; background: #fff; color: #1F2328; font: 14px/1.5 {FONT}; }}
 figure {{ margin: 0 0 28px; }} figcaption {{ color: #57606a; overflow-wrap: anywhere; }}
@@ -103,7 +103,7 @@ def circuitsvis_heads(
         row: Which prompt.
         spans: Show only the tokens of these spans, as queries and keys; None for all. What falls outside is left out, so
             that rows no longer sum to 1.
-        max_cells: Most heads × tokens²; a browser takes about 6 s for 100 000.
+        max_cells: Most heads × tokens²; how long a browser takes for so many is in docs/views.md.
 
     Raises:
         CaptureError: The patterns do not fit the batch, or are not square.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -48,6 +50,23 @@ def test_last_logits_still_fires_every_hook_on_every_row(case: Case) -> None:
         last_logits(case.model, case.batch.tokens, case.batch.attention_mask)
     assert set(seen) == set(names)
     assert all(case.batch.tokens.shape[1] in shape for shape in seen.values())
+
+
+@pytest.mark.parametrize("run", [last_logits, all_logits])
+def test_no_pattern_outlives_the_pass(case: Case, run: Callable[..., torch.Tensor]) -> None:
+    patterns: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def note(pattern: torch.Tensor, hook: object) -> None:
+        alive.append(sum(one() is not None for one in patterns))
+        patterns.append(weakref.ref(pattern))
+
+    names = [hook_name("pattern", layer) for layer in range(case.facts.n_layers)]
+    with hooked(case.model, [(name, note) for name in names]):
+        run(case.model, case.batch.tokens, case.batch.attention_mask)
+    assert len(patterns) == case.facts.n_layers
+    assert alive == [0] * case.facts.n_layers  # nor the next layer
+    assert [one for one in patterns if one() is not None] == []
 
 
 def test_padding_does_not_change_a_row(case: Case) -> None:

@@ -22,6 +22,7 @@ from rim_lens.measures.neurons.dose import COLUMNS, SIZES, dose_curve, ranking
 from rim_lens.measures.neurons.effects import neuron_effects
 from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.measures.stats import sign_flip_test
+from rim_lens.measures.twins import families_by_swap
 from rim_lens.organisms.planted import planted_truth
 from tests.families import FAMILIES, tiny_moe
 from tests.measures.refusal.test_direction import toy
@@ -73,7 +74,7 @@ def test_every_size_is_a_set_like_any_other() -> None:
             for column in COLUMNS_OF_EFFECTS:
                 assert found[column] == pytest.approx(row[column], abs=1e-5), (size, kind, column)
             assert found["n_layers"] == len({layer for layer, _ in order[:size]})
-    families = [prompt.family for prompt in asked()[0]]
+    families = families_by_swap(*asked())
     expected = sign_flip_test(np.stack(changes, axis=1), families=families, correction="max", seed=2)
     np.testing.assert_allclose(table[table["kind"] == "harmful"]["p"], expected.p)
 
