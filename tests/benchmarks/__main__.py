@@ -21,7 +21,7 @@ from torch import Tensor
 
 import rim_lens as rl
 from rim_lens.chat import SpanBatch
-from rim_lens.lens import Head, Model, hook_name, model_facts
+from rim_lens.lens import Head, Model, hook_name, model_facts, verify
 from rim_lens.measures.refusal.openers import opener_ids
 from rim_lens.measures.refusal.score import log_odds
 from rim_lens.provenance import provenance
@@ -77,6 +77,20 @@ def spread(heads: Sequence[Head], n_layers: int, count: int) -> list[Head]:
     n_heads = len(heads) // n_layers
     layers = [round((place + 0.5) * n_layers / count - 0.5) for place in range(count)]
     return [(layer, (5 * place + 2) % n_heads) for place, layer in enumerate(layers)]
+
+
+def of_all_lengths(chat: rl.ChatFormat, n_prompts: int) -> SpanBatch:
+    """Requests and questions whose prompts have 50 to 70 tokens, about half of them shared; all lengths alike often."""
+    asked = [prompt for kind in ("harmful", "reasoning") for prompt in rl.load_prompts(kind, language="en")]
+    rendered = chat.render(asked, think="off", system=SYSTEM)
+    lengths = rendered.lengths.tolist()
+    fitting = [place for place, length in enumerate(lengths) if 50 <= length <= 70]
+    targets = np.linspace(50, 70, n_prompts)
+    chosen: list[int] = []
+    for target in targets:
+        left = [place for place in fitting if place not in chosen]
+        chosen.append(min(left, key=lambda place: abs(lengths[place] - target)))
+    return chat.render([asked[place] for place in chosen], think="off", system=SYSTEM)
 
 
 def different_from_the_first(batch: SpanBatch) -> SpanBatch:
@@ -167,8 +181,8 @@ def _shared(batch: SpanBatch) -> int:
 def main(n_prompts: int) -> None:
     model = rl.load_model("smollm2")
     chat = rl.ChatFormat.from_model(model)
-    requests = rl.load_prompts("harmful", split="select")[:n_prompts]
-    batch = chat.render(requests, think="off", system=SYSTEM)
+    batch = of_all_lengths(chat, n_prompts)
+    verify(model, edits=["z"])  # once per model and process, before any scan
     apart = different_from_the_first(batch)
     facts = model_facts(model)
     # One of each layer: about as many as share a pass without edits and a check where all are scanned.
