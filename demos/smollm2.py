@@ -37,7 +37,8 @@ with tempfile.TemporaryDirectory() as folder:
     stock = rl.Study("smollm2", n_requests=8, settings=settings).run(folder)
     gate, verdict = stock.gate, rl.views.findings(stock)
 print(*(f"{one.topic} ({one.status}): {one.text}" for one in verdict), sep="\n")
-gate
+columns = ["value", "low", "high", "n"]
+pd.DataFrame({kind: gate[kind] for kind in ("harmful", "harmless")}).T[columns]
 
 # %% [markdown]
 # ## Taught to refuse, with thinking off only
