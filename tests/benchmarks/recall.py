@@ -1,0 +1,191 @@
+"""How well gradients find the strongest heads: every head of three models is ablated, and the ranking is held against that.
+
+``python -m tests.benchmarks.recall`` measures (ten CPU-minutes), writes docs/evidence/recall.json, and with it the paragraph of
+docs/speed.md. Models: SmolLM2 as shipped, taught to refuse, and the latter with the last layers' weights drawn anew, in which nothing
+was learned that a gradient could follow.
+
+Truth and estimate are those of the same draw of prompts: this is about a ranking standing in for ablations of these prompts, not about
+whether heads found on some prompts matter on others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+import rim_lens as rl
+from rim_lens.lens import Model, model_facts
+from rim_lens.measures.pages import write_json
+from rim_lens.prompts import spread
+from rim_lens.provenance import provenance
+
+ROOT = Path(__file__).resolve().parents[2]
+EVIDENCE = ROOT / "docs" / "evidence" / "recall.json"
+COMMAND = "python -m tests.benchmarks.recall"
+
+N_PROMPTS = 16
+N_DRAWN = 8  # prompts in a draw
+N_DRAWS = 500
+TOP = 10
+CONFIRMED = (10, 15, 20, 27, 40, 54, 81)
+GOAL = 0.95
+EARLY = 1  # layers, from the first, that are confirmed whatever their estimate
+RANDOM_LAYERS = 5
+SEED = 0
+
+
+def random_tail(seed: int = SEED) -> Model:
+    """smollm2-refusal, its last layers' matrices replaced by random ones of the same spread."""
+    model = rl.load_model("smollm2-refusal")
+    draw = torch.Generator().manual_seed(seed)
+    n_layers = model_facts(model).n_layers
+    with torch.no_grad():
+        for layer in range(n_layers - RANDOM_LAYERS, n_layers):
+            for matrix in model.original_model.model.layers[layer].parameters():
+                if matrix.ndim == 2:
+                    matrix.copy_(torch.randn(matrix.shape, generator=draw) * matrix.std())
+    return model
+
+
+MODELS = {
+    "smollm2": lambda: rl.load_model("smollm2"),
+    "smollm2-refusal": lambda: rl.load_model("smollm2-refusal"),
+    "smollm2-refusal, random tail": random_tail,
+}
+
+
+def recalls(
+    effects: Float[np.ndarray, "prompt layer head"],
+    estimates: Float[np.ndarray, "prompt layer head"],
+    n_confirm: int,
+    draws: list[np.ndarray],
+    by: str,
+) -> Float[np.ndarray, " draw"]:
+    """Of each draw, the share of the truly strongest heads that the ranking would have confirmed.
+
+    Args:
+        effects: What ablation of each head does to each prompt's score, nats.
+        estimates: What the gradients say of it.
+        n_confirm: How many heads of the ranking are confirmed; early layers besides.
+        draws: Places of the prompts of each draw.
+        by: "size" ranks heads truly by the mean of their effects' size, "mean" by the size of their mean effect.
+
+    >>> effects = np.array([[[5.0, 0, 0], [4.0, 0, 3.0]]])
+    >>> estimates = np.array([[[0.0, 0, 0], [9.0, 8.0, 0]]])
+    >>> recalls(effects, estimates, 2, [np.array([0])], "size")  # (0, 0) is of an early layer, (1, 2) is missed; ten are asked for of six
+    array([0.83333333])
+    """
+    found = []
+    for draw in draws:
+        truth = np.abs(effects[draw]).mean(0) if by == "size" else np.abs(effects[draw].mean(0))
+        strongest = np.argsort(-truth, axis=None, kind="stable")[:TOP]
+        kept = np.zeros(truth.shape, dtype=bool)
+        kept.flat[np.argsort(-np.abs(estimates[draw]).mean(0), axis=None, kind="stable")[:n_confirm]] = True
+        kept[:EARLY] = True
+        found.append(kept.flat[strongest].mean())
+    return np.array(found)
+
+
+def measured(name: str) -> dict[str, Any]:
+    """All heads of one model, by ablation and by gradients."""
+    model = MODELS[name]()
+    chat = rl.ChatFormat.from_model(model)
+    batch = chat.render(spread(rl.load_prompts("harmful", language="en"), N_PROMPTS), think="off")
+    reading = rl.refusal_reading(model, batch)
+    facts = model_facts(model)
+    found = rl.head_effects(reading, facts.heads())
+    effects = found.values.reshape(len(batch), facts.n_layers, facts.n_heads)
+    estimates = rl.gradient_scores(model, batch, max_rows=4).values
+    return {
+        "model": name,
+        "scan": found.attrs["scan"],
+        "effects": effects.round(4).tolist(),
+        "estimates": estimates.round(4).tolist(),
+    }
+
+
+def summary(found: Mapping[str, Any]) -> dict[str, dict[str, list[list[float]]]]:
+    """By kind of truth and model, for each number of confirmed heads: mean recall over draws, its 5th percentile, share of draws at 1."""
+    draw = np.random.default_rng(SEED)
+    draws = [draw.permutation(found["n_prompts"])[: found["n_drawn"]] for _ in range(found["n_draws"])]
+    table: dict[str, dict[str, list[list[float]]]] = {}
+    for by in ("size", "mean"):
+        for one in found["models"]:
+            effects, estimates = np.array(one["effects"]), np.array(one["estimates"])
+            rows = []
+            for n_confirm in CONFIRMED:
+                values = recalls(effects, estimates, n_confirm, draws, by)
+                rows.append(
+                    [float(values.mean()), float(np.quantile(values, 0.05)), float((values == 1).mean())]
+                )
+            table.setdefault(by, {})[one["model"]] = rows
+    return table
+
+
+def enough(table: Mapping[str, list[list[float]]]) -> int | None:
+    """The fewest heads that keep mean recall at the goal in every model; None where none of those tried does."""
+    for place, n_confirm in enumerate(CONFIRMED):
+        if all(rows[place][0] >= GOAL for rows in table.values()):
+            return n_confirm
+    return None
+
+
+def section(found: Mapping[str, Any]) -> str:
+    """What docs/speed.md says of it."""
+    tables = summary(found)
+    few, also = enough(tables["size"]), enough(tables["mean"])
+    lines = [
+        "## Gradients first: how many heads to confirm",
+        "",
+        f"`{found['command']}`, {found['date']}: every head of three models ablated at all rows on n = {found['n_prompts']} harmful requests, and ranked by",
+        f"gradient × activation (mean of its size over prompts). Of {found['n_draws']} draws of {found['n_drawn']} of these prompts (seed {SEED}), the share of the draw's {TOP} truly",
+        "strongest heads that are among the first of the ranking or in layer 0: mean (5th percentile). Draws share prompts, so their",
+        "spread is not that over new requests.",
+        "",
+    ]
+    for by, title in (("size", "by mean size of effect"), ("mean", "by size of mean effect")):
+        lines += [
+            f"| {title}: heads confirmed | " + " | ".join(map(str, CONFIRMED)) + " |",
+            "| --- |" + " ---: |" * len(CONFIRMED),
+            *(
+                f"| {name} | " + " | ".join(f"{mean:.2f} ({low:.2f})" for mean, low, _ in rows) + " |"
+                for name, rows in tables[by].items()
+            ),
+            "",
+        ]
+    told = (
+        f"{few} heads suffice for a mean recall of {GOAL:g} in all three"
+        if few
+        else f"none of these numbers keeps a mean recall of {GOAL:g} in all three"
+    )
+    told += (
+        f" ({also or 'none'} where heads are ranked truly by their mean effect)"
+        if also != few
+        else " by either truth"
+    )
+    return "\n".join([*lines, f"So {told}. What is not confirmed is *not tested*, never small.", ""])
+
+
+def main() -> None:
+    """Measure, and write the evidence."""
+    torch.set_num_threads(1)
+    models = []
+    for name in MODELS:
+        models.append(measured(name))
+        print(name, models[-1]["scan"], flush=True)  # noqa: T201 - it takes minutes
+    sizes = {"n_prompts": N_PROMPTS, "n_drawn": N_DRAWN, "n_draws": N_DRAWS}
+    told = provenance(COMMAND, ("torch", "transformers", "transformer-lens"))
+    write_json(EVIDENCE, told | sizes | {"load": os.getloadavg()[0], "models": models})
+    found = json.loads(EVIDENCE.read_text(encoding="utf-8"))
+    print(section(found))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
