@@ -85,8 +85,8 @@ class DiskStore:
         self._stored, found = _look(self.path)
         if found != fingerprint:
             raise CaptureError(
-                f"{self.path} holds another capture (other prompts, readers, editors, weights or versions). Give an"
-                " empty folder, or delete that file."
+                f"{self.path} holds another capture (other prompts, readers, editors, weights, versions, or way of computing"
+                " attention). Give an empty folder, or delete that file."
             )
         # A finished file is not opened for writing: a dataset opened from it earlier may still be in use.
         self._file = None if self._stored.all() else _open_to_write(self.path)
@@ -169,8 +169,9 @@ def _look(path: Path) -> tuple[np.ndarray, str]:
 
 def _fingerprint(variables: Sequence[Variable], coords: Mapping[str, Any], attrs: Mapping[str, Any]) -> str:
     labels = {name: list(coords[name][1]) for name in ("category", "family", "kind")}
+    told = {**attrs, "attention": str(attrs["attention"]).split()[0]}  # the way, not why it was taken
     what = json.dumps(
-        [[repr(variable) for variable in variables], list(coords["prompt"]), labels, dict(attrs)],
+        [[repr(variable) for variable in variables], list(coords["prompt"]), labels, told],
         sort_keys=True,
         default=str,
     )

@@ -16,7 +16,7 @@ from rim_lens.errors import EmptySpan, SpanError, WrongHookShape
 from rim_lens.hooks.base import Edit
 from rim_lens.hooks.positions import Positions, rows_to_read
 from rim_lens.hooks.readers import Reader, Variable
-from rim_lens.lens import Head, Model, ModelFacts, Site, hook_name
+from rim_lens.lens import Attention, Head, Model, ModelFacts, RowHook, Site, hook_name
 
 
 class SpanAttention(Reader):
@@ -115,7 +115,8 @@ class SpanAttention(Reader):
     @override
     def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
         return [
-            (hook_name("pattern", layer), partial(self._reduce, layer)) for layer in range(facts.n_layers)
+            (hook_name("pattern", layer), RowHook(partial(self._reduce, layer)))
+            for layer in range(facts.n_layers)
         ]
 
     def _of_one_row(self, facts: ModelFacts, masks: Spans, attrs: dict[str, Any]) -> list[Variable]:
@@ -164,9 +165,8 @@ class SpanAttention(Reader):
             )
         return batch.spans
 
-    def _reduce(self, layer: int, pattern: Float[Tensor, "prompt head query key"]) -> None:
-        n_prompts, _, n_queries, n_keys = pattern.shape
-        offset = n_keys - n_queries
+    def _reduce(self, layer: int, seen: Attention) -> None:
+        n_prompts, n_keys, offset = seen.n_prompts, seen.n_keys, seen.offset
         masks = self._masks(self._batch)
         width = masks["sink"].shape[1]
         if masks["sink"].shape[0] != n_prompts or (offset == 0 and width != n_keys):
@@ -174,13 +174,13 @@ class SpanAttention(Reader):
                 f"the spans describe {masks['sink'].shape[0]} prompts of {width} positions, but this pass has"
                 f" {n_prompts} of {n_keys}. Pass the spans of the batch that is really being read."
             )
-        queries = rows_to_read(self.query, self._batch, _real(masks), offset, n_prompts, n_queries)
+        queries = rows_to_read(self.query, self._batch, _real(masks), offset, n_prompts, seen.n_queries)
         if not queries.any():
             return  # a later step of a generation: the row asked for was read at the prefill
         if not self._names:
             self._names = self._choose(masks)
-        keys = _membership(masks, self._names, n_keys).to(pattern.device).float()
-        rows, visible = _mean_rows(pattern, queries, masks, offset)
+        keys = _membership(masks, self._names, n_keys).to(seen.device).float()
+        rows, visible = seen.mean(queries), _uniform(seen, queries, masks)
         mass = torch.einsum("phk,psk->phs", rows, keys)
         if self.normalise == "uniform":
             expected = torch.einsum("pk,psk->ps", visible, keys)
@@ -255,14 +255,16 @@ class AttentionRows(Reader):
     def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
         heads = facts.check_heads(self.heads)
         layers = sorted({layer for layer, _ in heads})
-        return [(hook_name("pattern", layer), partial(self._reduce, layer, heads)) for layer in layers]
+        return [
+            (hook_name("pattern", layer), RowHook(partial(self._reduce, layer, heads))) for layer in layers
+        ]
 
-    def _reduce(self, layer: int, heads: list[Head], pattern: Float[Tensor, "prompt head query key"]) -> None:
-        n_prompts, _, n_queries, n_keys = pattern.shape
+    def _reduce(self, layer: int, heads: list[Head], seen: Attention) -> None:
+        n_keys = seen.n_keys
         if self._batch is None:
             raise SpanError("AttentionRows needs the batch it reads: run it through rl.capture.")
-        spans, offset = self._batch.spans, n_keys - n_queries
-        queries = rows_to_read(self.query, self._batch, _real(spans), offset, n_prompts, n_queries)
+        real = _real(self._batch.spans)
+        queries = rows_to_read(self.query, self._batch, real, seen.offset, seen.n_prompts, seen.n_queries)
         if not queries.any():
             return  # a later step of a generation
         if n_keys > self._width:
@@ -270,11 +272,12 @@ class AttentionRows(Reader):
                 f"AttentionRows was laid out for {self._width} keys, but this pass has {n_keys}: rows of tokens written"
                 " under a cache grow. Read them in one pass over the finished batch (rl.generate(...).batch)."
             )
-        rows, _ = _mean_rows(pattern, queries, spans, offset)
-        for place, (its_layer, head) in enumerate(heads):
-            if its_layer == layer:  # `place` stands in for the layer: rows come back in the order asked for
-                padded = torch.nn.functional.pad(rows[:, head], (self._width - n_keys, 0))
-                self.keep("attention_rows", place, padded)
+        # `place` stands in for the layer: rows come back in the order asked for
+        places = [place for place, (its_layer, _) in enumerate(heads) if its_layer == layer]
+        rows = seen.mean(queries, [heads[place][1] for place in places])
+        for row, place in enumerate(places):
+            padded = torch.nn.functional.pad(rows[:, row], (self._width - n_keys, 0))
+            self.keep("attention_rows", place, padded)
 
 
 def _membership(spans: Spans, names: Sequence[str], n_keys: int) -> Bool[Tensor, "prompt span key"]:
@@ -292,26 +295,12 @@ def _real(spans: Spans) -> Bool[Tensor, "prompt pos"]:
     return torch.stack(list(spans.atoms().values())).any(dim=0)
 
 
-def _mean_rows(
-    pattern: Float[Tensor, "prompt head query key"],
-    queries: Bool[Tensor, "prompt query"],
-    spans: Spans,
-    offset: int,
-) -> tuple[Float[Tensor, "prompt head key"], Float[Tensor, "prompt key"]]:
-    """Mean over the chosen query rows of the attention, and of uniform attention over the visible keys."""
-    n_keys = pattern.shape[-1]
-    queries = queries.to(pattern.device)
-    real = _real(spans)
-    real = torch.nn.functional.pad(real, (0, n_keys - real.shape[-1]), value=True).to(pattern.device)
-    absolute = offset + torch.arange(pattern.shape[-2], device=pattern.device)
-    causal = torch.arange(n_keys, device=pattern.device)[None] <= absolute[:, None]
-    if bool((queries.sum(dim=1) == 1).all()):
-        index = queries.int().argmax(dim=1)
-        rows = pattern[torch.arange(pattern.shape[0], device=pattern.device), :, index].float()
-        visible = (real & causal[index]).float()
-        return rows, visible / visible.sum(dim=1, keepdim=True)
-    weights = queries.float() / queries.sum(dim=1, keepdim=True)
-    rows = torch.einsum("phqk,pq->phk", pattern, weights.to(pattern.dtype)).float()
-    uniform = (real[:, None] & causal[None]).float()
-    uniform = uniform / uniform.sum(dim=-1, keepdim=True).clamp(min=1)
-    return rows, torch.einsum("pqk,pq->pk", uniform, weights)
+def _uniform(
+    seen: Attention, queries: Bool[Tensor, "prompt query"], spans: Spans
+) -> Float[Tensor, "prompt key"]:
+    """Mean over the chosen query rows of uniform attention over the visible keys."""
+    real = torch.nn.functional.pad(_real(spans), (0, seen.n_keys - spans["sink"].shape[1]), value=True)
+    real, queries = real.to(seen.device), queries.to(seen.device).float()
+    weights = torch.nn.functional.pad(queries / queries.sum(dim=1, keepdim=True), (seen.offset, 0))
+    each = weights / real.cumsum(dim=1).clamp(min=1)  # what a row gives to each key it sees
+    return real * each.flip(1).cumsum(dim=1).flip(1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import CaptureError, ConditionError
-from rim_lens.lens import Hook, Model, ModelFacts, Site, add_hooks, hooked, is_quiet, verify
+from rim_lens.lens import ComponentHook, Hook, Model, ModelFacts, Site, add_hooks, hooked, verify
 
 # tensor at a hook point → its replacement, or None to leave it
 Edit = Callable[[Tensor], Tensor | None]
@@ -68,7 +68,7 @@ class Component:
         """
         reads, edits = self.sites()
         facts = verify(model, reads=reads, edits=edits)
-        return [(name, _unless_quiet(edit)) for name, edit in self.hooks(model, facts)]
+        return [(name, ComponentHook(edit, type(self).__name__)) for name, edit in self.hooks(model, facts)]
 
     @contextmanager
     def on(self, model: Model) -> Iterator[Self]:
@@ -182,10 +182,3 @@ def describe(value: Any) -> str:
     if isinstance(value, SpanBatch):
         return f"{len(value)} prompts:{value.digest[:8]}"
     return repr(value)
-
-
-def _unless_quiet(edit: Edit) -> Hook:
-    def hook_function(tensor: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG001
-        return None if is_quiet() else edit(tensor)
-
-    return hook_function

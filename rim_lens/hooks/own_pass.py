@@ -11,7 +11,7 @@ from torch import Tensor
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import WrongHookShape
 from rim_lens.hooks.base import Edit
-from rim_lens.lens import Model, hook_name, quiet
+from rim_lens.lens import Attention, Model, RowHook, hook_name, quiet
 from rim_lens.lens.sites import EMBEDDING
 
 _ADVICE = " Bind the batch that is read: hand the editor to rl.capture, rl.generate or rl.refusal_score."
@@ -46,26 +46,28 @@ class OwnPass:
 
     def hooks(self) -> list[tuple[str, Edit]]:
         """Return what looks: at the embedding, and at the attention pattern of layer 0, where it decides."""
-        return [(EMBEDDING, self._keep), (hook_name("pattern", 0), self._check)]
+        return [(EMBEDDING, self._keep), (hook_name("pattern", 0), RowHook(self._check))]
 
     def _keep(self, embedded: Float[Tensor, "prompt pos d_model"]) -> None:
         self._embedded = embedded
 
-    def _check(self, pattern: Float[Tensor, "prompt head query key"]) -> None:
+    def _check(self, seen: Attention) -> None:
         embedded, self._embedded = self._embedded, None
         own = self._prompts()
         batch = own or self._like
         assert batch is not None  # noqa: S101 - without `like`, `prompts` raises
-        n_prompts, _, n_queries, n_keys = pattern.shape
-        if n_keys > n_queries:
+        n_prompts, n_keys = seen.n_prompts, seen.n_keys
+        if seen.offset > 0:
             return
         if tuple(batch.tokens.shape) != (n_prompts, n_keys):
             raise WrongHookShape(
                 f"{self._what} was given {len(batch)} prompts of {batch.tokens.shape[1]} positions, but this pass has"
                 f" {n_prompts} of {n_keys}.{_ADVICE}"
             )
-        real = batch.attention_mask.bool().to(pattern.device)
-        strayed = ((pattern[:, :, -1].amax(dim=1) > 0) & ~real).any(dim=1).nonzero().flatten().tolist()
+        real = batch.attention_mask.bool().to(seen.device)
+        last = torch.zeros(n_prompts, n_keys, dtype=torch.bool)
+        last[:, -1] = True
+        strayed = ((seen.mean(last).amax(dim=1) > 0) & ~real).any(dim=1).nonzero().flatten().tolist()
         if strayed:
             raise WrongHookShape(
                 f"{self._what}: row {strayed[0]} of this pass attends to a position that is padding in the prompts given, so"

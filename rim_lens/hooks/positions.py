@@ -9,7 +9,7 @@ from torch import Tensor
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import EmptySpan, SpanError, WrongHookShape
 from rim_lens.hooks.base import Edit
-from rim_lens.lens import Site, hook_name
+from rim_lens.lens import Attention, RowHook, Site, hook_name
 
 # "all", "prompt_last", "generated", the name of a span, or a mask
 Positions = str | Bool[Tensor, "prompt pos"]
@@ -80,7 +80,7 @@ class RowOffset:
 
     def hook(self) -> tuple[str, Edit]:
         """The hook that keeps the value up to date; add it before all others."""
-        return hook_name("pattern", 0), self._read
+        return hook_name("pattern", 0), RowHook(self._read)
 
     def at(self, site: Site, layer: int, n_rows: int, width: int | None) -> int:
         """The position of the first row, as known at this hook point.
@@ -101,9 +101,9 @@ class RowOffset:
         self._taken = (begins, width or 1)
         return begins
 
-    def _read(self, pattern: Tensor) -> None:
-        self.value = pattern.shape[-1] - pattern.shape[-2]
-        self._n_keys = pattern.shape[-1]
+    def _read(self, seen: Attention) -> None:
+        self.value = seen.offset
+        self._n_keys = seen.n_keys
         taken, self._taken = self._taken, None
         if taken is None or (taken[0] == 0 == self.value) or (taken[0] > 0 and self.value >= taken[1]):
             return

@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -28,6 +29,10 @@ _Claim = tuple[Site, Literal["read", "edit"]]
 _PROBE_ROWS, _PROBE_LENGTH = 2, 6
 _proofs: WeakKeyDictionary[Any, tuple[tuple[Any, ...], set[_Claim]]] = WeakKeyDictionary()
 _quiet = threading.local()
+_added: WeakKeyDictionary[Any, Hook] = WeakKeyDictionary()  # by torch's handle
+SWITCHED = (
+    "rim_lens_switched"  # marks a forward pass that stands in for a module's own for a while: same wiring
+)
 
 
 @contextmanager
@@ -47,6 +52,29 @@ def quiet() -> Iterator[None]:
 def is_quiet() -> bool:
     """Whether components are to do nothing just now."""
     return bool(getattr(_quiet, "on", False))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ComponentHook:
+    """What a component does at a hook point, unless all are to be quiet.
+
+    Attributes:
+        edit: Gets the activation, returns its replacement or None.
+        by: The component's kind, for messages.
+    """
+
+    edit: Callable[[Any], Tensor | None]
+    by: str
+
+    def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG002
+        """Act as a hook of TransformerLens."""
+        return None if is_quiet() else self.edit(tensor)
+
+
+def hooks_at(point: Any) -> list[Hook | None]:
+    """Forward hooks on a hook point, in order; None for each that was not added by `add_hooks`."""
+    ours = {handle.hook.id: _added.get(handle.hook) for handle in point.fwd_hooks}
+    return [ours.get(number) for number in point._forward_hooks]
 
 
 def add_hooks(model: Model, hooks: Sequence[tuple[str, Hook]]) -> Callable[[], None]:
@@ -72,6 +100,7 @@ def add_hooks(model: Model, hooks: Sequence[tuple[str, Hook]]) -> Callable[[], N
                 )
             points[name].add_hook(hook)
             added.append((points[name], points[name].fwd_hooks[-1]))
+            _added[added[-1][1].hook] = hook
     except BaseException:
         remove()
         raise
@@ -118,14 +147,14 @@ def verify(model: Model, reads: Sequence[Site] = (), edits: Sequence[Site] = ())
     wanted: set[_Claim] = {(site, "read") for site in (*reads, *edits)} | {(site, "edit") for site in edits}
     missing = wanted - proven
     if missing:
-        with _alone(model), torch.no_grad():
+        with alone(model), torch.no_grad():
             _prove(model, facts, missing)
         _proofs[model] = (now, proven | missing)
     return facts
 
 
 @contextmanager
-def _alone(model: Model) -> Iterator[None]:
+def alone(model: Model) -> Iterator[None]:
     """Within this context nobody's hooks act: a proof is about the model itself, and its probes are nobody's data."""
     points = {id(point): point for point in model.hook_dict.values()}.values()
     before = [(point, dict(point._forward_hooks)) for point in points if point.fwd_hooks]
@@ -147,12 +176,21 @@ def wiring(model: Model) -> tuple[Any, ...]:
     return (
         # Weak references, not ids: a new module may lie where a dead one lay.
         tuple(weakref.ref(module) for module in modules),
-        tuple("forward" in vars(module) for module in modules),
-        getattr(getattr(inner, "config", None), "_attn_implementation", None),
+        tuple("forward" in vars(module) and not _switched(module) for module in modules),
+        implementation(getattr(inner, "config", None)),
         getattr(model, "compatibility_mode", None),
         getattr(model.cfg, "use_attn_result", None),
         getattr(model.cfg, "use_split_qkv_input", None),
     )
+
+
+def implementation(config: Any) -> Any:
+    """Which attention a Hugging Face model computes, also while another stands in for it."""
+    return getattr(config, SWITCHED, None) or getattr(config, "_attn_implementation", None)
+
+
+def _switched(module: Any) -> bool:
+    return bool(getattr(vars(module)["forward"], SWITCHED, False))
 
 
 def _prove(model: Model, facts: ModelFacts, wanted: set[_Claim]) -> None:
