@@ -126,6 +126,8 @@ _HOME: dict[str, str] = {
     "receiver_kurtosis": "measures",
     "circuit": "measures",
     "plan_circuit": "measures",
+    "propose_nodes": "measures",
+    "ProposedNodes": "measures",
     "Circuit": "measures",
     "CircuitSearch": "measures",
     "EdgeRule": "measures",

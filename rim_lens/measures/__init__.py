@@ -12,6 +12,7 @@ from rim_lens.measures.circuits.instead import ablated, patched
 from rim_lens.measures.circuits.linking import compare_circuits, neurons_in_thought
 from rim_lens.measures.circuits.nodes import end_node, head_node, neuron_nodes, span_node
 from rim_lens.measures.circuits.paths import path_effects
+from rim_lens.measures.circuits.proposing import ProposedNodes, propose_nodes
 from rim_lens.measures.circuits.result import Circuit
 from rim_lens.measures.circuits.table import EdgeRule
 from rim_lens.measures.conditions import compare_conditions
@@ -112,6 +113,7 @@ __all__ = [
     "PrefixJudge",
     "ProbeResult",
     "ProbesAfterAblation",
+    "ProposedNodes",
     "Rate",
     "Reading",
     "ReciprocalShift",
@@ -173,6 +175,7 @@ __all__ = [
     "probe",
     "probe_after_ablation",
     "proportion_interval",
+    "propose_nodes",
     "random_heads_per_layer",
     "random_neurons_per_layer",
     "reasoning_accuracy",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ COLUMNS = (
     *("contrast", "edge", "sender", "receiver", "input"),
     *("effect_select", "effect", "effect_low", "effect_high", "share"),
     *("back", "back_low", "back_high", "both", "both_low", "both_high", "p"),
-    *("percentile", "n_controls", "in_circuit"),
+    *("percentile", "n_controls", "percentile_receiver", "n_controls_receiver", "in_circuit"),
 )
 Effects = Float[np.ndarray, "prompt edge"]
 
@@ -89,6 +89,7 @@ class Measured:
         reach: The other run's score − this one's, [prompt], evaluate side.
         reach_select: The same, select side.
         random: By edge, mean effects of random senders of the sender's kind and layer on the same input, evaluate side.
+        random_receivers: Likewise of the sender on random receivers of the receiver's kind and layer, by the same input.
     """
 
     edges: Sequence[Edge]
@@ -98,6 +99,7 @@ class Measured:
     reach: Float[np.ndarray, " prompt"]
     reach_select: Float[np.ndarray, " prompt"]
     random: Mapping[Edge, list[float]]
+    random_receivers: Mapping[Edge, list[float]] = field(default_factory=dict)
 
 
 def edge_table(
@@ -127,8 +129,6 @@ def edge_table(
     for place, edge in enumerate(found.edges):
         effect, chosen = found.effect[:, place], float(found.select[:, place].mean())
         mean, pull = float(effect.mean()), float(both[:, place].mean())
-        controls = found.random.get(edge, [])
-        among = percentile_among(mean, controls) if controls else None
         agrees = mean * chosen > 0 and mean * pull > 0
         rows.append(
             {
@@ -143,8 +143,8 @@ def edge_table(
                 **mean_columns("back", found.back[:, place], families, seed),
                 **mean_columns("both", both[:, place], families, seed),
                 "p": p[place],
-                "percentile": among.percentile if among else float("nan"),
-                "n_controls": among.n_controls if among else 0,
+                **_among("", mean, found.random.get(edge, [])),
+                **_among("_receiver", mean, found.random_receivers.get(edge, [])),
                 "in_circuit": bool(
                     agrees
                     and p[place] <= rule.alpha
@@ -156,6 +156,11 @@ def edge_table(
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     order = table["effect"].abs().sort_values(ascending=False, kind="stable").index
     return table.loc[order].reset_index(drop=True)
+
+
+def _among(suffix: str, mean: float, controls: list[float]) -> dict[str, float]:
+    percentile = percentile_among(mean, controls).percentile if controls else float("nan")
+    return {f"percentile{suffix}": percentile, f"n_controls{suffix}": len(controls)}
 
 
 def _corrected(both: Effects, families: Sequence[str], least: float, seed: int) -> list[float]:
