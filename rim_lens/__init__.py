@@ -142,6 +142,8 @@ _HOME: dict[str, str] = {
     "composition": "measures",
     "neurons_in_thought": "measures",
     "compare_circuits": "measures",
+    "halves_at_checkpoints": "measures",
+    "halves_together": "measures",
     "entanglement": "measures.entanglement.entangling",  # the room bears the same name
     "Entanglement": "measures.entanglement.result",
     "multiverse": "measures.entanglement.multiverse",

@@ -10,6 +10,7 @@ from rim_lens.measures.circuits.directions import direction_node
 from rim_lens.measures.circuits.finding import circuit, plan_circuit
 from rim_lens.measures.circuits.instead import ablated, patched
 from rim_lens.measures.circuits.linking import compare_circuits, neurons_in_thought
+from rim_lens.measures.circuits.moving import halves_at_checkpoints, halves_together
 from rim_lens.measures.circuits.nodes import end_node, head_node, neuron_nodes, span_node
 from rim_lens.measures.circuits.paths import path_effects
 from rim_lens.measures.circuits.proposing import ProposedNodes, propose_nodes
@@ -151,6 +152,8 @@ __all__ = [
     "freezing",
     "gradient_forecast",
     "gradient_scores",
+    "halves_at_checkpoints",
+    "halves_together",
     "head_effects",
     "head_node",
     "head_patching",
