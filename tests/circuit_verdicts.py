@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,7 +23,7 @@ from rim_lens.folder import ResultFolder
 from rim_lens.lens import Head, Model, model_facts
 from rim_lens.measures.circuits.moving import PAIRS
 from rim_lens.measures.circuits.nodes import Edge, edges_between
-from rim_lens.measures.circuits.table import Measured, edge_table
+from rim_lens.measures.circuits.table import Measured, corrected_p
 from rim_lens.organisms.planted import planted_truth
 from rim_lens.organisms.toy.recipe import FINE_TUNE, TUNED_KINDS, one_thread, toy_rows
 from rim_lens.training import FineTuned
@@ -38,10 +39,10 @@ PLANTED_SEEDS = range(
     100, 124
 )  # EdgeRule's shares were chosen on seeds 0 to 15, where a tenth let noise through in three
 SCALES = (0.2, 0.8)
-N_RANDOM = 100  # of each scale
+N_RANDOM = 40  # of each scale
 TOY_SEEDS = range(6)
 N_NEURONS = 32  # of a toy's 512
-CONTRASTS = ("twins", "careful", "confirm", "deviate", "filler")
+CONTRASTS = ("twins", "careful", "filler")
 # What the planted words of a request go through, of the spans, heads and sets of neurons that are given.
 PLANTED_EDGES = (
     "request → L0H5.v",
@@ -52,7 +53,7 @@ PLANTED_EDGES = (
 )
 
 SMALL = rl.CircuitSearch(limit=20, n_random=20, n_random_senders=2, n_random_receivers=2)
-TOY = rl.CircuitSearch(limit=20, n_random=20, n_random_senders=0, n_random_receivers=0, max_new_tokens=2)
+TOY = rl.CircuitSearch(limit=20, n_random=12, n_random_senders=0, n_random_receivers=0, max_new_tokens=2)
 LEAST = rl.CircuitSearch(limit=12, n_random=0, n_random_senders=0, n_random_receivers=0)
 P_ALONE = rl.EdgeRule(
     min_effect=1e6
@@ -151,13 +152,10 @@ def permuted_row(seed: int, folder: Path = KEPT) -> dict[str, Any]:
     ways = list(product((False, True), repeat=len(labels)))
     hits = 0
     for way in ways:
-        table = edge_table(
-            "twins",
-            exchanged(found, edges, np.array(way)[place]),
-            families,
-            P_ALONE,
-        )
-        hits += bool((table["p"] <= 0.05).any())
+        turned = exchanged(found, edges, np.array(way)[place])
+        least = P_ALONE.least(float(turned.reach.mean()))
+        p = corrected_p((turned.effect - turned.back) / 2, families, least)
+        hits += min(p) <= P_ALONE.alpha
     return {"seed": seed, "n_runs": len(ways), "any": hits}
 
 
@@ -231,10 +229,20 @@ def tuned_row(seed: int, kind: str, folder: Path = KEPT) -> dict[str, Any]:
     nodes = toy_nodes(base)
     before, after = rl.Circuit.load(folder / f"base-{seed}"), toy_circuit(tuned, nodes)
     changes = rl.compare_circuits(before, after, contrast="twins")
-    carried = toy_circuit(base, nodes, contrasts=("tuned",), tuned=tuned)
+    chat = rl.ChatFormat.from_model(base)
+    carried = rl.circuit(
+        base,
+        chat,
+        *nodes,
+        *toy_requests(),
+        gate=False,
+        search=replace(LEAST, limit=TOY.limit),
+        contrasts=("tuned",),
+        tuned=tuned,
+    )
     thought = rl.neurons_in_thought(
         base,
-        rl.ChatFormat.from_model(base),
+        chat,
         nodes[1],
         toy_requests("evaluate")[0],
         conditions=("off", "careful", "open"),

@@ -124,7 +124,7 @@ def edge_table(
     both = (found.effect - found.back) / 2
     reach = float(found.reach.mean())
     least, least_select = rule.least(reach), rule.least_kept(float(found.reach_select.mean()))
-    p = _corrected(both, families, least, seed)
+    p = corrected_p(both, families, least, seed)
     rows: list[dict[str, Any]] = []
     for place, edge in enumerate(found.edges):
         effect, chosen = found.effect[:, place], float(found.select[:, place].mean())
@@ -163,7 +163,16 @@ def _among(suffix: str, mean: float, controls: list[float]) -> dict[str, float]:
     return {f"percentile{suffix}": percentile, f"n_controls{suffix}": len(controls)}
 
 
-def _corrected(both: Effects, families: Sequence[str], least: float, seed: int) -> list[float]:
+def corrected_p(both: Effects, families: Sequence[str], least: float, seed: int = 0) -> list[float]:
+    """P of each edge by the max statistic, see `edge_table`.
+
+    Args:
+        both: [prompt, edge], nats.
+        families: Of the prompts; their signs are flipped together.
+        least: Root mean square from which on an edge could matter, nats.
+        seed: Of permutations.
+    """
+
     def test(values: Effects) -> np.ndarray:
         found = sign_flip_test(values, families=list(families), correction="max", seed=seed)
         return np.atleast_1d(np.asarray(found.p))
