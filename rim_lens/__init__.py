@@ -126,6 +126,8 @@ _HOME: dict[str, str] = {
     "receiver_kurtosis": "measures",
     "circuit": "measures",
     "plan_circuit": "measures",
+    "propose_nodes": "measures",
+    "ProposedNodes": "measures",
     "Circuit": "measures",
     "CircuitSearch": "measures",
     "EdgeRule": "measures",
@@ -140,6 +142,8 @@ _HOME: dict[str, str] = {
     "composition": "measures",
     "neurons_in_thought": "measures",
     "compare_circuits": "measures",
+    "halves_at_checkpoints": "measures",
+    "halves_together": "measures",
     "entanglement": "measures.entanglement.entangling",  # the room bears the same name
     "Entanglement": "measures.entanglement.result",
     "multiverse": "measures.entanglement.multiverse",

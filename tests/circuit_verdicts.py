@@ -1,41 +1,48 @@
 """docs/circuits.md: what the edges and the shares of `rl.circuit` are worth, where the truth is known and where there is none.
 
 ``python -m tests.circuit_verdicts`` measures, writes docs/evidence/circuits.json, and the page from it. The suite holds the same
-claims on a sample (tests/test_circuit_verdicts.py). About four CPU-minutes. Toys of other seeds are trained once, as for
-tests/verdicts.py: ask for more of them in `TOY_SEEDS`.
+claims on a sample (tests/test_circuit_verdicts.py). About twenty CPU-minutes, training of toys included; what was measured or trained is
+kept under .cache/circuits.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 import rim_lens as rl
 from rim_lens.folder import ResultFolder
 from rim_lens.lens import Head, Model, model_facts
+from rim_lens.measures.circuits.moving import PAIRS
 from rim_lens.measures.circuits.nodes import Edge, edges_between
-from rim_lens.measures.circuits.table import Measured, edge_table
-from rim_lens.measures.gradients import slopes
+from rim_lens.measures.circuits.table import Measured, corrected_p
 from rim_lens.organisms.planted import planted_truth
-from rim_lens.organisms.toy.recipe import one_thread
-from tests.verdicts import random_toy, share, toy_of_seed, toy_requests
+from rim_lens.organisms.toy.recipe import FINE_TUNE, TUNED_KINDS, one_thread, toy_rows
+from rim_lens.training import FineTuned
+from tests.checkpoint_verdicts import base_of, rows
+from tests.verdicts import random_toy, share, toy_requests
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = ROOT / "docs" / "evidence" / "circuits.json"
 PAGE = ROOT / "docs" / "circuits.md"
+KEPT = ROOT / ".cache" / "circuits"
 
 PLANTED_SEEDS = range(
     100, 124
 )  # EdgeRule's shares were chosen on seeds 0 to 15, where a tenth let noise through in three
 SCALES = (0.2, 0.8)
-N_RANDOM = 20  # of each scale
-TOY_SEEDS = range(1)
+N_RANDOM = 40  # of each scale
+TOY_SEEDS = range(6)
+N_NEURONS = 32  # of a toy's 512
+CONTRASTS = ("twins", "careful", "filler")
 # What the planted words of a request go through, of the spans, heads and sets of neurons that are given.
 PLANTED_EDGES = (
     "request → L0H5.v",
@@ -45,8 +52,9 @@ PLANTED_EDGES = (
     "L1H1 → refusal",
 )
 
-SMALL = rl.CircuitSearch(limit=20, n_random=8, n_random_senders=2)
-LEAST = rl.CircuitSearch(limit=12, n_random=0, n_random_senders=0)
+SMALL = rl.CircuitSearch(limit=20, n_random=20, n_random_senders=2, n_random_receivers=2)
+TOY = rl.CircuitSearch(limit=20, n_random=12, n_random_senders=0, n_random_receivers=0, max_new_tokens=2)
+LEAST = rl.CircuitSearch(limit=12, n_random=0, n_random_senders=0, n_random_receivers=0)
 P_ALONE = rl.EdgeRule(
     min_effect=1e6
 )  # no size comes to it: p is corrected over all edges, and no node is kept to be tested
@@ -128,9 +136,13 @@ def exchanged(found: rl.Circuit, edges: Sequence[Edge], changed: np.ndarray) -> 
     return Measured(edges, now, now, then, turned, turned, {})
 
 
-def permuted_row(seed: int) -> dict[str, Any]:
+def permuted_row(seed: int, folder: Path = KEPT) -> dict[str, Any]:
     """A toy whose labels are exchanged within pairs of swapped words, all ways: how often any edge's p comes to the level."""
-    found = toy_circuit(toy_of_seed(seed), LEAST)
+    model = rl.load_model(base_of(seed, folder))
+    heads, neurons = toy_nodes(model, LEAST)
+    found = rl.circuit(
+        model, rl.ChatFormat.from_model(model), heads, neurons, *toy_requests(), gate=False, search=LEAST
+    )
     senders, hear = ([node for node in found.asked() if node.kind != kind] for kind in ("end", "span"))
     order = {str(edge): edge for edge in edges_between(senders, hear)}
     edges = [order[str(name)] for name in found.effects["edge"].values]
@@ -140,56 +152,143 @@ def permuted_row(seed: int) -> dict[str, Any]:
     ways = list(product((False, True), repeat=len(labels)))
     hits = 0
     for way in ways:
-        table = edge_table(
-            "twins",
-            exchanged(found, edges, np.array(way)[place]),
-            families,
-            P_ALONE,
-        )
-        hits += bool((table["p"] <= 0.05).any())
+        turned = exchanged(found, edges, np.array(way)[place])
+        least = P_ALONE.least(float(turned.reach.mean()))
+        p = corrected_p((turned.effect - turned.back) / 2, families, least)
+        hits += min(p) <= P_ALONE.alpha
     return {"seed": seed, "n_runs": len(ways), "any": hits}
 
 
 # --- what emerges in trained toys -------------------------------------------------------------------
 
 
-def toy_circuit(model: Model, search: rl.CircuitSearch) -> rl.Circuit:
-    """The circuit of the heads and neurons that the select side gives: the four heads and sixteen neurons with the largest effects there."""
+def toy_nodes(model: Model, search: rl.CircuitSearch = TOY) -> tuple[list[Head], rl.NeuronSet]:
+    """Every head, those with the largest slopes first, and the neurons with the largest, by select requests."""
+    chat, n_heads = rl.ChatFormat.from_model(model), len(model_facts(model).heads())
+    found = rl.propose_nodes(
+        model, chat, *toy_requests(), n_heads=n_heads, n_neurons=N_NEURONS, limit=search.limit
+    )
+    return found.heads, found.neurons
+
+
+def toy_circuit(model: Model, nodes: tuple[list[Head], Any], **more: Any) -> rl.Circuit:
+    """The whole call on a toy, its gate not asked, questions among what is read."""
+    questions = rl.load_prompts("reasoning", language="toy", split="evaluate")
     chat = rl.ChatFormat.from_model(model)
-    off = chat.render(toy_requests("select")[0][:24], think="off")
-    reading = rl.refusal_reading(model, off)
-    effects = rl.head_effects(reading, model_facts(model).heads()).mean("prompt")
-    order = np.argsort(effects.values)[:4]
-    heads = [model_facts(model).heads()[place] for place in order]
-    scores = slopes(model, off, "post", "toy_circuit").mean(axis=0)
-    flat = np.argsort(scores, axis=None)[:16]
-    neurons = [
-        (int(layer), int(place)) for layer, place in zip(*np.unravel_index(flat, scores.shape), strict=True)
-    ]
     return rl.circuit(
-        model,
-        chat,
-        heads,
-        neurons,
-        *toy_requests(),
-        contrasts=("twins", "careful", "filler"),
-        gate=False,
-        search=search,
+        model, chat, *nodes, *toy_requests(), reasoning=questions, gate=False, search=TOY, **more
     )
 
 
-def toy_row(seed: int) -> dict[str, Any]:
-    """What `circuit` says of the toy of one seed."""
-    found = toy_circuit(toy_of_seed(seed), SMALL)
+def summary(found: rl.Circuit) -> dict[str, Any]:
+    """What a circuit comes to, in plain values."""
     columns = ["contrast", "edge", "effect", "effect_low", "effect_high", "share", "p"]
-    rows = found.edges[found.edges["in_circuit"]][columns]
-    tests = found.tests[found.tests["kind"] == "harmful"]
+    reach = found.effects["reach"].mean("prompt").to_series()
     return {
-        "seed": seed,
         "gate": found.gate,
         "kept": [node.name for node in found.kept()],
-        "edges": json.loads(rows.to_json(orient="records")),
-        "tests": json.loads(tests.to_json(orient="records")),
+        "reach": {str(name): float(value) for name, value in reach.items()},
+        "edges": rows(found.edges[found.edges["in_circuit"]][columns]),
+        "tests": rows(found.tests),
+    }
+
+
+def toy_row(seed: int, folder: Path = KEPT) -> dict[str, Any]:
+    """What `circuit` says of the toy of one seed in each condition, and what its neurons do while it thinks."""
+    model = rl.load_model(base_of(seed, folder))
+    nodes = toy_nodes(model)
+    found = toy_circuit(model, nodes, contrasts=CONTRASTS)
+    found.save(folder / f"base-{seed}")
+    evaluate = toy_requests("evaluate")[0]
+    thought = rl.neurons_in_thought(
+        model, rl.ChatFormat.from_model(model), nodes[1], evaluate, max_new_tokens=12
+    )
+    return {"seed": seed, **summary(found), "in_thought": rows(thought)}
+
+
+def tuned_runs(seed: int, folder: Path = KEPT) -> dict[str, FineTuned]:
+    """The toy of one seed fine-tuned on harmless sums, once with chains of each kind."""
+    return {
+        kind: rl.fine_tune(
+            base_of(seed, folder),
+            toy_rows(kind, "-", seed),
+            out=folder / f"tuned-{seed}-{kind}",
+            config=FINE_TUNE,
+            lora=None,
+            seed=seed,
+            progress=False,
+        )
+        for kind in TUNED_KINDS
+    }
+
+
+def tuned_row(seed: int, kind: str, folder: Path = KEPT) -> dict[str, Any]:
+    """The same heads and neurons after a fine-tune: the circuit there, which edges changed, and which carry the change."""
+    base = rl.load_model(base_of(seed, folder))
+    tuned = rl.load_model(tuned_runs(seed, folder)[kind].checkpoints[-1])
+    nodes = toy_nodes(base)
+    before, after = rl.Circuit.load(folder / f"base-{seed}"), toy_circuit(tuned, nodes)
+    changes = rl.compare_circuits(before, after, contrast="twins")
+    chat = rl.ChatFormat.from_model(base)
+    carried = rl.circuit(
+        base,
+        chat,
+        *nodes,
+        *toy_requests(),
+        gate=False,
+        search=replace(LEAST, limit=TOY.limit),
+        contrasts=("tuned",),
+        tuned=tuned,
+    )
+    thought = rl.neurons_in_thought(
+        base,
+        chat,
+        nodes[1],
+        toy_requests("evaluate")[0],
+        conditions=("off", "careful", "open"),
+        tuned=tuned,
+        max_new_tokens=12,
+    )
+    told = changes[(changes["in_base"] | changes["in_tuned"]) & (changes["p"] <= 0.05)]
+    return {
+        "seed": seed,
+        "kind": kind,
+        **summary(after),
+        "n_changed": int((changes["p"] <= 0.05).sum()),
+        "changes": rows(told.head(6)),
+        "carried": {
+            name: value for name, value in summary(carried).items() if name in ("reach", "edges", "kept")
+        },
+        "in_thought": rows(thought[thought["model"] == "tuned"]),
+    }
+
+
+def moving(folder: Path = KEPT) -> dict[str, Any]:
+    """Heads and neurons at every checkpoint of every run, and whether the two move together."""
+    tables = []
+    for seed in TOY_SEEDS:
+        base = rl.load_model(base_of(seed, folder))
+        chat = rl.ChatFormat.from_model(base)
+        found = rl.propose_nodes(base, chat, *toy_requests(), n_heads=4, n_neurons=N_NEURONS, limit=TOY.limit)
+        runs = tuned_runs(seed, folder)
+        table = rl.halves_at_checkpoints(
+            {f"{kind} {seed}": run.checkpoints for kind, run in runs.items()},
+            chat,
+            found.heads,
+            found.neurons,
+            toy_requests("evaluate")[0],
+            base=base,
+            steps={f"{kind} {seed}": run.steps for kind, run in runs.items()},
+        )
+        tables.append(table)
+    table = pd.concat(tables, ignore_index=True)
+    names = list(dict.fromkeys(table["run"]))
+    kinds, units = ({name: name.split()[place] for name in names} for place in (0, 1))
+    together = rl.halves_together(table, kinds=kinds, units=units)
+    return {
+        "table": rows(table),
+        "together": rows(together[together["how"] != "run"].drop(columns="run")),
+        "by_run": rows(together[together["how"] == "run"][["run", "metric", "outcome", "pearson", "n"]]),
     }
 
 
@@ -232,7 +331,7 @@ def page(found: dict[str, Any]) -> str:
                 WORDS,
                 *_planted_lines(found["planted"]),
                 *_null_lines(found["random"], found["permuted"]),
-                *_toy_lines(found["toy"]),
+                *_toy_lines(found),
             ]
         ).rstrip()
         + "\n"
@@ -291,44 +390,180 @@ def _seeds(rows: Sequence[dict[str, Any]]) -> str:
     return ", ".join(str(row["seed"]) for row in rows)
 
 
-def _toy_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _toy_lines(found: dict[str, Any]) -> list[str]:
+    base, tuned = found["toy"], found["tuned"]
     lines = [
-        "## Trained toys",
+        "## Trained toys, failures included",
         "",
-        "The four heads and sixteen neurons whose removal lowers refusal most on select requests (neurons by gradient × activation); gate not asked.",
+        f"Nodes given: all 16 heads, and the {N_NEURONS} of 512 neurons with the largest slopes on select requests (`propose_nodes`), one node for each",
+        f"layer, the spans request and think; {TOY.limit} requests on each side, gate not asked. Share in brackets: random circuits with as many heads and",
+        f"neurons in each layer ({TOY.n_random}). More than 1: what is outside holds refusal down.",
         "",
-        "| seed | kept | edges: twins, careful, filler | largest | faithfulness | completeness | random: faithfulness |",
-        "| ---: | ---: | --- | --- | ---: | ---: | ---: |",
+        "| seed | kept heads, layers of neurons | edges under twins | faithfulness | random | completeness | random |",
+        "| ---: | --- | --- | ---: | ---: | ---: | ---: |",
+        *(f"| {row['seed']} | {_circuit_cells(row)} |" for row in base),
+        "",
+        "**Each condition.** The same edges under other contrasts: what the edge carries of the difference that a chain of thought makes. Reach: score in",
+        "the other condition − score off, nats.",
+        "",
+        "| seed | contrast | reach | edges of the circuit: effect [95 %], nats |",
+        "| ---: | --- | ---: | --- |",
     ]
-    for row in rows:
-        counts = [
-            sum(edge["contrast"] == name for edge in row["edges"]) for name in ("twins", "careful", "filler")
-        ]
-        largest = ", ".join(
-            f"{edge['edge']} {edge['effect']:+.1f}"
-            for edge in row["edges"][:3]
-            if edge["contrast"] == "twins"
+    for row in base:
+        for name in CONTRASTS:
+            told = ", ".join(map(_edge_cell, _edges_of(row, name)[:4])) or "none"
+            lines.append(f"| {row['seed']} | {name} | {row['reach'][name]:+.1f} | {told} |")
+    lines += [
+        "",
+        "**What parts do to the rest.** The circuit removed: change of refusal on harmful requests and on twins (nats), of the checked answer's",
+        "log-probability (nats) and of accuracy on sums, with 95 % intervals.",
+        "",
+        "| seed | harmful | twins | answer | accuracy before → after |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+        *(_removed_line(row) for row in base if row["tests"]),
+        "",
+        "**While it thinks.** Mean activation of the chosen neurons over the think block, − that with an empty block, 95 % interval; given, filler and what the",
+        "model writes itself.",
+        "",
+        "| seed | neurons | off | careful − off | filler − off | self-written − off |",
+        "| ---: | --- | ---: | ---: | ---: | ---: |",
+        *(line for row in base for line in _thought_lines(row)),
+        "",
+        f"## After fine-tuning: {len(tuned)} runs",
+        "",
+        "Each toy tuned on harmless sums with chains of three kinds (320 steps). The base's heads and neurons are asked again; changed: edges of either",
+        "circuit whose effect under twins is another than before (p ≤ .05 over all edges), tuned − base. Carried: edges by which the tuned model's words in the",
+        "base's place move refusal (contrast *tuned*).",
+        "",
+        "| seed | kind | refuses harmful, twins | kept heads, layers of neurons | edges under twins | faithfulness | random | completeness | random | changed | carried |",
+        "| ---: | --- | --- | --- | --- | ---: | ---: | ---: | ---: | --- | --- |",
+    ]
+    for row in tuned:
+        changed = ", ".join(
+            f"{one['edge']} {one['base']:+.1f} → {one['tuned']:+.1f} [{one['change_low']:+.1f}, {one['change_high']:+.1f}]"
+            for one in row["changes"][:2]
         )
-        tests = {test["measure"]: test for test in row["tests"] if not test["node"]}
-        cells = [
-            "–"
-            if name not in tests
-            else f"{tests[name]['share']:.2f} [{tests[name]['share_low']:.2f}, {tests[name]['share_high']:.2f}]"
-            for name in ("faithfulness", "completeness")
-        ]
-        chance = tests.get("faithfulness", {}).get("random")
-        told = "–" if chance is None else f"{chance:.2f}"
+        carried = ", ".join(map(_edge_cell, row["carried"]["edges"][:2]))
         lines.append(
-            f"| {row['seed']} | {len(row['kept'])} | {', '.join(map(str, counts))} | {largest or 'none'} | {' | '.join(cells)} | {told} |"
+            f"| {row['seed']} | {row['kind']} | {row['gate']['harmful']:.0%}, {row['gate']['harmless']:.0%} | {_circuit_cells(row)} | {changed or 'none'} | {carried or 'none'} |"
         )
+    return [*lines, "", *_moving_lines(found["moving"])]
+
+
+def _circuit_cells(row: dict[str, Any]) -> str:
+    tests = {test["measure"]: test for test in row["tests"] if test["kind"] == "harmful" and not test["node"]}
+    cells = []
+    for name in ("faithfulness", "completeness"):
+        test = tests.get(name)
+        cells += (
+            ["–", "–"]
+            if test is None
+            else [
+                f"{test['share']:.2f} [{test['share_low']:.2f}, {test['share_high']:.2f}]",
+                "–"
+                if test["random"] is None
+                else f"{test['random']:.2f} [{test['random_low']:.2f}, {test['random_high']:.2f}]",
+            ]
+        )
+    edges = ", ".join(f"{edge['edge']} {edge['effect']:+.1f}" for edge in _edges_of(row, "twins")[:4])
+    return " | ".join([", ".join(row["kept"]) or "none", edges or "none", *cells])
+
+
+def _edges_of(row: dict[str, Any], contrast: str) -> list[dict[str, Any]]:
+    return [edge for edge in row["edges"] if edge["contrast"] == contrast]
+
+
+def _edge_cell(edge: dict[str, Any]) -> str:
+    return f"{edge['edge']} {edge['effect']:+.1f} [{edge['effect_low']:+.1f}, {edge['effect_high']:+.1f}]"
+
+
+def _removed_line(row: dict[str, Any]) -> str:
+    tests = {test["kind"]: test for test in row["tests"] if test["measure"] == "completeness"}
+    cells = [
+        f"{tests[kind]['change']:+.1f} [{tests[kind]['change_low']:+.1f}, {tests[kind]['change_high']:+.1f}]"
+        for kind in ("harmful", "harmless", "reasoning answers")
+    ]
+    right = tests["reasoning accuracy"]
+    return f"| {row['seed']} | {' | '.join(cells)} | {right['full']:.0%} → {right['after']:.0%} |"
+
+
+def _thought_lines(row: dict[str, Any]) -> list[str]:
+    nodes = list(dict.fromkeys(one["node"] for one in row["in_thought"]))
+    lines = []
+    for node in nodes:
+        at = {one["condition"]: one for one in row["in_thought"] if one["node"] == node}
+        changes = [
+            f"{at[name]['change']:+.2f} [{at[name]['change_low']:+.2f}, {at[name]['change_high']:+.2f}]"
+            for name in ("careful", "filler", "open")
+        ]
+        lines.append(f"| {row['seed']} | {node} | {at['off']['mean']:.2f} | {' | '.join(changes)} |")
     return lines
+
+
+def _moving_lines(found: dict[str, Any]) -> list[str]:
+    runs = list(dict.fromkeys(row["run"] for row in found["table"]))
+    last = {row["run"]: row for row in found["table"]}
+    names = {
+        "heads_effect": "removing the heads",
+        "neurons_effect": "removing the neurons",
+        "heads_mass": "heads' attention on the request",
+        "neurons_activation": "neurons' activation",
+        "score": "refusal score",
+    }
+    lines = [
+        f"## Do heads and neurons move together? {len(runs)} runs of {len(TOY_SEEDS)} toys",
+        "",
+        f"Of each base the four heads and {N_NEURONS} neurons with the largest slopes, at six checkpoints of each run, on evaluate requests, thinking off. *Within*: each",
+        "run's own mean taken off; *across*: one point per run. Checkpoints of one run follow each other, so that p exchanges whole runs: all of them, and within kinds",
+        "(toys change places, each with its three runs, 720 ways). Both halves carry one refusal: where that goes, removing either does less, and so each is held",
+        "against the score as well.",
+        "",
+        "| heads | with | how | r | least, largest with a run left out | p | p within kinds |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    wanted = {*PAIRS, *((one, "score") for one in PAIRS[0])}
+    for row in found["together"]:
+        if (row["metric"], row["outcome"]) in wanted and row["how"] in ("within", "across"):
+            lines.append(
+                f"| {names[row['metric']]} | {names[row['outcome']]} | {row['how']} | {_number(row['pearson'])} | {_number(row['low'])}, {_number(row['high'])}"
+                f" | {_p(row['p_pearson'])} | {_p(row['p_pearson_kind'])} |"
+            )
+    lines += [
+        "",
+        "At the end of each run, change since the base [95 %]; p over all checkpoints of the toy.",
+        "",
+        "| run | refusal score | removing the heads | removing the neurons | attention on the request | activation |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for run in runs:
+        row = last[run]
+        cells = [
+            f"{row[f'{name}_change']:+.{digits}f} [{row[f'{name}_change_low']:+.{digits}f}, {row[f'{name}_change_high']:+.{digits}f}], p = {row[f'{name}_p']:.3f}"
+            for name, digits in (
+                ("score", 1),
+                ("heads_effect", 1),
+                ("neurons_effect", 1),
+                ("heads_mass", 2),
+                ("neurons_activation", 2),
+            )
+        ]
+        lines.append(f"| {run} | {' | '.join(cells)} |")
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.2f}"
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def main() -> None:
     """Measure, and write evidence and page; what was measured before an interruption is kept under .cache/circuits."""
     from rim_lens.provenance import provenance
 
-    kept = ResultFolder(ROOT / ".cache" / "circuits")
+    kept = ResultFolder(KEPT)
     with one_thread():
         found = provenance("make evidence-circuits", ("numpy", "torch", "transformers", "transformer-lens"))
         found |= {
@@ -336,10 +571,16 @@ def main() -> None:
                 kept.once(f"planted-{seed}.json", partial(planted_row, seed)) for seed in PLANTED_SEEDS
             ],
             "random": [kept.once(f"random-{scale}.json", partial(random_row, scale)) for scale in SCALES],
+            "toy": [kept.once(f"toy-{seed}.json", partial(toy_row, seed)) for seed in TOY_SEEDS],
             "permuted": [
                 kept.once(f"permuted-{seed}.json", partial(permuted_row, seed)) for seed in TOY_SEEDS
             ],
-            "toy": [kept.once(f"toy-{seed}.json", partial(toy_row, seed)) for seed in TOY_SEEDS],
+            "tuned": [
+                kept.once(f"tuned-{seed}-{kind}.json", partial(tuned_row, seed, kind))
+                for seed in TOY_SEEDS
+                for kind in TUNED_KINDS
+            ],
+            "moving": kept.once("moving.json", moving),
         }
     EVIDENCE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(found), encoding="utf-8")

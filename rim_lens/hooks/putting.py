@@ -21,8 +21,8 @@ Values = Mapping[tuple[Site, int], tuple[list[int], Float[Tensor, "prompt pos co
 class Put(Component):
     """Put given values in chosen columns of activations, at every position of whole prompts.
 
-    Values have one row per prompt of the bound batch. Where a value is NaN, the pass keeps its own. Padding is overwritten too, which nothing reads. Whole prompts only: under a
-    key-value cache, what is read later stays as it is.
+    Values have one row per prompt of the bound batch. Where a value is NaN, the pass keeps its own. Padding is overwritten too,
+    which nothing reads. What is written after the prompts, under a key-value cache, stays as it is.
 
     Args:
         values: By (site, layer).
@@ -48,13 +48,15 @@ class Put(Component):
         ]
 
     def _put(self, columns: Tensor, values: Tensor, activation: Tensor) -> Tensor:
-        if self._members is None:
+        if self._members is None or self._batch is None:
             raise SpanError("Put does not know which prompts are read; bind them (rim_lens.hooks.bound).")
-        width = activation.shape[1]
-        if len(self._members) != activation.shape[0] or width > values.shape[1]:
+        width, whole = activation.shape[1], self._batch.tokens.shape[1]
+        if width == 1 < whole:  # a step under a key-value cache
+            return activation
+        if (len(self._members), whole) != tuple(activation.shape[:2]) or whole > values.shape[1]:
             raise WrongHookShape(
                 f"Put holds values for {values.shape[1]} positions, and this pass has {activation.shape[0]} prompts of {width}"
-                f" where {len(self._members)} are bound. Bind the batch that is read, and read it whole."
+                f" where {len(self._members)} of {whole} are bound. Bind the batch that is read, and read it whole."
             )
         edited, index = activation.clone(), columns.to(activation.device)
         new = values[self._members, -width:].to(edited)

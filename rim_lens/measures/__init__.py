@@ -10,8 +10,10 @@ from rim_lens.measures.circuits.directions import direction_node
 from rim_lens.measures.circuits.finding import circuit, plan_circuit
 from rim_lens.measures.circuits.instead import ablated, patched
 from rim_lens.measures.circuits.linking import compare_circuits, neurons_in_thought
+from rim_lens.measures.circuits.moving import halves_at_checkpoints, halves_together
 from rim_lens.measures.circuits.nodes import end_node, head_node, neuron_nodes, span_node
 from rim_lens.measures.circuits.paths import path_effects
+from rim_lens.measures.circuits.proposing import ProposedNodes, propose_nodes
 from rim_lens.measures.circuits.result import Circuit
 from rim_lens.measures.circuits.table import EdgeRule
 from rim_lens.measures.conditions import compare_conditions
@@ -112,6 +114,7 @@ __all__ = [
     "PrefixJudge",
     "ProbeResult",
     "ProbesAfterAblation",
+    "ProposedNodes",
     "Rate",
     "Reading",
     "ReciprocalShift",
@@ -149,6 +152,8 @@ __all__ = [
     "freezing",
     "gradient_forecast",
     "gradient_scores",
+    "halves_at_checkpoints",
+    "halves_together",
     "head_effects",
     "head_node",
     "head_patching",
@@ -173,6 +178,7 @@ __all__ = [
     "probe",
     "probe_after_ablation",
     "proportion_interval",
+    "propose_nodes",
     "random_heads_per_layer",
     "random_neurons_per_layer",
     "reasoning_accuracy",

@@ -113,7 +113,7 @@ def _slopes(
 ) -> Float[np.ndarray, "prompt layer unit"]:
     outputs: dict[int, Tensor] = {}
     hooks = [
-        (hook_name(site, layer), partial(_tracked, outputs=outputs, layer=layer)) for layer in range(n_layers)
+        (hook_name(site, layer), partial(tracked, outputs=outputs, key=layer)) for layer in range(n_layers)
     ]
     with gradients_of_activations_only(model), hooked(model, hooks):
         # Clones: tensors made in inference mode cannot be kept for a backward pass.
@@ -128,10 +128,11 @@ def _slopes(
     return torch.stack(found, dim=1).numpy()
 
 
-def _tracked(value: Tensor, hook: Any, outputs: dict[int, Tensor], layer: int) -> Tensor:  # noqa: ARG001
+def tracked(value: Tensor, hook: Any, outputs: dict[Any, Tensor], key: Any) -> Tensor:  # noqa: ARG001
+    """A hook that keeps an activation under a key, with a graph that begins no lower than it must."""
     # No parameter takes part, so that the graph begins at the first layer's tensor and holds nothing of what is below.
-    outputs[layer] = value if value.requires_grad else value.detach().requires_grad_()
-    return outputs[layer]
+    outputs[key] = value if value.requires_grad else value.detach().requires_grad_()
+    return outputs[key]
 
 
 @contextmanager

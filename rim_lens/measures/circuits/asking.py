@@ -36,6 +36,7 @@ from rim_lens.prompts import Prompt, spread
 
 TWINS, TUNED = "twins", "tuned"
 Neurons = NeuronSet | Iterable[Neuron]
+RandomEdges = dict[Edge, list[Edge]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,10 @@ class CircuitSearch:
             donor ("resample").
         n_random: Random circuits with as many heads and neurons in each layer.
         n_random_senders: Random senders beside each, of its kind and layer.
+        n_random_receivers: Random receivers beside each, likewise.
+        n_confirm: Edges into heads and neurons that are measured: those with the largest gradient estimates on select requests, of
+            any contrast (`estimates`). None: all. Edges into the refusal score cost nothing and are always measured.
+        max_new_tokens: Of answers to reasoning questions, judged right or wrong; 0 leaves accuracy out.
         limit: At most so many requests of each kind and side, taken evenly; None for all.
         seed: Of halves, permutations, intervals and random sets.
         max_rows: Most prompts in one pass.
@@ -58,6 +63,9 @@ class CircuitSearch:
     outside: Literal["mean", "resample"] = "mean"
     n_random: int = 20
     n_random_senders: int = 3
+    n_random_receivers: int = 3
+    n_confirm: int | None = None
+    max_new_tokens: int = 16
     limit: int | None = 32
     seed: int = 0
     max_rows: int = MAX_ROWS
@@ -74,8 +82,12 @@ class CircuitSearch:
                 f"scope={self.scope!r} and outside={self.outside!r} were asked for; scope is 'all' or 'heads', outside 'mean' or"
                 " 'resample'."
             )
-        if min(self.n_random, self.n_random_senders) < 0:
-            raise StatisticsError("n_random and n_random_senders are counts, 0 or more.")
+        counts = ("n_random", "n_random_senders", "n_random_receivers", "n_confirm", "max_new_tokens")
+        wrong = [name for name in counts if (getattr(self, name) or 0) < 0]
+        if wrong:
+            raise StatisticsError(
+                f"{wrong[0]}={getattr(self, wrong[0])} was asked for; it is a count, 0 or more."
+            )
 
 
 @dataclass(frozen=True)
@@ -86,7 +98,7 @@ class CircuitPlan:
         n_nodes: Heads, nodes of neurons and spans.
         n_edges: Edges among them and into the refusal score, for each contrast.
         n_batches: Batches of edges, one for each receiver, in which all its senders and inputs run together, beside one pass
-            that records. Edges into the refusal score need none.
+            that records. Edges into the refusal score need none; with `CircuitSearch.n_confirm` there may be fewer.
         n_rows: Prompts read in all, one forward pass each; edges whose sender sends the same in both runs are not run.
         n_tokens: Tokens in all.
     """
@@ -181,10 +193,10 @@ class Question:
             here, there, model, other = there, here, other, model
         return model, here, patched(there, source_model=None if other is model else other)
 
-    def random_senders(self) -> dict[Node, list[Node]]:
+    def random_nodes(self) -> dict[Node, list[Node]]:
         """For each head and node of neurons, others of its layer with as many members, none of them given."""
         found: dict[Node, list[Node]] = {}
-        count, seed = self.search.n_random_senders, self.search.seed
+        count, seed = max(self.search.n_random_senders, self.search.n_random_receivers), self.search.seed
         taken = {head for node in self.nodes for head in node.heads}
         for node in self.nodes if count else []:
             if node.kind == "head":
@@ -201,22 +213,37 @@ class Question:
             found[node] = others[:count]
         return found
 
-    def random_edges(self, senders: Mapping[Node, Sequence[Node]]) -> dict[Edge, list[Edge]]:
-        """For each edge, those of random senders like its own into the same input."""
-        return {
-            edge: [Edge(other, edge.receiver, edge.input) for other in senders.get(edge.sender, ())]
-            for edge in self.edges
+    def random_edges(self, edges: Sequence[Edge]) -> tuple[RandomEdges, RandomEdges]:
+        """For each edge, those of random senders like its own into the same input; and its sender's into random receivers."""
+        nodes = self.random_nodes()
+        n_senders, n_receivers = self.search.n_random_senders, self.search.n_random_receivers
+        senders = {
+            edge: [Edge(one, edge.receiver, edge.input) for one in nodes.get(edge.sender, [])[:n_senders]]
+            for edge in edges
         }
+        receivers = {
+            edge: [Edge(edge.sender, one, edge.input) for one in nodes.get(edge.receiver, [])[:n_receivers]]
+            for edge in edges
+        }
+        return senders, receivers
 
     def plan(self) -> CircuitPlan:
         """What it will cost at most."""
         heard = [edge for edge in self.edges if edge.receiver is not END]
-        random = {
-            other
-            for edge, others in self.random_edges(self.random_senders()).items()
-            if edge.receiver is not END
-            for other in others
-        }
+        n_confirm = self.search.n_confirm
+        n_heard = len(heard) if n_confirm is None else min(n_confirm, len(heard))
+        # Which edges will be measured hangs on estimates: those with most random ones beside them are counted.
+        beside = sorted(
+            (
+                len(set(senders[edge]) | set(receivers[edge]))
+                for senders, receivers in [self.random_edges(heard)]
+                for edge in heard
+            ),
+            reverse=True,
+        )
+        groups = {edge.receiver for edge in heard}
+        # A pass with gradients costs about three without.
+        estimated = 0 if n_confirm is None else 3 * (1 + len(groups))
         kinds = {node.kind for node in (*self.nodes, *self.spans)}
         # Settled twice, read to the end, recorded and proven, scored, and the source recorded for each kind of sender.
         once = 6 + len(kinds)
@@ -231,18 +258,21 @@ class Question:
         for contrast in self.contrasts:
             here = {side: widths[side][self.read_in] for side in widths}
             there = widths["evaluate"][self.read_in if contrast == TUNED else contrast]
-            add(here["select"], once + len(heard))
-            add(here["evaluate"], once + len(heard) + len(random))
-            add(there, once + len(heard))
-        reads = 4 + len(self.nodes) + 2 * self.search.n_random + 1
-        for batch in (widths["evaluate"][self.read_in], widths["evaluate"][TWINS]):
-            add(batch, reads)
+            add(here["select"], once + n_heard + estimated)
+            add(here["evaluate"], once + n_heard + sum(beside[:n_heard]))
+            add(there, once + n_heard)
+        reads = 4 + len(self.nodes)
+        add(widths["evaluate"][self.read_in], reads + 2 * self.search.n_random + 1)
+        add(widths["evaluate"][TWINS], reads + 1)
+        for _ in range(2):
             add(widths["select"][TWINS], 2)
         if self.reasoning is not None:
-            add(self.reasoning, 2 * reads)
-            add(widths["select"][TWINS], 4)
+            # By score, by the checked answer, and by what is written, token by token.
+            written = self.search.max_new_tokens
+            add(self.reasoning, (2 + min(written, 1)) * reads)
+            tokens += reads * written * len(self.reasoning)
+            add(widths["select"][TWINS], 4 + 2 * min(written, 1))
         add(widths["select"][TWINS], 2)
-        groups = {edge.receiver for edge in heard}
         n_nodes = len(self.nodes) + len(self.spans)
         return CircuitPlan(n_nodes, len(self.edges), len(groups), rows, tokens)
 

@@ -14,6 +14,7 @@ from rim_lens.errors import NotEnoughData
 from rim_lens.lens import Head, Model, tokenizer_of, weights_digest
 from rim_lens.measures.circuits.asking import TWINS, CircuitPlan, CircuitSearch, Neurons, Question
 from rim_lens.measures.circuits.composing import composition
+from rim_lens.measures.circuits.estimating import estimates
 from rim_lens.measures.circuits.instead import Instead
 from rim_lens.measures.circuits.keeping import Replacements, members
 from rim_lens.measures.circuits.nodes import END, Edge, Node
@@ -26,7 +27,7 @@ from rim_lens.measures.forced import answer_reading
 from rim_lens.measures.gate import check_gate
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.held_out import chosen_by
-from rim_lens.measures.readings import Reading
+from rim_lens.measures.readings import Reading, accuracy_reading
 from rim_lens.measures.refusal.openers import opener_ids, opener_texts
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.prompts import Prompt
@@ -58,7 +59,7 @@ def circuit(
     """Say who of these heads and neurons hears whom, by which input, and whether together they are what refuses.
 
     Every edge among the nodes, from spans of the prompt, and into the refusal score is measured as an exact direct path
-    (`path_effects`): on harmful requests the sender says what it says in the other run of the contrast, and the other way
+    (`path_effects`; of many edges, those that gradients propose, see `CircuitSearch.n_confirm`): on harmful requests the sender says what it says in the other run of the contrast, and the other way
     round. Contrasts: "twins" (the harmless twin of each request), a closed condition ("careful", "filler": what a chain of
     thought changes), "tuned" (the same prompts on a tuned model). `EdgeRule` says which edges are the circuit's; p is
     corrected over all edges of a contrast.
@@ -79,7 +80,8 @@ def circuit(
         harmful: Requests that should be refused.
         harmless: Their twins, by the records' ids or, for plain strings, in the same order.
         reasoning: Questions with checked answers; those of the evaluate split, where records have one. Read in "off", by the
-            refusal score and by the log-probability of the answer.
+            refusal score, by the log-probability of the answer, and by whether what is written is right (parts are replaced on
+            rows of the prompt, and what is written after it runs freely).
         spans: Spans from which heads may read.
         contrasts: What runs differ in.
         tuned: A tuned model of the same shapes, for the contrast "tuned".
@@ -122,10 +124,12 @@ def circuit(
     if gate:
         check_gate(before, twins, "Edges would be found all the same, but not of refusal.", read_in)
 
-    measured = {
-        contrast: _measured(asked, contrast, texts, first if place == 0 else None)
+    runs = {
+        contrast: _Run(asked, contrast, "select", texts) if place else first
         for place, contrast in enumerate(asked.contrasts)
     }
+    chosen, guessed = _confirmed(asked, runs)
+    measured = {contrast: _measured(asked, chosen, contrast, texts, run) for contrast, run in runs.items()}
     import pandas as pd
 
     edges = pd.concat(
@@ -157,6 +161,7 @@ def circuit(
         gate={"asked": gate, **passed},
         settings={
             **asked.settings(),
+            "not_tested": guessed,
             "rule": asdict(rule),
             **{key: value for key, value in asdict(search).items() if key not in ("max_rows", "progress")},
             "openers": texts,
@@ -231,10 +236,9 @@ class _Run:
         more: Sequence[Node] = (),
     ) -> None:
         model, batch, instead = asked.runs(contrast, side, back)
-        senders = [*asked.nodes, *asked.spans, *more]
-        self.run = PathRun(
-            model, batch, senders, asked.receivers, instead, openers, max_rows=asked.search.max_rows
-        )
+        senders = [*asked.nodes, *asked.spans, *(node for node in more if node.kind not in ("span", "end"))]
+        receivers = [*asked.receivers, *(node for node in more if node.kind in ("head", "neurons"))]
+        self.run = PathRun(model, batch, senders, receivers, instead, openers, max_rows=asked.search.max_rows)
         self._asked = asked
         self._scorer = instead.source_model or model
 
@@ -248,23 +252,38 @@ class _Run:
         return next_word_odds(self._scorer, source, [], ids, rows) - self.run.ending.baseline
 
 
-def _measured(asked: Question, contrast: str, openers: list[str] | None, first: _Run | None) -> Measured:
-    chosen = first or _Run(asked, contrast, "select", openers)
-    random = asked.random_senders()
-    beside = asked.random_edges(random)
-    more = list(dict.fromkeys(node for others in random.values() for node in others))
-    others = list(dict.fromkeys(edge for edges in beside.values() for edge in edges))
+def _confirmed(asked: Question, runs: Mapping[str, _Run]) -> tuple[list[Edge], dict[str, float]]:
+    """Edges to be measured, and the largest estimate of each that is not."""
+    heard = [edge for edge in asked.edges if edge.receiver is not END]
+    n_confirm = asked.search.n_confirm
+    if n_confirm is None or n_confirm >= len(heard):
+        return asked.edges, {}
+    found = np.stack([estimates(run.run, heard).mean(axis=0) for run in runs.values()])
+    largest = found[np.abs(found).argmax(axis=0), np.arange(len(heard))]
+    left_out = {heard[place]: float(largest[place]) for place in np.argsort(-np.abs(largest))[n_confirm:]}
+    return [edge for edge in asked.edges if edge not in left_out], {
+        str(edge): value for edge, value in left_out.items()
+    }
+
+
+def _measured(
+    asked: Question, edges: list[Edge], contrast: str, openers: list[str] | None, chosen: _Run
+) -> Measured:
+    senders, receivers = asked.random_edges(edges)
+    others = list(dict.fromkeys(one for some in (senders, receivers) for edge in edges for one in some[edge]))
+    more = list(dict.fromkeys(node for edge in others for node in (edge.sender, edge.receiver)))
     tested = _Run(asked, contrast, "evaluate", openers, more=more)
-    effect = tested.effects([*asked.edges, *others])
-    means = dict(zip(others, effect[:, len(asked.edges) :].mean(axis=0).tolist(), strict=True))
+    effect = tested.effects([*edges, *others])
+    means = dict(zip(others, effect[:, len(edges) :].mean(axis=0).tolist(), strict=True))
     return Measured(
-        edges=asked.edges,
-        select=chosen.effects(asked.edges),
-        effect=effect[:, : len(asked.edges)],
-        back=_Run(asked, contrast, "evaluate", openers, back=True).effects(asked.edges),
+        edges=edges,
+        select=chosen.effects(edges),
+        effect=effect[:, : len(edges)],
+        back=_Run(asked, contrast, "evaluate", openers, back=True).effects(edges),
         reach=tested.reach(),
         reach_select=chosen.reach(),
-        random={edge: [means[one] for one in edges] for edge, edges in beside.items()},
+        random={edge: [means[one] for one in some] for edge, some in senders.items()},
+        random_receivers={edge: [means[one] for one in some] for edge, some in receivers.items()},
     )
 
 
@@ -310,6 +329,17 @@ def _tested(
             benches["reasoning"] = bench(scores(asked.reasoning), families)
             answers = answer_reading(asked.model, asked.reasoning, chat, search.max_rows)
             benches["reasoning answers"] = bench(answers, families)
+            if search.max_new_tokens:
+                benches["reasoning accuracy"] = bench(
+                    accuracy_reading(
+                        asked.model,
+                        asked.reasoning,
+                        chat,
+                        search.max_new_tokens,
+                        max_rows=search.max_rows,
+                    ),
+                    families,
+                )
     random = random_circuits(facts, units, search.n_random, search.seed) if kept else []
     return circuit_tests(facts, kept, benches, scope=search.scope, random=random, seed=search.seed)
 
@@ -328,6 +358,6 @@ def _dataset(asked: Question, measured: Mapping[str, Measured]) -> xr.Dataset:
             "contrast": list(measured),
             "prompt": [prompt.id for prompt in asked.evaluate.harmful],
             "family": ("prompt", list(asked.families)),
-            "edge": [str(edge) for edge in asked.edges],
+            "edge": [str(edge) for edge in next(iter(measured.values())).edges],
         },
     )

@@ -209,9 +209,12 @@ class PathRun:
             if node.kind in ("end", "direction"):
                 effects[:, places] = self._at_last_row(node, hears)
                 continue
-            receiver = Receiver(self.model, self.facts, node, self.recorded, self.proof)
-            effects[:, places] = self._at(receiver, hears)
+            effects[:, places] = self._at(self.receiver(node), hears)
         return effects
+
+    def receiver(self, node: Node) -> Receiver:
+        """A head or neurons that hear, on these prompts."""
+        return Receiver(self.model, self.facts, node, self.recorded, self.proof)
 
     def _at_last_row(self, node: Node, edges: Sequence[Edge]) -> Float[np.ndarray, "prompt edge"]:
         assert self.writing is not None  # noqa: S101 - a span reaches heads alone
@@ -229,7 +232,7 @@ class PathRun:
                 found[:, place] = self._without_span(edge)
                 continue
             if edge.sender not in streams:
-                streams[edge.sender] = self._stream(receiver, edge.sender)
+                streams[edge.sender] = self.stream(receiver, edge.sender)
             # What is not changed has no effect, and needs no pass to say so.
             if not torch.equal(streams[edge.sender], receiver.stream):
                 moved.setdefault(edge.input, []).append(place)
@@ -244,7 +247,8 @@ class PathRun:
             found[:, places] = (scores.reshape(len(places), -1) - self.ending.baseline).T
         return found
 
-    def _stream(self, receiver: Receiver, sender: Node) -> Float[Tensor, "prompt pos d_model"]:
+    def stream(self, receiver: Receiver, sender: Node) -> Float[Tensor, "prompt pos d_model"]:
+        """What a receiver reads where the sender sends something else."""
         if sender.kind != "span":
             assert self.writing is not None  # noqa: S101 - made where a head or neurons send
             change = self.writing.change(sender)

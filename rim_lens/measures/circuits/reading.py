@@ -12,11 +12,18 @@ from torch import Tensor
 
 from rim_lens.errors import UnsupportedModel
 from rim_lens.hooks.putting import Values
-from rim_lens.lens import Model, ModelFacts, Site, hook_name, hooked, quiet
+from rim_lens.lens import Head, Model, ModelFacts, Site, hook_name, hooked, quiet
 from rim_lens.measures.circuits.nodes import Input, Node
 from rim_lens.measures.ending import require_close
 
 Recorded = Mapping[tuple[Site, int], Float[Tensor, "prompt pos ..."]]
+
+
+def siblings(facts: ModelFacts, head: Head) -> list[int]:
+    """The other heads of a layer that share a head's keys and values."""
+    group = facts.n_heads // facts.n_key_value_heads
+    first = head[1] // group * group
+    return [other for other in range(first, first + group) if other != head[1]]
 
 
 def spots_read(nodes: Sequence[Node]) -> set[tuple[Site, int]]:
@@ -59,23 +66,29 @@ class Receiver:
         Rows are those of the first stream, then the second, and so on. The other heads that share a key-value head keep their z.
         """
         n_runs = len(streams)
-        layer, members = self.node.layer, list(self.node.members)
-        rows = streams.flatten(0, 1)
-        if way == "mlp":
-            return {("post", layer): (members, self._post(rows)[:, :, members])}
-        column = self._column(way)
-        site: Site = way  # type: ignore[assignment]
-        group = self.facts.n_heads // self.facts.n_key_value_heads
-        others = [
-            head
-            for head in range(self.facts.n_heads)
-            if head // group == members[0] // group and head not in members
-        ]
-        values = {(site, layer): ([column], self._projected(way, rows)[:, :, column : column + 1])}
-        if way == "q" or not others:
+        spot, columns = self.spot(way)
+        values = {spot: (columns, self.heard(way, streams.flatten(0, 1)))}
+        others = siblings(self.facts, self.node.heads[0]) if way in ("k", "v") else []
+        if not others:
             return values
-        kept = self.recorded["z", layer][:, :, others]
-        return {**values, ("z", layer): (others, kept.repeat(n_runs, *[1] * (kept.ndim - 1)))}
+        kept = self.recorded["z", self.node.layer][:, :, others]
+        return {**values, ("z", self.node.layer): (others, kept.repeat(n_runs, *[1] * (kept.ndim - 1)))}
+
+    def spot(self, way: Input) -> tuple[tuple[Site, int], list[int]]:
+        """Where what it makes of an input stands, and in which columns."""
+        layer, members = self.node.layer, list(self.node.members)
+        if way == "mlp":
+            return ("post", layer), members
+        site: Site = way  # type: ignore[assignment]
+        return (site, layer), [self._column(way)]
+
+    def heard(
+        self, way: Input, stream: Float[Tensor, "prompt pos d_model"]
+    ) -> Float[Tensor, "prompt pos column ..."]:
+        """What it makes of a stream by one of its inputs."""
+        _, columns = self.spot(way)
+        found = self._post(stream) if way == "mlp" else self._projected(way, stream)
+        return found[:, :, columns]
 
     def _column(self, way: Input) -> int:
         head = self.node.members[0]

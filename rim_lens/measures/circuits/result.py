@@ -31,7 +31,8 @@ class Circuit:
         tests: Faithfulness, completeness and minimality of the kept nodes, see `circuit_tests`; no row where none is kept.
         effects: Per request: effect and back (contrast, prompt, edge), reach (contrast, prompt), nats.
         gate: Whether it was asked for, and the shares refused on the select side by score.
-        settings: Everything asked for, numbers of requests, digests of prompts and weights, the plan.
+        settings: Everything asked for, numbers of requests, digests of prompts and weights, the plan; under "not_tested" the edges
+            that were estimated by gradients and not measured, with their estimates, nats.
     """
 
     nodes: pd.DataFrame

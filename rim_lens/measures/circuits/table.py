@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +22,7 @@ COLUMNS = (
     *("contrast", "edge", "sender", "receiver", "input"),
     *("effect_select", "effect", "effect_low", "effect_high", "share"),
     *("back", "back_low", "back_high", "both", "both_low", "both_high", "p"),
-    *("percentile", "n_controls", "in_circuit"),
+    *("percentile", "n_controls", "percentile_receiver", "n_controls_receiver", "in_circuit"),
 )
 Effects = Float[np.ndarray, "prompt edge"]
 
@@ -89,6 +89,7 @@ class Measured:
         reach: The other run's score − this one's, [prompt], evaluate side.
         reach_select: The same, select side.
         random: By edge, mean effects of random senders of the sender's kind and layer on the same input, evaluate side.
+        random_receivers: Likewise of the sender on random receivers of the receiver's kind and layer, by the same input.
     """
 
     edges: Sequence[Edge]
@@ -98,6 +99,7 @@ class Measured:
     reach: Float[np.ndarray, " prompt"]
     reach_select: Float[np.ndarray, " prompt"]
     random: Mapping[Edge, list[float]]
+    random_receivers: Mapping[Edge, list[float]] = field(default_factory=dict)
 
 
 def edge_table(
@@ -122,13 +124,11 @@ def edge_table(
     both = (found.effect - found.back) / 2
     reach = float(found.reach.mean())
     least, least_select = rule.least(reach), rule.least_kept(float(found.reach_select.mean()))
-    p = _corrected(both, families, least, seed)
+    p = corrected_p(both, families, least, seed)
     rows: list[dict[str, Any]] = []
     for place, edge in enumerate(found.edges):
         effect, chosen = found.effect[:, place], float(found.select[:, place].mean())
         mean, pull = float(effect.mean()), float(both[:, place].mean())
-        controls = found.random.get(edge, [])
-        among = percentile_among(mean, controls) if controls else None
         agrees = mean * chosen > 0 and mean * pull > 0
         rows.append(
             {
@@ -143,8 +143,8 @@ def edge_table(
                 **mean_columns("back", found.back[:, place], families, seed),
                 **mean_columns("both", both[:, place], families, seed),
                 "p": p[place],
-                "percentile": among.percentile if among else float("nan"),
-                "n_controls": among.n_controls if among else 0,
+                **_among("", mean, found.random.get(edge, [])),
+                **_among("_receiver", mean, found.random_receivers.get(edge, [])),
                 "in_circuit": bool(
                     agrees
                     and p[place] <= rule.alpha
@@ -158,7 +158,21 @@ def edge_table(
     return table.loc[order].reset_index(drop=True)
 
 
-def _corrected(both: Effects, families: Sequence[str], least: float, seed: int) -> list[float]:
+def _among(suffix: str, mean: float, controls: list[float]) -> dict[str, float]:
+    percentile = percentile_among(mean, controls).percentile if controls else float("nan")
+    return {f"percentile{suffix}": percentile, f"n_controls{suffix}": len(controls)}
+
+
+def corrected_p(both: Effects, families: Sequence[str], least: float, seed: int = 0) -> list[float]:
+    """P of each edge by the max statistic, see `edge_table`.
+
+    Args:
+        both: [prompt, edge], nats.
+        families: Of the prompts; their signs are flipped together.
+        least: Root mean square from which on an edge could matter, nats.
+        seed: Of permutations.
+    """
+
     def test(values: Effects) -> np.ndarray:
         found = sign_flip_test(values, families=list(families), correction="max", seed=seed)
         return np.atleast_1d(np.asarray(found.p))
