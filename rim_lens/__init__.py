@@ -128,6 +128,7 @@ _HOME: dict[str, str] = {
     "plan_circuit": "measures",
     "Circuit": "measures",
     "CircuitSearch": "measures",
+    "CircuitSwitches": "measures",
     "EdgeRule": "measures",
     "path_effects": "measures",
     "head_node": "measures",

@@ -21,6 +21,9 @@ class Replacements:
 
     Rows that have no counterpart (a place that no reference prompt has) are left to the model.
 
+    Attributes:
+        values: By (site, layer), every head's z and every neuron's activation, NaN where there is no counterpart.
+
     Args:
         model: The model.
         facts: Of the model.
@@ -43,11 +46,11 @@ class Replacements:
                 blank["post", layer] = torch.full((*shape, facts.d_mlp), torch.nan, dtype=facts.dtype)
         editor = instead.heads(facts.heads())
         editor.check_prompts(batch)
-        self._values = edited(editor, model, facts, batch, blank)
+        self.values = edited(editor, model, facts, batch, blank)
         if with_neurons:
             editor = instead.neurons(every_neuron(facts))
             editor.check_prompts(batch)
-            self._values |= edited(editor, model, facts, batch, blank)
+            self.values |= edited(editor, model, facts, batch, blank)
 
     def of(self, heads: Iterable[Head], neurons: Iterable[Neuron]) -> list[Put]:
         """An editor that replaces these, in a list; none where nothing is named."""
@@ -55,7 +58,7 @@ class Replacements:
         for site, units in (("z", heads), ("post", neurons)):
             for layer, columns in by_layer(units).items():
                 spot: tuple[Site, int] = (site, layer)  # type: ignore[assignment]
-                values[spot] = (columns, self._values[spot][:, :, columns])
+                values[spot] = (columns, self.values[spot][:, :, columns])
         return [Put(values)] if values else []
 
 
