@@ -92,8 +92,8 @@ class CircuitSwitches:
     >>> table = switches.read(["L1H1"]).set_index("kind")
     >>> bool(table["after"]["harmful"] < table["full"]["harmful"] - 10)   # the planted reader was refusal
     True
-    >>> switches.selection(["L1H1"]).kept()
-    [Node(name='L0H5', kind='head', layer=0, members=(5,))]
+    >>> [node.name for node in found.kept()], switches.selection(["L1H1"]).kept()
+    (['L1H1'], [])
     """
 
     def __init__(
