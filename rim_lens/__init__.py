@@ -130,6 +130,7 @@ _HOME: dict[str, str] = {
     "ProposedNodes": "measures",
     "Circuit": "measures",
     "CircuitSearch": "measures",
+    "CircuitSwitches": "measures",
     "EdgeRule": "measures",
     "path_effects": "measures",
     "head_node": "measures",

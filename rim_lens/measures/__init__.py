@@ -15,6 +15,7 @@ from rim_lens.measures.circuits.nodes import end_node, head_node, neuron_nodes, 
 from rim_lens.measures.circuits.paths import path_effects
 from rim_lens.measures.circuits.proposing import ProposedNodes, propose_nodes
 from rim_lens.measures.circuits.result import Circuit
+from rim_lens.measures.circuits.switching import CircuitSwitches
 from rim_lens.measures.circuits.table import EdgeRule
 from rim_lens.measures.conditions import compare_conditions
 from rim_lens.measures.controls import (
@@ -96,6 +97,7 @@ __all__ = [
     "Circuit",
     "CircuitPlan",
     "CircuitSearch",
+    "CircuitSwitches",
     "Cliff",
     "Comparison",
     "Contrast",

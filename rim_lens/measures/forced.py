@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rim_lens.batching import MAX_ROWS, MAX_TOKENS, micro_batches
@@ -17,6 +18,7 @@ from rim_lens.lens import Model, all_logits, model_facts, require_eval, require_
 from rim_lens.measures.readings import Reading
 
 TEXT = ("request", "cot", "answer")  # whose tokens are text; all others are scaffold
+Logits = Float[Tensor, "token d_vocab"]
 _MOST_LOGITS = 2**26  # numbers of one pass, 256 MiB in float32
 
 
@@ -45,6 +47,49 @@ def answer_reading(
     >>> bool((answer_reading(model, chat.render(asked))() > -0.1).all())
     True
     """
+    whole = _answered(model, batch, chat)
+
+    def logprob(rows: Logits, said: Int[Tensor, " token"]) -> float:
+        return float(rows.double().log_softmax(dim=-1).gather(1, said[:, None]).sum())
+
+    read = partial(_over_answers, model, whole, logprob, max_rows)
+    return Reading(f"answer_logprob({whole.name}, {describe(whole)})", "nats", model, whole, read)
+
+
+def right_reading(
+    model: Model, batch: SpanBatch, chat: ChatFormat | None = None, max_rows: int = MAX_ROWS
+) -> Reading:
+    """Read by whether the checked answer is what greedy decoding writes next: 1 where each of its tokens is the likeliest, else 0.
+
+    One pass, with editors on every row. An answer worded otherwise counts as wrong (`accuracy_reading` reads what is written);
+    tokens alone are compared, so that an answer which goes on ("40" of "400") counts as right.
+
+    Args:
+        model: Any HookedTransformer or TransformerBridge, in eval mode.
+        batch: See `answer_reading`.
+        chat: See there.
+        max_rows: Most prompts in one pass.
+
+    Raises:
+        AnswerError: See `answer_reading`.
+        ConditionError: See there.
+
+    >>> import rim_lens as rl
+    >>> model = rl.load_model("toy")
+    >>> asked = rl.load_prompts("reasoning", language="toy", split="select")[:4]
+    >>> right_reading(model, rl.ChatFormat.from_model(model).render(asked))().tolist()
+    [1.0, 1.0, 1.0, 1.0]
+    """
+    whole = _answered(model, batch, chat)
+
+    def right(rows: Logits, said: Int[Tensor, " token"]) -> float:
+        return float((rows.argmax(dim=-1) == said).all())
+
+    read = partial(_over_answers, model, whole, right, max_rows)
+    return Reading(f"answer_right({whole.name}, {describe(whole)})", "share", model, whole, read)
+
+
+def _answered(model: Model, batch: SpanBatch, chat: ChatFormat | None) -> SpanBatch:
     require_eval(model)
     chat = chat or ChatFormat.from_model(model)
     bare = [prompt.id for prompt in batch.prompts if not prompt.answer]
@@ -62,21 +107,26 @@ def answer_reading(
     width = max(map(len, said))
     tokens = torch.tensor([[*ids, *[batch.pad_token_id] * (width - len(ids))] for ids in said])
     written = torch.tensor([[place < len(ids) for place in range(width)] for ids in said])
-    whole = chat.extend(batch, tokens, written)
+    return chat.extend(batch, tokens, written)
 
-    def read(components: Sequence[Component]) -> Float[np.ndarray, " prompt"]:
-        found = np.empty(len(whole))
-        with attached(model, components, whole):
-            for group in _groups(model, whole, max_rows):
-                with bound(components, whole, group) as part:
-                    logits = _logits(model, part, "answer_reading")
-                for place, row in enumerate(group):
-                    n = whole.n_generated[row]
-                    chances = logits[place, -n - 1 : -1].double().log_softmax(dim=-1)
-                    found[row] = float(chances.gather(1, part.tokens[place, -n:, None]).sum())
-        return found
 
-    return Reading(f"answer_logprob({whole.name}, {describe(whole)})", "nats", model, whole, read)
+def _over_answers(
+    model: Model,
+    whole: SpanBatch,
+    number: Callable[[Logits, Int[Tensor, " token"]], float],
+    max_rows: int,
+    components: Sequence[Component],
+) -> Float[np.ndarray, " prompt"]:
+    """A number of the rows that predict each prompt's answer, and of its tokens."""
+    found = np.empty(len(whole))
+    with attached(model, components, whole):
+        for group in _groups(model, whole, max_rows):
+            with bound(components, whole, group) as part:
+                logits = _logits(model, part, "answer_reading")
+            for place, row in enumerate(group):
+                n = whole.n_generated[row]
+                found[row] = number(logits[place, -n - 1 : -1], part.tokens[place, -n:])
+    return found
 
 
 def text_rows(batch: SpanBatch) -> Bool[Tensor, "prompt pos"]:

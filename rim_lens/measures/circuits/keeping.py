@@ -21,6 +21,9 @@ class Replacements:
 
     Rows that have no counterpart (a place that no reference prompt has) are left to the model.
 
+    Attributes:
+        values: By (site, layer), every head's z and every neuron's activation, NaN where there is no counterpart.
+
     Args:
         model: The model.
         facts: Of the model.

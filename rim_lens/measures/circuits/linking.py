@@ -146,11 +146,11 @@ def neurons_in_thought(
 def compare_circuits(
     base: Circuit, tuned: Circuit, *, contrast: str | None = None, seed: int = 0
 ) -> pd.DataFrame:
-    """Say how each edge differs between two models, request by request: a base and a tuned one, say.
+    """Say how each edge differs between two models, request by request: a base and a tuned one, say; or between two conditions.
 
     Args:
         base: From `circuit`.
-        tuned: From `circuit` on another model, with the same heads, neurons and requests.
+        tuned: From `circuit` on another model, or read in another condition, with the same heads, neurons and requests.
         contrast: Of which contrast; the first when None.
         seed: Of intervals and permutations.
 
@@ -178,7 +178,7 @@ def compare_circuits(
     chosen = str(names[0][0]) if contrast is None else contrast
     for what, same in (
         ("contrasts", all(chosen in one for one in names)),
-        ("requests", base.settings["evaluate_digest"] == tuned.settings["evaluate_digest"]),
+        ("requests", _same_requests(base, tuned)),
         ("nodes", base.effects["edge"].equals(tuned.effects["edge"]) and base.asked() == tuned.asked()),
     ):
         if not same:
@@ -211,6 +211,13 @@ def compare_circuits(
     table = pd.DataFrame(rows)
     order = table["change"].abs().sort_values(ascending=False, kind="stable").index
     return table.loc[order].reset_index(drop=True)
+
+
+def _same_requests(one: Circuit, other: Circuit) -> bool:
+    """To the token where both were read in one condition; else by their ids and families."""
+    if one.settings["read_in"] == other.settings["read_in"]:
+        return bool(one.settings["evaluate_digest"] == other.settings["evaluate_digest"])
+    return bool(one.effects["family"].equals(other.effects["family"]))  # labelled by the requests' ids
 
 
 def _p(

@@ -253,11 +253,17 @@ class PathRun:
             assert self.writing is not None  # noqa: S101 - made where a head or neurons send
             change = self.writing.change(sender)
             return (receiver.stream.float() + change).to(receiver.stream.dtype)
+        return self.with_span(receiver.stream, receiver.node.layer, sender)
+
+    def with_span(
+        self, stream: Float[Tensor, "prompt pos d_model"], layer: int, span: Node
+    ) -> Float[Tensor, "prompt pos d_model"]:
+        """A stream before a layer, in the rows of a span as it is in the other run."""
         layers = sorted({node.layer for node in self.receivers if node.kind == "head"})
-        spot: tuple[Site, int] = ("resid_pre", receiver.node.layer)
-        editor = self.instead.stream(self.model, layers, receiver.node.layer, sender.name)
+        spot: tuple[Site, int] = ("resid_pre", layer)
+        editor = self.instead.stream(self.model, layers, layer, span.name)
         editor.check_prompts(self.batch)
-        return edited(editor, self.model, self.facts, self.batch, {spot: receiver.stream})[spot]
+        return edited(editor, self.model, self.facts, self.batch, {spot: stream})[spot]
 
     def _without_span(self, edge: Edge) -> Float[np.ndarray, " prompt"]:
         """The head loses the span's values; to zero keys would be to make them any keys, so that these have no effect."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -57,8 +58,18 @@ class Receiver:
         self, model: Model, facts: ModelFacts, node: Node, recorded: Recorded, proof: Recorded
     ) -> None:
         self.model, self.facts, self.node, self.recorded = model, facts, node, recorded
-        self.stream = recorded["resid_pre" if node.kind == "head" else "resid_mid", node.layer]
+        self.stream = recorded[self._reads]
         self._prove(proof)
+
+    def at(self, recorded: Recorded) -> Receiver:
+        """The same receiver in another run of the model: an edited one, or one on other prompts."""
+        other = copy(self)
+        other.recorded, other.stream = recorded, recorded[self._reads]
+        return other
+
+    @property
+    def _reads(self) -> tuple[Site, int]:
+        return ("resid_pre" if self.node.kind == "head" else "resid_mid", self.node.layer)
 
     def values(self, way: Input, streams: Float[Tensor, "run prompt pos d_model"]) -> Values:
         """What to put in place so that this node alone reads these streams, by one of its inputs.

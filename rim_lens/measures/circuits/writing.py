@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -80,6 +81,18 @@ class Writing:
             if kind == "post"
             for site in ("post", "mlp_out")
         ]
+
+    def at(
+        self,
+        before: Mapping[tuple[Site, int], Float[Tensor, "prompt pos ..."]],
+        after: Mapping[tuple[Site, int], Float[Tensor, "prompt pos ..."]] | None = None,
+    ) -> Writing:
+        """The same senders in an edited run, or, with what they send instead (by this model), on other prompts."""
+        other = copy(self)
+        other.before, other._known = dict(before), {}
+        if after is not None:
+            other.after, other._source_model = dict(after), self.model
+        return other
 
     def change(self, sender: Node) -> Float[Tensor, "prompt pos d_model"]:
         """What the sender writes instead, minus what it writes; 0 where it sends the same, or has nothing to send instead.

@@ -73,6 +73,16 @@ def test_circuits_compared(circuits: Any) -> None:
     other = replace(tuned, settings={**tuned.settings, "evaluate_digest": "another"})
     with pytest.raises(ReferenceMismatch, match="requests"):
         rl.compare_circuits(base, other)
+    # In another condition the tokens are others, and the requests are the same.
+    there = {**tuned.settings, "read_in": "careful", "evaluate_digest": "another"}
+    assert (
+        rl.compare_circuits(base, replace(tuned, settings=there), contrast="twins")
+        .set_index("edge")
+        .equals(table)
+    )
+    strange = tuned.effects.assign_coords(prompt=[f"{one} again" for one in tuned.effects["prompt"].values])
+    with pytest.raises(ReferenceMismatch, match="requests"):
+        rl.compare_circuits(base, replace(tuned, settings=there, effects=strange))
     with pytest.raises(ReferenceMismatch, match="nodes"):
         rl.compare_circuits(base, replace(tuned, nodes=tuned.nodes.iloc[1:]))
 
