@@ -94,11 +94,9 @@ class Ablation(AligningEditor):
     def edited_sites(self) -> tuple[Site, ...]:
         return (self.site,)
 
+    @property
     @override
-    def _looks_at_pattern(self) -> bool:
-        return self._by_row() or super()._looks_at_pattern()
-
-    def _by_row(self) -> bool:
+    def by_row(self) -> bool:
         return self.method == "resample" or self.per != "all"
 
     @override
@@ -106,7 +104,7 @@ class Ablation(AligningEditor):
         super().check_prompts(batch)
         if self._pairing is not None:
             self._unaligned = self._pairing.check(batch, self.positions, type(self).__name__)
-        elif self._by_row():
+        elif self.by_row:
             self._unaligned = self._check_means(batch)
         else:
             self._unaligned = torch.zeros(len(batch), dtype=torch.long)
@@ -160,11 +158,8 @@ class Ablation(AligningEditor):
         }
 
     @override
-    def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
-        hooks = super().hooks(model, facts)
-        return (
-            [*OwnPass(model, type(self).__name__, self._prompts).hooks(), *hooks] if self._by_row() else hooks
-        )
+    def own_pass(self, model: Model) -> list[tuple[str, Edit]]:
+        return OwnPass(model, type(self).__name__, self._prompts).hooks() if self.by_row else []
 
     def _prompts(self) -> SpanBatch:
         told = f"per={self.per!r}" if self.method == "mean" else f"method={self.method!r}"

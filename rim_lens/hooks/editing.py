@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -39,9 +39,6 @@ class RowEditor(Component):
     Subclasses say at which hook points and how (`changes`); which rows is `positions`, the same in all.
     """
 
-    # Whether `changes` looks at `Rows.pos`, which under a key-value cache takes a look at the attention pattern.
-    needs_pos: ClassVar[bool] = False
-
     def __init__(self, positions: Positions) -> None:
         super().__init__()
         self.positions = positions
@@ -53,6 +50,15 @@ class RowEditor(Component):
     def edited_sites(self) -> tuple[Site, ...]:
         """Return the sites that `changes` may name. Override this."""
         raise NotImplementedError
+
+    @property
+    def by_row(self) -> bool:
+        """Whether what a row becomes depends on which prompt and position it is (`Rows`), not on what is there alone."""
+        return False
+
+    def own_pass(self, model: Model) -> list[tuple[str, Edit]]:  # noqa: ARG002
+        """Return hooks that refuse a pass of other prompts than those bound; where `by_row`, override this."""
+        return []
 
     @override
     def sites(self) -> tuple[tuple[Site, ...], tuple[Site, ...]]:
@@ -69,13 +75,14 @@ class RowEditor(Component):
 
     def _looks_at_pattern(self) -> bool:
         # The attention pattern of layer 0 tells where a pass under a key-value cache begins.
-        return self.needs_pos or not is_word(self.positions, "all")
+        return self.by_row or not is_word(self.positions, "all")
 
     @override
     def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
         offset = RowOffset()
         changes = self.changes(model, facts)
         return [
+            *self.own_pass(model),
             *([offset.hook()] if self._looks_at_pattern() else []),
             *(
                 (hook_name(site, layer), partial(self._edit, change, partial(offset.at, site, layer)))

@@ -44,8 +44,6 @@ Spots = Mapping[tuple[Site, int], list[int] | None]
 class _Patch(AligningEditor):
     """Puts rows of a source run in place of this run's."""
 
-    needs_pos = True
-
     def __init__(
         self,
         source: SpanBatch | Recording,
@@ -98,11 +96,13 @@ class _Patch(AligningEditor):
                 changes[spot] = partial(self._patch, torch.tensor(columns), recorded[:, :, columns])
         return changes
 
+    @property
     @override
-    def hooks(self, model: Model, facts: ModelFacts) -> list[tuple[str, Edit]]:
-        return [*self._own_pass(model), *super().hooks(model, facts)]
+    def by_row(self) -> bool:
+        return True
 
-    def _own_pass(self, model: Model) -> list[tuple[str, Edit]]:
+    @override
+    def own_pass(self, model: Model) -> list[tuple[str, Edit]]:
         return OwnPass(model, type(self).__name__, self._prompts, like=self._source_batch).hooks()
 
     def _recording(
@@ -375,7 +375,7 @@ class PatchAttention(_Patch):
         recording = self._recording(
             model, facts, [("pattern", layer) for layer in heads], facts.check_heads(self.heads)
         )
-        hooks = self._own_pass(model)
+        hooks = self.own_pass(model)
         for layer, chosen in heads.items():
             places = [recording.heads_of(layer).index(head) for head in chosen]
             patterns = recording.activations["pattern", layer][:, places]

@@ -39,12 +39,14 @@ class Sequences:
         edited: Which of them are edited.
         reads: First row whose logits are looked at; all after it are as well.
         start: Position of the first token in the padded batch.
+        by_row: Whether the same row of two prompts may be edited in two ways.
     """
 
     tokens: list[list[int]]
     edited: list[list[bool]]
     reads: list[int]
     start: list[int]
+    by_row: bool = False
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -163,7 +165,7 @@ def _copied(sequences: Sequences) -> _Layout:
     ]
     alike = 0
     for column in zip(*(edited[: sequences.n_shared] for edited in sequences.edited), strict=True):
-        if len(set(column)) > 1:
+        if len(set(column)) > 1 or (sequences.by_row and column[0]):
             break
         alike += 1
     shared = min(begins) < alike
@@ -264,7 +266,7 @@ def _edits_at(
             for place, number in enumerate(which)
             if (site, layer) in edits[number]
         ]
-        if changes:
+        if changes and len(at):
             found[site] = partial(_changed, changes, at, Rows(rows.prompt[at], rows.pos[at]))
     return found
 

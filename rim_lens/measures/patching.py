@@ -15,12 +15,11 @@ Neither tells whether an effect is about refusal: run the twins as well and look
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
-from tqdm.auto import tqdm
 
 from rim_lens.batching import MAX_ROWS
 from rim_lens.chat.spans import SpanBatch
@@ -29,6 +28,8 @@ from rim_lens.hooks import Component, PatchHeads, PatchResidual, record
 from rim_lens.hooks.alignment import Align
 from rim_lens.hooks.positions import Positions
 from rim_lens.lens import Head, Model, model_facts
+from rim_lens.measures.edits import scan_of, set_effects
+from rim_lens.measures.readings import Reading, refusal_reading
 from rim_lens.measures.refusal.score import refusal_score
 from rim_lens.measures.stats import bootstrap_interval, family_index, sign_flip_test
 
@@ -55,7 +56,8 @@ def head_patching(
 ) -> xr.Dataset:
     """Patch the output of each head, one at a time, from the source run into the target run.
 
-    One pass over the target for each head, and one over the source in all.
+    One pass over the source in all; of the target only what a head can change is computed again, see docs/speed.md, or where that
+    cannot be (`scan` in the result's attributes says why), one pass for each head.
 
     Args:
         model: The model that is patched.
@@ -94,12 +96,12 @@ def head_patching(
     source_model = model if source_model is None else source_model
     recorded = record(source_model, source, ["z"], sorted({layer for layer, _ in cells}))
     effect = np.full((len(target), facts.n_layers, facts.n_heads), np.nan)
-    edits = (PatchHeads([cell], recorded, positions, align) for cell in cells)
-    baseline, values = _scores(model, target, edits, len(cells), score, max_rows, progress)
-    for (layer, head), value in zip(cells, values, strict=True):
-        effect[:, layer, head] = value - baseline
+    edits = [PatchHeads([cell], recorded, positions, align) for cell in cells]
+    baseline, values, scan = _effects(model, target, edits, score, max_rows, progress)
+    for (layer, head), value in zip(cells, values.T, strict=True):
+        effect[:, layer, head] = value
     goal = np.asarray(score(source_model, source, max_rows=max_rows), dtype=np.float64)
-    return _dataset(target, source, effect, ("layer", "head"), {}, baseline, goal, positions)
+    return _dataset(target, source, effect, ("layer", "head"), {}, baseline, goal, positions, scan)
 
 
 def span_patching(
@@ -152,13 +154,13 @@ def span_patching(
     recorded = record(source_model, source, ["resid_pre"], places)
     cells = [(layer, number) for layer in places for number in range(len(spans))]
     effect = np.full((len(target), facts.n_layers, len(spans)), np.nan)
-    edits = (PatchResidual([layer], recorded, spans[number], "resid_pre", align) for layer, number in cells)
-    baseline, values = _scores(model, target, edits, len(cells), score, max_rows, progress)
-    for (layer, number), value in zip(cells, values, strict=True):
-        effect[:, layer, number] = value - baseline
+    edits = [PatchResidual([layer], recorded, spans[number], "resid_pre", align) for layer, number in cells]
+    baseline, values, scan = _effects(model, target, edits, score, max_rows, progress)
+    for (layer, number), value in zip(cells, values.T, strict=True):
+        effect[:, layer, number] = value
     goal = np.asarray(score(source_model, source, max_rows=max_rows), dtype=np.float64)
     labels = {"span": list(spans)}
-    return _dataset(target, source, effect, ("layer", "span"), labels, baseline, goal, "span")
+    return _dataset(target, source, effect, ("layer", "span"), labels, baseline, goal, "span", scan)
 
 
 def patching_table(effects: xr.Dataset, *, seed: int = 0) -> pd.DataFrame:
@@ -219,20 +221,21 @@ def _same_order(target: SpanBatch, source: SpanBatch) -> None:
             )
 
 
-def _scores(
-    model: Model,
-    target: SpanBatch,
-    edits: Iterator[Component],
-    n_edits: int,
-    score: Score,
-    max_rows: int,
-    progress: bool,
-) -> tuple[Float[np.ndarray, " prompt"], list[Float[np.ndarray, " prompt"]]]:
-    baseline = np.asarray(score(model, target, max_rows=max_rows), dtype=np.float64)
-    shown = tqdm(edits, total=n_edits, desc=f"patch {target.name}", disable=not progress)
-    return baseline, [
-        np.asarray(score(model, target, edit, max_rows=max_rows), dtype=np.float64) for edit in shown
-    ]
+def _effects(
+    model: Model, target: SpanBatch, edits: Sequence[Component], score: Score, max_rows: int, progress: bool
+) -> tuple[Float[np.ndarray, " prompt"], Float[np.ndarray, "prompt edit"], str]:
+    """The target's own scores, what each edit adds to them, and which way they were read."""
+
+    def read(components: Sequence[Component]) -> Float[np.ndarray, " prompt"]:
+        return np.asarray(score(model, target, *components, max_rows=max_rows), dtype=np.float64)
+
+    reading = Reading("score", "nats", model, target, read)
+    if score is refusal_score:
+        reading = refusal_reading(model, target, max_rows=max_rows)
+    editors = {str(place): edit for place, edit in enumerate(edits)}
+    scan = scan_of(reading, editors, None)
+    baseline, effects = set_effects(reading, editors, None, progress, "patch", scan)
+    return baseline, effects, scan.told
 
 
 def _dataset(
@@ -244,6 +247,7 @@ def _dataset(
     baseline: Float[np.ndarray, " prompt"],
     goal: Float[np.ndarray, " prompt"],
     positions: Positions,
+    scan: str,
 ) -> xr.Dataset:
     import xarray as xr
 
@@ -262,5 +266,6 @@ def _dataset(
             "target": target.name,
             "source": source.name,
             "positions": positions if isinstance(positions, str) else "mask",
+            "scan": scan,
         },
     )

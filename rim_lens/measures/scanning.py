@@ -1,6 +1,6 @@
 """Many edits read at once, exactly: the fast way to what one forward pass per edit gives.
 
-It serves `refusal_score` under edits of heads' outputs or of neurons (zero, a mean over data, a factor) on a
+It serves `refusal_score` under edits of heads' outputs or of neurons (zero, a mean over data, a factor, other runs' values) on a
 TransformerBridge in float32 or float64. Everything else, and every model on which the two ways disagree, is read the plain
 way: one reading per edit. They are held against each other in each scan, on its own prompts: without an edit and under three
 of the edits, on the longest prompt and the shortest.
@@ -18,21 +18,25 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rim_lens.batching import MAX_TOKENS, micro_batches
+from rim_lens.batching import MAX_ROWS, MAX_TOKENS, micro_batches
 from rim_lens.errors import RimLensError, UnsupportedModel
-from rim_lens.hooks.ablating import Ablation
-from rim_lens.hooks.base import Component, bound
+from rim_lens.hooks.base import Component, attached, bound
 from rim_lens.hooks.editing import RowEditor
 from rim_lens.hooks.positions import chosen_rows, is_word
 from rim_lens.hooks.reference import shared_means
-from rim_lens.lens import tokenizer_of
+from rim_lens.lens import require_eval, tokenizer_of
 from rim_lens.lens.attaching import wiring
 from rim_lens.lens.bare import BareModel
 from rim_lens.measures.marching import Changes, Sequences, Trunk, march, read_logits
 from rim_lens.measures.readings import Reading
-from rim_lens.measures.refusal.first_word import MAX_SKIP, forced_tokens
+from rim_lens.measures.refusal.first_word import (
+    MAX_SKIP,
+    check_answer_is_next,
+    first_words_of,
+    forced_tokens,
+)
 from rim_lens.measures.refusal.openers import opener_ids, whitespace_ids
-from rim_lens.measures.refusal.score import refusal_score
+from rim_lens.measures.refusal.score import log_odds
 
 ScanBy = Literal["auto", "plain"]
 
@@ -142,17 +146,16 @@ def served(component: Component) -> TypeGuard[RowEditor]:
     return (
         isinstance(component, RowEditor)
         and set(component.edited_sites()) <= {"z", "post"}
-        and (
-            not component._by_row()
-            if isinstance(component, Ablation)
-            else type(component).hooks is RowEditor.hooks and type(component).fwd_hooks is Component.fwd_hooks
-        )
+        and type(component).hooks is RowEditor.hooks
+        and type(component).fwd_hooks is Component.fwd_hooks
     )
 
 
 def _like(component: Any, other: Any) -> bool:
-    """Whether two editors change the same rows."""
+    """Whether two editors change the same rows, and in the same way for all prompts."""
     one, two = component.positions, other.positions
+    if component.by_row != other.by_row:
+        return False
     if isinstance(one, Tensor) and isinstance(two, Tensor):
         return one is two or (one.shape == two.shape and bool((one == two).all()))
     return isinstance(one, str) and isinstance(two, str) and one == two
@@ -216,7 +219,7 @@ class _Packed:
         scores: Float[np.ndarray, "edit prompt"] | None = None
         with torch.no_grad():
             for rows in micro_batches(self.batch.lengths.tolist(), max_tokens=most, max_rows=len(self.batch)):
-                trunk, written, baseline = self._trunk(rows, edited)
+                trunk, written, baseline = self._trunk(rows, edited, components[0].by_row)
                 if scores is None:
                     # One by one: a mean over data takes passes of its own.
                     changes = (component.changes(self.model, self.bare.facts) for component in components)
@@ -224,9 +227,10 @@ class _Packed:
                         edits = _worth(trunk, changes)
                     scores = np.empty((1 + len(edits), len(self.batch)))
                 scores[0, rows] = baseline
-                for numbers, logits in read_logits(self.bare, march(trunk, edits)):
-                    for number, values in zip(numbers, logits, strict=True):
-                        scores[1 + number, rows] = self._scores(values, written)
+                with bound(components[: len(edits)], self.batch, rows):
+                    for numbers, logits in read_logits(self.bare, march(trunk, edits)):
+                        for number, values in zip(numbers, logits, strict=True):
+                            scores[1 + number, rows] = self._scores(values, written)
         assert scores is not None  # noqa: S101 - a batch has a prompt
         for number in range(len(edits)):
             missing = np.isnan(scores[1 + number]).nonzero()[0].tolist()
@@ -241,10 +245,13 @@ class _Packed:
         return [row[start:] + more for row, start in zip(chosen.tolist(), self.start, strict=True)]
 
     def _trunk(
-        self, rows: list[int], edited: list[list[bool]]
+        self, rows: list[int], edited: list[list[bool]], by_row: bool = False
     ) -> tuple[Trunk, list[list[int]], Float[np.ndarray, " prompt"]]:
         """The pass without edits, once each prompt has come to its first word."""
         written: list[list[int]] = [list(self.forced) for _ in rows]
+        width = max(
+            len(self.ids[row]) for row in rows
+        )  # of these prompts by themselves, as editors are bound to them
         while True:
             tokens = [self.ids[row] + more for row, more in zip(rows, written, strict=True)]
             skipped = [0 if self.forced else len(more) for more in written]
@@ -254,7 +261,8 @@ class _Packed:
                     tokens,
                     [edited[row][: len(ids)] for row, ids in zip(rows, tokens, strict=True)],
                     [len(ids) - 1 - more for ids, more in zip(tokens, skipped, strict=True)],
-                    [self.start[row] for row in rows],
+                    [width - len(self.ids[row]) for row in rows],
+                    by_row,
                 ),
             )
             logits = self.bare.logits(trunk.hidden[0])
@@ -319,10 +327,28 @@ def _worth(trunk: Trunk, edits: Iterable[Changes]) -> list[Changes]:
 
 
 def plainly(reading: Reading, component: Component | None, rows: list[int]) -> Float[np.ndarray, " prompt"]:
-    """Read some prompts the plain way."""
+    """Read some prompts the plain way, as `refusal_score` does all of them: an editor may need to know the whole batch."""
     components = [] if component is None else [component]
-    with bound(components, reading.batch, rows) as part:
-        return refusal_score(reading.model, part, *components, **(reading.first_word or {})).values
+    model, batch, settings = reading.model, reading.batch, reading.first_word or {}
+    check_answer_is_next(batch, "refusal_score")
+    require_eval(model)
+    ids = torch.tensor(opener_ids(tokenizer_of(model), settings.get("openers")))
+    skip, max_rows = settings.get("skip", "greedy"), settings.get("max_rows", MAX_ROWS)
+    odds: dict[int, float] = {}
+    with attached(model, components, batch, writes=skip == "forced"):
+        words = first_words_of(
+            model,
+            batch,
+            components,
+            skip=skip,
+            whitespace=settings.get("whitespace"),
+            max_rows=max_rows,
+            what="refusal_score",
+            only=rows,
+        )
+        for word in words:
+            odds |= zip(word.rows, log_odds(word.logits, ids).tolist(), strict=True)
+    return np.array([odds[row] for row in rows])
 
 
 def _require_alike(

@@ -25,7 +25,7 @@ computed again:
 Ablation at the last row and at all rows are different quantities, and rank heads differently.
 
 **When.** A `TransformerBridge` in float32 or float64 on one device, `refusal_score` with any rule for whitespace, and edits of heads'
-outputs or neurons to zero, to a mean over data, or by a factor. The model's own code runs: its norms, MLPs, positions, softcaps and
+outputs or neurons to zero, to a mean over data, by a factor, or to what another run has there (`head_patching`, resampling). The model's own code runs: its norms, MLPs, positions, softcaps and
 sliding windows, without the bridge's hooks; attention alone is done here. In every scan the baseline and three edits are read the
 plain way as well, on the longest prompt and the shortest. Where a number differs by more than 1e-4 nats and a hundred-thousandth of the score a warning says so and all
 edits are read one by one, as they are on a `HookedTransformer`, in half precision (whose error is larger than most effects), with

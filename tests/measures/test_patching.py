@@ -130,8 +130,9 @@ def test_runs_of_the_same_prompts_differ_nowhere(setting):
     model, batches = setting
     off = batches["off"]
     found = head_patching(model, off, off)
-    assert float(abs(found["effect"]).max()) < 1e-4
-    assert float(abs(found["reach"]).max()) == 0
+    # What is put in was computed the plain way, what it replaces in a pack: float32 sums in another order, of scores of 30 nats.
+    assert float(abs(found["effect"]).max()) < 3e-4
+    assert float(abs(found["reach"]).max()) < 3e-4
 
 
 def test_a_tuned_model_as_source(setting):

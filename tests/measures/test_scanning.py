@@ -16,7 +16,15 @@ import torch
 import rim_lens as rl
 from rim_lens.chat import ChatFormat, SpanBatch
 from rim_lens.errors import ConditionError, UnknownHead
-from rim_lens.hooks import AblateHeads, AblateNeurons, ScaleHeads, ScaleNeurons, reference
+from rim_lens.hooks import (
+    AblateHeads,
+    AblateNeurons,
+    PatchHeads,
+    PatchNeurons,
+    ScaleHeads,
+    ScaleNeurons,
+    reference,
+)
 from rim_lens.lens import hooked, model_facts, wrap_hf
 from rim_lens.lens.bare import BareModel
 from rim_lens.lens.loading import bridge_class
@@ -147,6 +155,51 @@ def test_fast_is_slow(architecture: str, positions: str) -> None:
     assert differ(reading, editors(model, batch, asked)) < 1e-5
 
 
+def editors_by_row(model: Any, batch: SpanBatch, positions: Any) -> list[Any]:
+    """What is put into a row differs from prompt to prompt: other runs' values, means of spans."""
+    facts = model_facts(model)
+    chat, last = ChatFormat.from_model(model), facts.n_layers - 1
+    source = rl.record(model, chat.render(PROMPTS[::-1], think="bread please make 3"), ["z"])
+    turned = chat.render(PROMPTS[::-1], think="off")
+    found: list[Any] = [PatchHeads([head], source, positions) for head in facts.heads()]
+    found += [
+        PatchHeads([(0, 1), (last, 3)], turned, positions, "start"),
+        AblateHeads([(1, 1), (last, 2)], method="resample", reference=batch, positions=positions, seed=3),
+        AblateHeads([(0, 2)], method="mean", per="span", reference=batch, positions=positions),
+        AblateHeads([(1, 0)], method="mean", per="position", reference=batch, positions=positions),
+    ]
+    if not facts.moe:
+        found += [
+            PatchNeurons([(0, neuron) for neuron in range(30)], turned, positions),
+            AblateNeurons([(1, neuron) for neuron in range(30)], "resample", turned, positions=positions),
+        ]
+    return found
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt_last", "request", "mask"])
+@pytest.mark.parametrize("architecture", ["gpt2_gelu", "llama", "gemma3", "mixtral"])
+def test_fast_is_slow_where_each_prompt_has_values_of_its_own(architecture: str, positions: str) -> None:
+    model, batch = told(architecture)
+    asked: Any = positions
+    if positions == "mask":
+        asked = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(4)) < 0.4
+        asked[:, -2] = True
+    reading = refusal_reading(model, batch)
+    components = editors_by_row(model, batch, asked)
+    assert differ(reading, components) < 1e-5
+    assert len(packed_readings(reading, components)) == 1 + len(components)
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 100])
+def test_values_of_each_prompt_in_small_passes(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    """Editors are bound to the prompts of each pass, without the padding that these do not need."""
+    model, batch = told("llama")
+    monkeypatch.setattr(scanning, "MAX_TOKENS", tokens)
+    monkeypatch.setattr(marching, "_ROWS", tokens)
+    for positions in ("all", "prompt_last"):
+        assert differ(refusal_reading(model, batch), editors_by_row(model, batch, positions)) < 1e-5
+
+
 @pytest.mark.parametrize("positions", ["all", "prompt_last", "generated"])
 @pytest.mark.parametrize("skip", ["none", "forced"])
 def test_rules_for_whitespace(monkeypatch: pytest.MonkeyPatch, skip: str, positions: str) -> None:
@@ -264,7 +317,7 @@ def test_it_is_used_where_it_can_be_and_nowhere_else(monkeypatch: pytest.MonkeyP
     runs.clear()
     # Among editors that are served, some that are not: each its own way, in one call.
     mixed: dict[str, Any] = {str(head): AblateHeads([head]) for head in heads}
-    mixed["resampled"] = AblateHeads([(0, 1)], method="resample", reference=batch)
+    mixed["resampled"] = AblateHeads([(0, 1)], method="resample", reference=batch)  # too few of its kind
     mixed["last"] = AblateHeads([(1, 1)], positions="prompt_last")
     baseline, effects = set_effects(counted, mixed)
     assert len(runs) == 2

@@ -98,8 +98,9 @@ def first_words_of(
     whitespace: str | None,
     max_rows: int,
     what: str,
+    only: Sequence[int] | None = None,
 ) -> Iterator[FirstWord]:
-    """Read prompts up to the first word of the answer; rows that skip the same come together.
+    """Read prompts, or `only` some rows of the batch, up to the first word of the answer; rows that skip the same come together.
 
     Components must be attached by the caller, in a `with` of its own: they are only told here which rows are read.
     """
@@ -107,7 +108,9 @@ def first_words_of(
     if skip == "greedy":
         blank = whitespace_ids(tokenizer_of(model), model_facts(model).d_vocab)
     forced = forced_tokens(model, batch, whitespace) if skip == "forced" else []
-    for rows in micro_batches(batch.lengths.tolist(), max_rows=max_rows):
+    asked = list(range(len(batch))) if only is None else list(only)
+    for places in micro_batches([int(batch.lengths[row]) for row in asked], max_rows=max_rows):
+        rows = [asked[place] for place in places]
         yield from _of_group(model, batch, components, rows, blank, forced, what)
 
 
