@@ -3,16 +3,21 @@
 from rim_lens.views.checkpoint_report import checkpoint_study_html, write_checkpoint_report
 from rim_lens.views.circuitsvis import circuitsvis_heads, circuitsvis_pattern, circuitsvis_tokens
 from rim_lens.views.explorer import (
+    CircuitExplorer,
+    CircuitView,
     HeadExplorer,
     HeadView,
     NeuronExplorer,
     NeuronView,
+    circuit_explorer_html,
+    circuit_view,
     explorer_html,
     head_patterns,
     head_view,
     neuron_explorer_html,
     neuron_study_view,
     neuron_view,
+    write_circuit_explorer,
     write_explorer,
     write_neuron_explorer,
 )
@@ -23,12 +28,16 @@ from rim_lens.views.terminal import print_checkpoints, print_neurons, print_stud
 from rim_lens.views.verdict import findings
 
 __all__ = [
+    "CircuitExplorer",
+    "CircuitView",
     "Finding",
     "HeadExplorer",
     "HeadView",
     "NeuronExplorer",
     "NeuronView",
     "checkpoint_study_html",
+    "circuit_explorer_html",
+    "circuit_view",
     "circuitsvis_heads",
     "circuitsvis_pattern",
     "circuitsvis_tokens",
@@ -47,6 +56,7 @@ __all__ = [
     "probes_html",
     "study_html",
     "write_checkpoint_report",
+    "write_circuit_explorer",
     "write_explorer",
     "write_neuron_explorer",
     "write_neuron_report",

@@ -36,8 +36,8 @@ class Lab:
     folder: Path
 
     def url(self, notebook: str) -> str:
-        """Where a notebook is opened."""
-        return f"{self.address}/lab/tree/{notebook}?token={self.token}"
+        """Where a notebook is opened, in a workspace of its own: no tab of another one stands beside it."""
+        return f"{self.address}/lab/workspaces/{Path(notebook).stem}/tree/{notebook}?token={self.token}"
 
 
 def write_notebook(path: Path, cells: Sequence[str]) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
+from typing_extensions import override
+
 from rim_lens.chat.conditions import leaves_open
 from rim_lens.errors import CaptureError, ConditionError, MissingExtra, RimLensError
 from rim_lens.generation import generate
@@ -67,7 +69,85 @@ class Edit:
         return [list(self.places)] if self.operation == "ablate" else [list(self.places), factor]
 
 
-class LiveExplorer:
+class Live:
+    """An explorer with a model behind it: steps that are taken, and taken back, and the widget through which a page asks for them.
+
+    Args:
+        view: What is shown.
+
+    Attributes:
+        view: What is shown.
+        edits: Steps in force, oldest first; each says itself in words (`told`).
+    """
+
+    def __init__(self, view: ExplorerView) -> None:
+        self.view = view
+        self.edits: list[Any] = []
+
+    def undo(self) -> Self:
+        """Take the last step back; harmless where there is none."""
+        return self._with(self.edits[:-1])
+
+    def reset(self) -> Self:
+        """Take every step back."""
+        return self._with([])
+
+    def answer(self, message: Mapping[str, Any]) -> Answer:
+        """Answer a message of the page: plain values, and bytes of float32 that they name by place. Override this."""
+        raise CaptureError(f"the page asked for {message.get('kind')!r}, which this kernel does not know.")
+
+    def _with(self, edits: Sequence[Any]) -> Self:
+        self.edits = list(edits)
+        return self
+
+    # --- in a notebook ---
+
+    @cached_property
+    def widget(self) -> Any:
+        """The anywidget behind the notebook's display.
+
+        Raises:
+            MissingExtra: anywidget is not installed.
+        """
+        try:
+            import anywidget
+            import traitlets
+        except ImportError as missing:
+            raise MissingExtra(
+                'the explorer in a notebook needs anywidget: pip install "rim-lens[notebook]". Without it rl.views.write_explorer(view,'
+                " path) writes a page that any browser opens."
+            ) from missing
+        traits = {
+            "_esm": module(self.view.of),
+            "view": traitlets.Dict().tag(sync=True),
+            "arrays": traitlets.List().tag(sync=True),
+        }
+        arrays = [array.astype("<f4").tobytes() for array in self.view.arrays]
+        widget = type(f"{type(self).__name__}Widget", (anywidget.AnyWidget,), traits)(
+            view=self.view.data, arrays=arrays
+        )
+        widget.on_msg(self._heard)
+        return widget
+
+    def _heard(self, widget: Any, message: Mapping[str, Any], _buffers: Any = None) -> None:
+        try:
+            reply, buffers = self.answer(message)
+        except (RimLensError, ValueError) as wrong:
+            reply, buffers = {"error": str(wrong)}, []
+        except Exception as wrong:
+            widget.send({"id": message.get("id"), "error": f"{type(wrong).__name__}: {wrong}"})
+            raise
+        widget.send({"id": message.get("id"), **reply}, buffers)
+
+    def _repr_mimebundle_(self, **keywords: Any) -> Any:
+        return self.widget._repr_mimebundle_(**keywords)
+
+    def __repr__(self) -> str:
+        edits = "; ".join(edit.told() for edit in self.edits) or "no edits"
+        return f"{type(self).__name__}({self.view.data['title']}: {edits})"
+
+
+class LiveExplorer(Live):
     """An explorer with a model behind it: what is ticked is edited, upon which refusal is measured again.
 
     Args:
@@ -92,20 +172,11 @@ class LiveExplorer:
         batches: Mapping[str, SpanBatch],
         max_new_tokens: int,
     ) -> None:
-        self.view = view
+        super().__init__(view)
         self.models = dict(models)
         self.batches = dict(batches)
-        self.edits: list[Edit] = []
         self._max_new_tokens = max_new_tokens
         self._known: dict[tuple[int, str, tuple[Edit, ...]], float] = {}
-
-    def undo(self) -> Self:
-        """Take the last edit back; harmless where there is none."""
-        return self._with(self.edits[:-1])
-
-    def reset(self) -> Self:
-        """Take every edit back."""
-        return self._with([])
 
     def components(self) -> list[Component]:
         """The editors in force, for use elsewhere."""
@@ -144,8 +215,8 @@ class LiveExplorer:
 
     # --- what the page asks ---
 
+    @override
     def answer(self, message: Mapping[str, Any]) -> Answer:
-        """Answer a message of the page: plain values, and bytes of float32 that they name by place."""
         if message.get("kind") == "apply":
             edits = [
                 self.edit(
@@ -160,7 +231,7 @@ class LiveExplorer:
 
     def _fetched(self, message: Mapping[str, Any]) -> Answer:
         """What the page asks for beside edits. Override this."""
-        raise CaptureError(f"the page asked for {message.get('kind')!r}, which this kernel does not know.")
+        return super().answer(message)
 
     def _measured(self, edits: list[Edit], prompt: int) -> dict[str, Any]:
         told, courses = [], []
@@ -217,57 +288,11 @@ class LiveExplorer:
         """These heads or neurons, if the model has them. Override this."""
         raise NotImplementedError
 
-    def _with(self, edits: Sequence[Edit]) -> Self:
+    @override
+    def _with(self, edits: Sequence[Any]) -> Self:
         for edit in edits:
             edit.component()
-        self.edits = list(edits)
-        return self
-
-    # --- in a notebook ---
-
-    @cached_property
-    def widget(self) -> Any:
-        """The anywidget behind the notebook's display.
-
-        Raises:
-            MissingExtra: anywidget is not installed.
-        """
-        try:
-            import anywidget
-            import traitlets
-        except ImportError as missing:
-            raise MissingExtra(
-                'the explorer in a notebook needs anywidget: pip install "rim-lens[notebook]". Without it rl.views.write_explorer(view,'
-                " path) writes a page that any browser opens."
-            ) from missing
-        traits = {
-            "_esm": module(self.view.of),
-            "view": traitlets.Dict().tag(sync=True),
-            "arrays": traitlets.List().tag(sync=True),
-        }
-        arrays = [array.astype("<f4").tobytes() for array in self.view.arrays]
-        widget = type(f"{type(self).__name__}Widget", (anywidget.AnyWidget,), traits)(
-            view=self.view.data, arrays=arrays
-        )
-        widget.on_msg(self._heard)
-        return widget
-
-    def _heard(self, widget: Any, message: Mapping[str, Any], _buffers: Any = None) -> None:
-        try:
-            reply, buffers = self.answer(message)
-        except (RimLensError, ValueError) as wrong:
-            reply, buffers = {"error": str(wrong)}, []
-        except Exception as wrong:
-            widget.send({"id": message.get("id"), "error": f"{type(wrong).__name__}: {wrong}"})
-            raise
-        widget.send({"id": message.get("id"), **reply}, buffers)
-
-    def _repr_mimebundle_(self, **keywords: Any) -> Any:
-        return self.widget._repr_mimebundle_(**keywords)
-
-    def __repr__(self) -> str:
-        edits = "; ".join(edit.told() for edit in self.edits) or "no edits"
-        return f"{type(self).__name__}({self.view.data['title']}: {edits})"
+        return super()._with(edits)
 
 
 def check_written(max_new_tokens: int) -> None:

@@ -17,6 +17,7 @@ from rim_lens.views.plots import style
 FORMAT_VERSION = 1
 MAX_BYTES = 40_000_000
 _STYLE = "body { margin: 0; } html { color-scheme: light dark; } @media (prefers-color-scheme: dark) { body { background: #1B1F24; } }\n"
+_BESIDE = {"circuits": ("graph", "nodes")}
 # `export` is allowed in a module of the page itself; nothing imports it there.
 _START = """
 const texts = new Map();
@@ -38,7 +39,7 @@ class ExplorerView:
 
     data: dict[str, Any]
     arrays: tuple[Float[np.ndarray, "..."], ...]
-    of: ClassVar[str]  # "heads" or "neurons": whose module draws it
+    of: ClassVar[str]  # "heads", "neurons" or "circuits": whose module draws it
 
     @property
     def n_bytes(self) -> int:
@@ -54,17 +55,18 @@ def module(of: str) -> str:
     """The ES module of an explorer, complete in itself.
 
     Args:
-        of: "heads" or "neurons".
+        of: "heads", "neurons" or "circuits".
     """
     here = Path(__file__).parent
-    return "\n".join((here / f"{name}.js").read_text(encoding="utf-8") for name in ("common", "live", of))
+    parts = ("common", "live", *_BESIDE.get(of, ()), of)
+    return "\n".join((here / f"{name}.js").read_text(encoding="utf-8") for name in parts)
 
 
 def explorer_html(view: ExplorerView) -> str:
     """An explorer as a page, complete in itself: no request leaves it, and no token can run or hide.
 
     Args:
-        view: From `head_view`, `neuron_view` or `neuron_study_view`.
+        view: From `head_view`, `neuron_view`, `neuron_study_view` or `circuit_view`.
     """
     data = [
         ("view", "application/json", offline.harmless_json(view.data)),
@@ -81,7 +83,7 @@ def write_explorer(view: ExplorerView, path: str | Path) -> Path:
     """Write an explorer's page to a file and return its path.
 
     Args:
-        view: From `head_view`, `neuron_view` or `neuron_study_view`.
+        view: From `head_view`, `neuron_view`, `neuron_study_view` or `circuit_view`.
         path: Of the page.
     """
     target = Path(path)

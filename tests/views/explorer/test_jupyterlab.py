@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 import rim_lens as rl
-from tests.views.browser import errors_of, offline_chromium, requests_of, require_chromium
-from tests.views.jupyter import HOST, Lab, jupyterlab, write_notebook
+from tests.views.browser import errors_of, requests_of
+from tests.views.explorer.lab import press, printed, run_notebook, until
+from tests.views.jupyter import Lab
 
 SHOWN = """
 import rim_lens as rl
@@ -38,67 +37,12 @@ plain = scores()
 with model.hooks(fwd_hooks=[("blocks.0.attn.hook_z", zero)]):
     print(json.dumps([plain, scores()]))
 """
-WAIT = 240  # s; a condition that holds is seen at once, so that only a failure takes so long
-
-
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    require_chromium("jupyterlab", "ipykernel", "anywidget")
-    with jupyterlab(tmp_path_factory.mktemp("jupyter")) as running:
-        write_notebook(running.folder / "explorer.ipynb", [SHOWN, COMPUTED])
-        yield running
-
-
-@pytest.fixture(scope="module")
-def lab_browser(lab: Lab) -> Iterator[Any]:
-    with offline_chromium(HOST) as driver:
-        driver.set_window_size(1280, 1000)
-        driver.set_script_timeout(WAIT)  # a busy machine may leave the page no turn for long
-        granted = {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
-        driver.execute_cdp_cmd("Browser.grantPermissions", granted)
-        yield driver
 
 
 @pytest.fixture(scope="module")
 def opened(lab: Lab, lab_browser: Any) -> Any:
     """The notebook, all its cells run."""
-    lab_browser.get(lab.url("explorer.ipynb"))
-    until(
-        lab_browser,
-        "return window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
-    )
-    lab_browser.execute_script("jupyterapp.commands.execute('notebook:run-all-cells')")
-    until(lab_browser, "return document.querySelector('.jp-OutputArea .rlx')?.dataset.applied === '1'")
-    return lab_browser
-
-
-def until(browser: Any, script: str, *arguments: Any) -> Any:
-    """Wait until a script gives something; where it does not, what the notebook said."""
-    from selenium.common.exceptions import TimeoutException
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    try:
-        return WebDriverWait(browser, WAIT, poll_frequency=0.1).until(
-            lambda it: it.execute_script(script, *arguments)
-        )
-    except TimeoutException:
-        said = (
-            "return [...document.querySelectorAll('.jp-OutputArea')].map(one => one.textContent).join(' | ')"
-        )
-        pytest.fail(f"never: {script}; the notebook says: {browser.execute_script(said)[-2000:]!r}")
-
-
-def press(browser: Any, what: str, n_applied: int | None = None) -> None:
-    """Click a button of the widget, as a user does, and wait for the kernel's answer."""
-    from selenium.webdriver.common.by import By
-
-    button = browser.find_element(By.CSS_SELECTOR, f".rlx [data-what={what}]")
-    browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", button)
-    button.click()
-    if n_applied is not None:
-        until(
-            browser, "return document.querySelector('.rlx').dataset.applied === arguments[0]", str(n_applied)
-        )
+    return run_notebook(lab, lab_browser, "heads.ipynb", [SHOWN, COMPUTED])
 
 
 def shown_scores(browser: Any, what: str = "[data-what=score]") -> list[float]:
@@ -135,13 +79,7 @@ def here() -> tuple[Any, dict[str, rl.SpanBatch]]:
 
 @pytest.mark.chromium
 def test_a_ticked_head_moves_the_score_to_the_kernel_s_own_value(opened: Any, here: Any) -> None:
-    plain, ablated = json.loads(
-        until(
-            opened,
-            "return [...document.querySelectorAll('.jp-OutputArea-output pre')].map(one => one.textContent)"
-            ".find(text => text.startsWith('[['))",
-        )
-    )
+    plain, ablated = printed(opened)
     first = slice(0, None, 2)  # the first of two prompts, off and careful
     assert shown_scores(opened) == [shown_digits(value) for value in plain[first]]
     press(opened, "tick")
