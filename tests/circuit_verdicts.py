@@ -7,8 +7,9 @@ kept under .cache/circuits.
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -39,7 +40,7 @@ PLANTED_SEEDS = range(
     100, 124
 )  # EdgeRule's shares were chosen on seeds 0 to 15, where a tenth let noise through in three
 SCALES = (0.2, 0.8)
-N_RANDOM = 40  # of each scale
+N_RANDOM = 20  # of each scale
 TOY_SEEDS = range(6)
 N_NEURONS = 32  # of a toy's 512
 CONTRASTS = ("twins", "careful", "filler")
@@ -53,7 +54,7 @@ PLANTED_EDGES = (
 )
 
 SMALL = rl.CircuitSearch(limit=20, n_random=20, n_random_senders=2, n_random_receivers=2)
-TOY = rl.CircuitSearch(limit=20, n_random=12, n_random_senders=0, n_random_receivers=0, max_new_tokens=2)
+TOY = rl.CircuitSearch(limit=12, n_random=12, n_random_senders=0, n_random_receivers=0, max_new_tokens=2)
 LEAST = rl.CircuitSearch(limit=12, n_random=0, n_random_senders=0, n_random_receivers=0)
 P_ALONE = rl.EdgeRule(
     min_effect=1e6
@@ -245,7 +246,7 @@ def tuned_row(seed: int, kind: str, folder: Path = KEPT) -> dict[str, Any]:
         chat,
         nodes[1],
         toy_requests("evaluate")[0],
-        conditions=("off", "careful", "open"),
+        conditions=("off", "careful"),
         tuned=tuned,
         max_new_tokens=12,
     )
@@ -329,13 +330,22 @@ def page(found: dict[str, Any]) -> str:
                 f"`{found['command']}`, {found['date']}, TransformerLens {found['versions']['transformer-lens']}, torch"
                 f" {found['versions']['torch']} (CPU, one thread). Figures in [evidence/circuits.json](evidence/circuits.json).",
                 WORDS,
+                *_missing_lines(found["missing"]),
                 *_planted_lines(found["planted"]),
                 *_null_lines(found["random"], found["permuted"]),
-                *_toy_lines(found),
+                *(_toy_lines(found["toy"]) if found["toy"] else []),
+                *(_tuned_lines(found["tuned"]) if found["tuned"] else []),
+                *(line for one in found["moving"] for line in _moving_lines(one)),
             ]
         ).rstrip()
         + "\n"
     )
+
+
+def _missing_lines(missing: Sequence[str]) -> list[str]:
+    if not missing:
+        return []
+    return [f"**Not measured yet** (the command goes on with them): {', '.join(missing)}.", ""]
 
 
 def _planted_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -374,24 +384,29 @@ def _null_lines(random: Sequence[dict[str, Any]], permuted: Sequence[dict[str, A
     each = "; ".join(
         f"{row['any']} of {row['n_runs']} at standard deviation {row['scale']:g}" for row in random
     )
-    return [
+    lines = [
         "## Where there is none: the share of runs in which p of any edge is .05 or less",
         "",
         "Gate off, no size asked for, so that p alone decides.",
         "",
-        f"- **Random weights** in the toy's shape, two random heads and six random neurons of each layer: {share(hits, runs)} ({each}).",
-        f"- **Trained toys**, seeds {_seeds(permuted)}, labels *harmful* and *twin* exchanged within pairs of swapped words, all ways:"
-        f" {share(found, ways)}.",
-        "",
     ]
+    if random:
+        lines.append(
+            f"- **Random weights** in the toy's shape, two random heads and six random neurons of each layer: {share(hits, runs)} ({each})."
+        )
+    if permuted:
+        lines.append(
+            f"- **Trained toys**, seeds {_seeds(permuted)}, labels *harmful* and *twin* exchanged within pairs of swapped words, all ways:"
+            f" {share(found, ways)}."
+        )
+    return [*lines, ""]
 
 
 def _seeds(rows: Sequence[dict[str, Any]]) -> str:
     return ", ".join(str(row["seed"]) for row in rows)
 
 
-def _toy_lines(found: dict[str, Any]) -> list[str]:
-    base, tuned = found["toy"], found["tuned"]
+def _toy_lines(base: Sequence[dict[str, Any]]) -> list[str]:
     lines = [
         "## Trained toys, failures included",
         "",
@@ -429,6 +444,12 @@ def _toy_lines(found: dict[str, Any]) -> list[str]:
         "| ---: | --- | ---: | ---: | ---: | ---: |",
         *(line for row in base for line in _thought_lines(row)),
         "",
+    ]
+    return lines
+
+
+def _tuned_lines(tuned: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [
         f"## After fine-tuning: {len(tuned)} runs",
         "",
         "Each toy tuned on harmless sums with chains of three kinds (320 steps). The base's heads and neurons are asked again; changed: edges of either",
@@ -447,7 +468,7 @@ def _toy_lines(found: dict[str, Any]) -> list[str]:
         lines.append(
             f"| {row['seed']} | {row['kind']} | {row['gate']['harmful']:.0%}, {row['gate']['harmless']:.0%} | {_circuit_cells(row)} | {changed or 'none'} | {carried or 'none'} |"
         )
-    return [*lines, "", *_moving_lines(found["moving"])]
+    return [*lines, ""]
 
 
 def _circuit_cells(row: dict[str, Any]) -> str:
@@ -559,29 +580,43 @@ def _p(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
+def parts() -> dict[str, list[tuple[str, Callable[[], Any]]]]:
+    """Everything that is measured, part by part: the file it is kept in, and what measures it."""
+    return {
+        "planted": [(f"planted-{seed}", partial(planted_row, seed)) for seed in PLANTED_SEEDS],
+        "random": [(f"random-{scale}", partial(random_row, scale)) for scale in SCALES],
+        "toy": [(f"toy-{seed}", partial(toy_row, seed)) for seed in TOY_SEEDS],
+        "permuted": [(f"permuted-{seed}", partial(permuted_row, seed)) for seed in TOY_SEEDS],
+        "tuned": [
+            (f"tuned-{seed}-{kind}", partial(tuned_row, seed, kind))
+            for seed in TOY_SEEDS
+            for kind in TUNED_KINDS
+        ],
+        "moving": [("moving", moving)],
+    }
+
+
 def main() -> None:
-    """Measure, and write evidence and page; what was measured before an interruption is kept under .cache/circuits."""
+    """Measure, and write evidence and page; what was measured before an interruption is kept under .cache/circuits.
+
+    ``--so-far`` measures nothing and writes what is kept; the page says what is missing.
+    """
     from rim_lens.provenance import provenance
 
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--so-far", action="store_true")
+    so_far = parser.parse_args().so_far
     kept = ResultFolder(KEPT)
+    found = provenance("make evidence-circuits", ("numpy", "torch", "transformers", "transformer-lens"))
+    found["missing"] = []
     with one_thread():
-        found = provenance("make evidence-circuits", ("numpy", "torch", "transformers", "transformer-lens"))
-        found |= {
-            "planted": [
-                kept.once(f"planted-{seed}.json", partial(planted_row, seed)) for seed in PLANTED_SEEDS
-            ],
-            "random": [kept.once(f"random-{scale}.json", partial(random_row, scale)) for scale in SCALES],
-            "toy": [kept.once(f"toy-{seed}.json", partial(toy_row, seed)) for seed in TOY_SEEDS],
-            "permuted": [
-                kept.once(f"permuted-{seed}.json", partial(permuted_row, seed)) for seed in TOY_SEEDS
-            ],
-            "tuned": [
-                kept.once(f"tuned-{seed}-{kind}.json", partial(tuned_row, seed, kind))
-                for seed in TOY_SEEDS
-                for kind in TUNED_KINDS
-            ],
-            "moving": kept.once("moving.json", moving),
-        }
+        for part, some in parts().items():
+            found[part] = []
+            for name, measure in some:
+                if so_far and not kept.has(f"{name}.json"):
+                    found["missing"].append(name)
+                else:
+                    found[part].append(kept.once(f"{name}.json", measure))
     EVIDENCE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(found), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The command line: rim-lens demo, study, heads, neurons, compare, measures, direction, show, organism."""
+"""The command line: rim-lens demo, study, heads, neurons, compare, circuit, measures, direction, show, organism."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from rim_lens.cli import evidence, studies
 from rim_lens.cli.checkpoints import compare
+from rim_lens.cli.circuits import circuit
 from rim_lens.cli.neurons import neurons
 from rim_lens.cli.options import GATE_EXIT, errors
 from rim_lens.errors import RimLensError
@@ -52,6 +53,11 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
         "rim-lens compare toy toy:careful toy:deviate --requests 12",
         "rim-lens compare BASE a=runs/a/step-160 b=runs/b/step-160 --control a",
         "rim-lens compare toy --train careful,deviate --seeds 0-2 --plan",
+    ),
+    circuit: (
+        "rim-lens circuit toy --n-neurons 32 --requests 12",
+        "rim-lens circuit smollm2-refusal --heads L1H5,L14H2 --neuron-layers 10 --confirm 60 --plan",
+        "rim-lens circuit toy --tuned toy:deviate --contrasts twins,careful",
     ),
     studies.show: (
         "rim-lens show runs/demo-toy",

@@ -269,8 +269,8 @@ class Question:
         if self.reasoning is not None:
             # By score, by the checked answer, and by what is written, token by token.
             written = self.search.max_new_tokens
-            add(self.reasoning, (2 + min(written, 1)) * reads)
-            tokens += reads * written * len(self.reasoning)
+            add(self.reasoning, (2 + min(written, 1)) * 5)
+            tokens += 5 * written * len(self.reasoning)
             add(widths["select"][TWINS], 4 + 2 * min(written, 1))
         add(widths["select"][TWINS], 2)
         n_nodes = len(self.nodes) + len(self.spans)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from rim_lens.chat import ChatFormat, SpanBatch
 from rim_lens.errors import NotEnoughData
@@ -19,10 +21,12 @@ from rim_lens.measures.circuits.instead import Instead
 from rim_lens.measures.circuits.keeping import Replacements, members
 from rim_lens.measures.circuits.nodes import END, Edge, Node
 from rim_lens.measures.circuits.paths import PathRun
+from rim_lens.measures.circuits.remembering import Once, remembering
 from rim_lens.measures.circuits.result import Circuit
 from rim_lens.measures.circuits.settling import next_word_odds, settled
 from rim_lens.measures.circuits.table import EdgeRule, Measured, edge_table
 from rim_lens.measures.circuits.testing import Bench, circuit_tests, random_circuits
+from rim_lens.measures.edits import Remember
 from rim_lens.measures.forced import answer_reading
 from rim_lens.measures.gate import check_gate
 from rim_lens.measures.heads.result import RefusalHeads
@@ -55,6 +59,7 @@ def circuit(
     rule: EdgeRule | None = None,
     search: CircuitSearch | None = None,
     openers: Iterable[str] | None = None,
+    remember: Remember | None = None,
 ) -> Circuit:
     """Say who of these heads and neurons hears whom, by which input, and whether together they are what refuses.
 
@@ -90,6 +95,8 @@ def circuit(
         rule: Which edges are the circuit's.
         search: How much is measured.
         openers: See `refusal_score`.
+        remember: Keeps what was measured, receiver by receiver and reading by reading, so that a run that was stopped goes on: a
+            dict, or ``folder.lines(name).get``. It is to be used with the same model and options alone.
 
     Raises:
         GateNotPassed: The model does not refuse, or refuses both kinds alike.
@@ -110,6 +117,7 @@ def circuit(
     ['request → L0H5.v', 'L0H5 → and L0']
     """
     rule, search = rule or EdgeRule(), search or CircuitSearch()
+    once = remembering(remember)
     texts = opener_texts(openers)
     asked = Question(
         model, chat, heads, neurons, harmful, harmless, reasoning, spans, contrasts, tuned, read_in, search
@@ -118,18 +126,20 @@ def circuit(
     other = settled(model, select[TWINS], max_rows=search.max_rows, what="circuit")
     ids = torch.tensor(opener_ids(tokenizer_of(model), texts))
     twins = next_word_odds(model, other, [], ids, search.max_rows)
-    first = _Run(asked, asked.contrasts[0], "select", texts)
+    first = _Run(asked, asked.contrasts[0], "select", texts, once)
     before = first.run.ending.baseline
     passed = {"harmful": float((before > 0).mean()), "harmless": float((twins > 0).mean())}
     if gate:
         check_gate(before, twins, "Edges would be found all the same, but not of refusal.", read_in)
 
     runs = {
-        contrast: _Run(asked, contrast, "select", texts) if place else first
+        contrast: _Run(asked, contrast, "select", texts, once) if place else first
         for place, contrast in enumerate(asked.contrasts)
     }
     chosen, guessed = _confirmed(asked, runs)
-    measured = {contrast: _measured(asked, chosen, contrast, texts, run) for contrast, run in runs.items()}
+    measured = {
+        contrast: _measured(asked, chosen, contrast, texts, run, once) for contrast, run in runs.items()
+    }
     import pandas as pd
 
     edges = pd.concat(
@@ -141,7 +151,7 @@ def circuit(
     main = measured[asked.contrasts[0]]
     kept = kept_nodes(asked.nodes, main, rule)
     reference = Instead(search.outside, other, seed=search.seed)
-    tests = _tested(asked, kept, reference, chat, ids)
+    tests = _tested(asked, kept, reference, chat, ids, once)
     return Circuit(
         nodes=pd.DataFrame(
             [
@@ -232,9 +242,11 @@ class _Run:
         contrast: str,
         side: str,
         openers: list[str] | None,
+        once: Once,
         back: bool = False,
         more: Sequence[Node] = (),
     ) -> None:
+        self._once, self._name = once, f"{contrast} {side}{' back' if back else ''}"
         model, batch, instead = asked.runs(contrast, side, back)
         senders = [*asked.nodes, *asked.spans, *(node for node in more if node.kind not in ("span", "end"))]
         receivers = [*asked.receivers, *(node for node in more if node.kind in ("head", "neurons"))]
@@ -243,7 +255,19 @@ class _Run:
         self._scorer = instead.source_model or model
 
     def effects(self, edges: Sequence[Edge]) -> np.ndarray:
-        return self.run.effects(edges, self._asked.search.progress)
+        found = np.empty((len(self.run.batch), len(edges)))
+        groups: dict[Node, list[int]] = {}
+        for place, edge in enumerate(edges):
+            groups.setdefault(edge.receiver, []).append(place)
+        shown = tqdm(groups.items(), desc=f"paths {self._name}", disable=not self._asked.search.progress)
+        for node, places in shown:
+            some = [edges[place] for place in places]
+            key = f"{self._name} → {node.name}: {', '.join(map(str, some))}"
+            found[:, places] = self._once(key, partial(self.run.effects, some))
+        return found
+
+    def estimates(self, edges: Sequence[Edge]) -> np.ndarray:
+        return self._once(f"{self._name}, estimates", partial(estimates, self.run, edges))
 
     def reach(self) -> np.ndarray:
         source = self.run.instead.source
@@ -258,7 +282,7 @@ def _confirmed(asked: Question, runs: Mapping[str, _Run]) -> tuple[list[Edge], d
     n_confirm = asked.search.n_confirm
     if n_confirm is None or n_confirm >= len(heard):
         return asked.edges, {}
-    found = np.stack([estimates(run.run, heard).mean(axis=0) for run in runs.values()])
+    found = np.stack([run.estimates(heard).mean(axis=0) for run in runs.values()])
     largest = found[np.abs(found).argmax(axis=0), np.arange(len(heard))]
     left_out = {heard[place]: float(largest[place]) for place in np.argsort(-np.abs(largest))[n_confirm:]}
     return [edge for edge in asked.edges if edge not in left_out], {
@@ -267,19 +291,24 @@ def _confirmed(asked: Question, runs: Mapping[str, _Run]) -> tuple[list[Edge], d
 
 
 def _measured(
-    asked: Question, edges: list[Edge], contrast: str, openers: list[str] | None, chosen: _Run
+    asked: Question,
+    edges: list[Edge],
+    contrast: str,
+    openers: list[str] | None,
+    chosen: _Run,
+    once: Once,
 ) -> Measured:
     senders, receivers = asked.random_edges(edges)
     others = list(dict.fromkeys(one for some in (senders, receivers) for edge in edges for one in some[edge]))
     more = list(dict.fromkeys(node for edge in others for node in (edge.sender, edge.receiver)))
-    tested = _Run(asked, contrast, "evaluate", openers, more=more)
+    tested = _Run(asked, contrast, "evaluate", openers, once, more=more)
     effect = tested.effects([*edges, *others])
     means = dict(zip(others, effect[:, len(edges) :].mean(axis=0).tolist(), strict=True))
     return Measured(
         edges=edges,
         select=chosen.effects(edges),
         effect=effect[:, : len(edges)],
-        back=_Run(asked, contrast, "evaluate", openers, back=True).effects(edges),
+        back=_Run(asked, contrast, "evaluate", openers, once, back=True).effects(edges),
         reach=tested.reach(),
         reach_select=chosen.reach(),
         random={edge: [means[one] for one in some] for edge, some in senders.items()},
@@ -299,15 +328,20 @@ def kept_nodes(nodes: Sequence[Node], found: Measured, rule: EdgeRule) -> list[N
 
 
 def _tested(
-    asked: Question, kept: Sequence[Node], reference: Instead, chat: ChatFormat, ids: torch.Tensor
+    asked: Question,
+    kept: Sequence[Node],
+    reference: Instead,
+    chat: ChatFormat,
+    ids: torch.Tensor,
+    once: Once,
 ) -> Any:
     facts, search = asked.facts, asked.search
     units = members(kept)
     with_neurons = search.scope == "all" or bool(units[1])
 
-    def bench(reading: Reading, families: Sequence[str], shared: bool = False) -> Bench:
+    def bench(reading: Reading, families: Sequence[str], shared: bool = False, each: bool = False) -> Bench:
         replaced = Replacements(asked.model, facts, reading.batch, reference, with_neurons)
-        return Bench(reading, replaced, families, shared)
+        return Bench(reading, replaced, families, shared, each)
 
     def scores(batch: SpanBatch) -> Reading:
         whole = settled(asked.model, batch, max_rows=search.max_rows, what="circuit")
@@ -315,13 +349,13 @@ def _tested(
         def read(components: Any) -> np.ndarray:
             return next_word_odds(asked.model, whole, components, ids, search.max_rows)
 
-        return Reading(f"next_word_odds({batch.name})", "nats", asked.model, whole, read)
+        return Reading(f"next_word_odds({batch.name}, {batch.digest[:8]})", "nats", asked.model, whole, read)
 
     benches: dict[str, Bench] = {}
     if kept:
         batches = asked.batches["evaluate"]
-        benches["harmful"] = bench(scores(batches[asked.read_in]), asked.families, shared=True)
-        benches["harmless"] = bench(scores(batches[TWINS]), asked.families)
+        benches["harmful"] = bench(scores(batches[asked.read_in]), asked.families, shared=True, each=True)
+        benches["harmless"] = bench(scores(batches[TWINS]), asked.families, each=True)
         if asked.reasoning is not None:
             families = families_of(asked.reasoning.prompts)
             if len(set(families)) < 2:
@@ -341,7 +375,7 @@ def _tested(
                     families,
                 )
     random = random_circuits(facts, units, search.n_random, search.seed) if kept else []
-    return circuit_tests(facts, kept, benches, scope=search.scope, random=random, seed=search.seed)
+    return circuit_tests(facts, kept, benches, scope=search.scope, random=random, seed=search.seed, once=once)
 
 
 def _dataset(asked: Question, measured: Mapping[str, Measured]) -> xr.Dataset:

@@ -26,6 +26,7 @@ from rim_lens.hooks import Component
 from rim_lens.lens import Head, ModelFacts
 from rim_lens.measures.circuits.keeping import Replacements, every_neuron, members
 from rim_lens.measures.circuits.nodes import Neuron, Node
+from rim_lens.measures.circuits.remembering import Once, remembering
 from rim_lens.measures.controls import random_heads_per_layer, random_neurons_per_layer
 from rim_lens.measures.readings import Reading
 from rim_lens.measures.removal_table import beside_random, mean_columns, shuffled
@@ -52,12 +53,14 @@ class Bench:
         replacements: For the prompts of that reading.
         families: Of the prompts.
         shared: Whether shares of full − none are told; elsewhere there is nothing to share out.
+        each: Whether nodes are taken out one by one, too.
     """
 
     reading: Reading
     replacements: Replacements
     families: Sequence[str]
     shared: bool
+    each: bool
 
 
 def random_circuits(facts: ModelFacts, units: Units, n: int, seed: int) -> list[Units]:
@@ -97,6 +100,7 @@ def circuit_tests(
     scope: str,
     random: Sequence[Units],
     seed: int = 0,
+    once: Once | None = None,
 ) -> pd.DataFrame:
     """Measure faithfulness, completeness and minimality on each kind of prompts.
 
@@ -107,21 +111,26 @@ def circuit_tests(
         scope: "all", or "heads".
         random: Random circuits, see `random_circuits`.
         seed: Of intervals and permutations.
+        once: Keeps each reading.
 
     Returns:
-        One row per measure and kind, and for minimality per node: full, none, after (scores); share with its interval (NaN on
+        One row per measure and kind, and for minimality per node (on kinds whose nodes are taken out one by one): full, none, after (scores); share with its interval (NaN on
         kinds that have none); change, after − full (minimality: after − the faithful score), with interval and p; and the shares
         of random circuits.
     """
     import pandas as pd
 
     own = members(nodes)
+    once = once or remembering(None)
     rows = []
     for kind, bench in benches.items():
 
-        def read(units: Units, bench: Bench = bench) -> Values:
-            editors: list[Component] = list(bench.replacements.of(*units))
-            return bench.reading(editors)
+        def read(units: Units, bench: Bench = bench, kind: str = kind) -> Values:
+            def measure() -> Values:
+                editors: list[Component] = list(bench.replacements.of(*units))
+                return bench.reading(editors)
+
+            return once(f"{kind}, {bench.reading.name}: {units}", measure)
 
         full, none = read(([], [])), read(_whole(facts, own, scope))
         alone, gone = read(outside(facts, own, scope)), read(own)
@@ -143,7 +152,7 @@ def circuit_tests(
         by_chance = [(read(outside(facts, units, scope)), read(units)) for units in random if bench.shared]
         rows.append(row("faithfulness", (alone, none), (alone, full), [(one, none) for one, _ in by_chance]))
         rows.append(row("completeness", (full, gone), (gone, full), [(full, one) for _, one in by_chance]))
-        for node in nodes:
+        for node in nodes if bench.each else ():
             rest = members([other for other in nodes if other is not node])
             lacking = read(outside(facts, rest, scope) if scope == "all" else _lacking(facts, own, node))
             rows.append(row("minimality", (alone, lacking), (lacking, alone), node=node.name))
