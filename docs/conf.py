@@ -44,6 +44,7 @@ ROOMS = {
     "prompts": "Requests, twins, questions and chains of thought",
     "chat": "Chat formats and token-exact spans",
     "hooks": "Components: readers and editors",
+    "sharing": "Work shared between processes",
     "capturing": "Capture",
     "generation": "Generation",
     "measures": "Measures of refusal, heads, neurons, probes and checkpoints",

@@ -51,6 +51,7 @@ _HOME: dict[str, str] = {
     "AblateDirection": "hooks",
     "AddDirection": "hooks",
     "ClampDirection": "hooks",
+    "share_work": "sharing",
     "capture": "capturing",
     "open_capture": "capturing",
     "generate": "generation",

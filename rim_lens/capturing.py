@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from tqdm.auto import tqdm
 
-from rim_lens.batching import MAX_ROWS, MAX_TOKENS, micro_batches
+from rim_lens.batching import MAX_ROWS, MAX_TOKENS
 from rim_lens.capture_store import DiskStore, MemoryStore, labelled, open_capture
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import CaptureError, NotFinite
@@ -27,6 +27,7 @@ from rim_lens.lens import (
     weights_digest,
     why_not_sdpa,
 )
+from rim_lens.sharing import each, row_groups
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -99,14 +100,18 @@ def capture(
         stack.callback(store.close)
         waiting = store.missing()
         lengths = batch.lengths.tolist()
-        groups = micro_batches([lengths[row] for row in waiting], max_tokens, max_rows)
+        places = row_groups([lengths[row] for row in waiting], max_tokens, max_rows)
+        groups = [sorted(waiting[place] for place in group) for group in places]
+
+        def read(rows: list[int]) -> dict[str, np.ndarray]:
+            with bound(components, batch, rows) as part:
+                with nullcontext() if why_eager else sdpa_kept(model):
+                    last_logits(model, part.tokens, part.attention_mask)
+                return _collect(readers, batch, rows)
+
         with tqdm(total=len(waiting), desc=f"capture {batch.name}", disable=not progress) as bar:
-            for group in groups:
-                rows = sorted(waiting[place] for place in group)
-                with bound(components, batch, rows) as part:
-                    with nullcontext() if why_eager else sdpa_kept(model):
-                        last_logits(model, part.tokens, part.attention_mask)
-                    store.write(rows, _collect(readers, batch, rows))
+            for rows, values in zip(groups, each(groups, read, "capture"), strict=True):
+                store.write(rows, values)
                 bar.update(len(rows))
     return store.dataset() if isinstance(store, MemoryStore) else open_capture(store.path.parent)
 

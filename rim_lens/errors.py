@@ -189,6 +189,10 @@ class StudyFolderError(RimLensError, ValueError):
     """A study folder is corrupt, or holds another study."""
 
 
+class SharingError(RimLensError, RuntimeError):
+    """Processes that share their work lost each other, or do not do the same."""
+
+
 # --- views -------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rim_lens.errors import StudyFolderError
+from rim_lens.errors import SharingError, StudyFolderError
+from rim_lens.sharing import agreed
 
 FORMAT_VERSION = 1
 
@@ -28,7 +29,15 @@ class ResultFolder:
 
         Raises:
             StudyFolderError: The folder was claimed for another question, or the file is corrupt.
+            SharingError: Another process that shares the work asks something else, or of other weights.
         """
+        first = agreed(name, lambda: design)
+        if first != design:
+            differs = ", ".join(sorted(key for key in {*design, *first} if design.get(key) != first.get(key)))
+            raise SharingError(
+                f"the processes that share the work ask different things (different: {differs}). Give all the same model, prompts"
+                " and settings."
+            )
         mine = {"format_version": FORMAT_VERSION, "design": design}
         if self.has(name):
             found = self.read(name)
@@ -78,7 +87,7 @@ class ResultFolder:
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
         """Return a JSON result, measuring it only if it is not there yet."""
         if not self.has(name):
-            self.write(name, measure())
+            self.write(name, agreed(name, measure))
         return self.read(name)
 
     def lines(self, name: str) -> Lines:
@@ -106,7 +115,7 @@ class Lines:
     def get(self, key: str, measure: Callable[[], Any]) -> Any:
         """Return a value, measuring and appending it if it is not there yet."""
         if key not in self.values:
-            value = measure()
+            value = agreed(key, measure)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"key": key, "value": value}) + "\n")

@@ -11,12 +11,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rim_lens.batching import MAX_ROWS, micro_batches
+from rim_lens.batching import MAX_ROWS
 from rim_lens.chat import ChatFormat, SpanBatch
 from rim_lens.errors import ConditionError, SpanError
 from rim_lens.hooks.base import Component, attached, bound
 from rim_lens.lens import Decoder, Model, model_facts, require_eval, require_finite
 from rim_lens.outcomes import Outcome, first_words, judge
+from rim_lens.sharing import each, row_groups
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -178,12 +179,17 @@ def generate(
 
     written: dict[int, _Row] = {}
     with attached(model, components, batch):
-        groups = micro_batches(batch.lengths.tolist(), max_rows=max_rows)
-        for group in tqdm(groups, desc=f"generate {batch.name}", disable=not progress):
+
+        def write(group: list[int]) -> list[_Row]:
             with bound(components, batch, group) as part:
                 rows = [_started(part, place, keep_text) for place in range(len(part))]
                 _greedy(model, part, chat, rows, budget)
-                written.update(zip(group, rows, strict=True))
+            return rows
+
+        groups = row_groups(batch.lengths.tolist(), max_rows=max_rows)
+        shown = tqdm(groups, desc=f"generate {batch.name}", disable=not progress)
+        for group, rows in zip(shown, each(groups, write, "generate"), strict=True):
+            written.update(zip(group, rows, strict=True))
     return _label(chat, batch, [written[row] for row in range(len(batch))], keep_text)
 
 

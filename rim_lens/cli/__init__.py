@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 
 import typer
 from rich.markup import escape
@@ -12,7 +15,8 @@ from rim_lens.cli.checkpoints import compare
 from rim_lens.cli.circuits import circuit
 from rim_lens.cli.neurons import neurons
 from rim_lens.cli.options import GATE_EXIT, errors
-from rim_lens.errors import RimLensError
+from rim_lens.errors import RimLensError, SharingError
+from rim_lens.sharing import launched, share_work
 
 __all__ = ["GATE_EXIT", "app", "main"]
 
@@ -71,14 +75,42 @@ EXAMPLES: dict[Callable[..., None], tuple[str, ...]] = {
 }
 for command, examples in EXAMPLES.items():
     app.command(epilog="\n\n".join(["[bold]Examples[/bold]", *map(escape, examples)]))(command)
+# What several processes do together; every other command is run by the first of them alone.
+SHARED = (studies.demo, studies.study, studies.heads, neurons)
 app.add_typer(evidence.organism, name="organism")
 
 
 def main() -> None:
     """Run the command line; errors that rim_lens raises on purpose print their message and exit with 1."""
     try:
-        app()
+        _run()
     except RimLensError as error:
+        if launched() > 1 and os.environ.get("RANK", "0") != "0" and not isinstance(error, SharingError):
+            raise SystemExit(1) from error  # the first process has said it
         errors.print(f"[bold red]{type(error).__name__}[/bold red]: ", end="")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from error
+
+
+def _run() -> None:
+    """The command; as one of several processes, where a launcher started them."""
+    if launched() == 1:
+        app()
+        return
+    asked = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    with ExitStack() as stack:
+        if asked in {command.__name__ for command in SHARED}:
+            work = stack.enter_context(share_work())
+            if work.leads:
+                errors.print(f"· {work.n} processes share the work", highlight=False)
+            else:
+                stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+                stack.enter_context(redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
+        elif os.environ.get("RANK", "0") != "0":
+            return  # one process is enough for what is not shared
+        try:
+            app()
+        except SystemExit as end:
+            # A gate that was not passed is an answer; to a launcher every other number is a crash, after which it starts anew.
+            if end.code not in (0, None, GATE_EXIT):
+                raise

@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from rim_lens.sharing import leads
+
 GATE_EXIT = 3  # the study ran and stopped at its gate: an answer, but not the one a script may wait for
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -139,8 +141,8 @@ Device = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="Where the model runs: cpu, cuda, cuda:1, mps.",
-        autocompletion=complete_listed("cpu", "cuda", "mps"),
+        help="Where the model runs: cpu, cuda, cuda:1, mps; balanced: over all accelerators.",
+        autocompletion=complete_listed("cpu", "cuda", "mps", "balanced"),
         rich_help_panel=RUN,
     ),
 ]
@@ -219,6 +221,10 @@ def read_device(name: str) -> str:
     """The device, tried before a model is read onto it."""
     import torch
 
+    from rim_lens.lens.loading import SPREAD
+
+    if name in SPREAD:
+        return name
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as problem:
@@ -278,7 +284,10 @@ def safe_name(name: str) -> str:
 
 
 def planned_and_run(question: Any, model: str, out: Path, *, plan_only: bool, as_json: bool) -> Any | None:
-    """Print what a study will cost, run it into its folder and return the result; None where only the plan was asked for."""
+    """Print what a study will cost, run it into its folder and return the result.
+
+    None where only the plan was asked for, and in a process that shares the work and is not the first: it has nothing to show.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     planned = question.plan()
     if as_json and plan_only:
@@ -289,7 +298,8 @@ def planned_and_run(question: Any, model: str, out: Path, *, plan_only: bool, as
     if plan_only:
         return None
     try:
-        return question.run(out, say=whisper if as_json else say)
+        result = question.run(out, say=whisper if as_json else say)
+        return result if leads() else None
     except KeyboardInterrupt:
         errors.print(
             f"\nStopped. What was measured is in {out}; the same command goes on from there.", markup=False

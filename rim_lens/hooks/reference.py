@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from rim_lens.batching import micro_batches
 from rim_lens.chat.spans import ATOMS, SpanBatch
 from rim_lens.errors import NotFinite, ReferenceMismatch
 from rim_lens.hooks.positions import Positions, chosen_rows, is_word, told
 from rim_lens.lens import Model, ModelFacts, Site, hook_name, hooked, last_logits, quiet
+from rim_lens.sharing import each, row_groups
 
 # One mean for all rows; one for each atom; one for each place within an atom, counted from its end or start
 Per = Literal["all", "span", "position"]
@@ -128,16 +128,26 @@ def _means(
     places = reference_slots(reference, positions, per, from_end)
     n_slots = int(places.max()) + 1
     counts = torch.bincount(places[places >= 0], minlength=n_slots)
-    sums: dict[int, Tensor] = {}
-    for rows in micro_batches(reference.lengths.tolist()):
+    homes: dict[int, torch.device] = {}
+
+    def added(rows: list[int]) -> dict[int, Tensor]:
+        own: dict[int, Tensor] = {}
         part = reference.select(rows)
         slot = places[rows][:, -part.tokens.shape[1] :]
         hooks = [
-            (hook_name(site, layer), partial(_add, sums=sums, layer=layer, slot=slot, n_slots=n_slots))
+            (hook_name(site, layer), partial(_add, sums=own, layer=layer, slot=slot, n_slots=n_slots))
             for layer in layers
         ]
         with quiet(), hooked(model, hooks):
             last_logits(model, part.tokens, part.attention_mask)
+        homes.update({layer: total.device for layer, total in own.items()})
+        return {layer: total.cpu() for layer, total in own.items()}
+
+    # In float64 and in the same order in every process, so that all have the same means.
+    sums: dict[int, Tensor] = {}
+    for found in each(row_groups(reference.lengths.tolist()), added, f"mean of {site}"):
+        sums = {layer: total + sums[layer] if layer in sums else total for layer, total in found.items()}
+    sums = {layer: total.to(homes.get(layer, facts.device)) for layer, total in sums.items()}
     for layer, total in sums.items():
         if not bool(total.isfinite().all()):
             raise NotFinite(

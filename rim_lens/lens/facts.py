@@ -67,8 +67,8 @@ class ModelFacts:
     dtype: torch.dtype
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the facts with device and dtype as text, ready for JSON."""
-        return {**asdict(self), "device": str(self.device), "dtype": str(self.dtype)}
+        """Return the facts with kind of device and dtype as text, ready for JSON: which of several alike it was says nothing."""
+        return {**asdict(self), "device": self.device.type, "dtype": str(self.dtype)}
 
     def heads(self) -> list[Head]:
         """Every (layer, head), layer by layer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -14,6 +14,9 @@ from rim_lens.lens.adapters import adapter_base, is_adapter, merge_adapter, requ
 from rim_lens.lens.facts import Model
 
 Family = Literal["auto", "bridge", "hooked"]
+# Where the weights go: one device, or a device map of Transformers over several, by a word or module → device
+Device = str | torch.device | Mapping[str, str | int]
+SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
 # variant (the part of the name after the colon, or "") → Hugging Face model and tokenizer
 Source = Callable[[str], tuple[Any, Any]]
 
@@ -53,7 +56,7 @@ def load_model(
     *,
     family: Family = "auto",
     dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
+    device: Device = "cpu",
 ) -> Model:
     """Load a model with TransformerLens hooks, in eval mode, weights unprocessed, without gradients.
 
@@ -63,7 +66,10 @@ def load_model(
             folded into the weights of the model that its configuration names: any of these), or a hub name.
         family: "bridge" (TransformerLens 3, 4), "hooked" (2, 3), or "auto": the bridge where there is one.
         dtype: dtype of the weights. It is never chosen for you: fp32 unless said otherwise.
-        device: Where the weights go.
+        device: Where the weights go. A model that is larger than one accelerator is laid over all that are to be seen by
+            "balanced" (or "auto", "sequential", or a dict from modules to devices), which is Transformers' ``device_map``, as
+            TransformerLens takes it; the bridge alone can, and only folders and hub names without an adapter. Readers and
+            editors work on each layer's own device. ``CUDA_VISIBLE_DEVICES`` says which there are.
 
     Returns:
         A TransformerBridge or HookedTransformer. LayerNorm is not folded and nothing is centred, so that
@@ -75,10 +81,33 @@ def load_model(
         MissingExtra: An adapter, and peft is not installed.
         CorruptWeights: An adapter whose weights are missing or damaged.
         UnsupportedModel: The family does not exist in the installed TransformerLens, or cannot hold this architecture; or
-            an adapter that cannot be folded in, such as prompt tuning.
+            an adapter that cannot be folded in, such as prompt tuning; or a device map where it cannot be used.
     """
+    if isinstance(device, Mapping) or str(device) in SPREAD:
+        return _spread(str(name), dtype, device, family)
     hf_model, tokenizer = _fetch(str(name), dtype)
     return wrap_hf(hf_model.to(device=device, dtype=dtype), tokenizer, family=family)
+
+
+def _spread(name: str, dtype: torch.dtype, device: Any, family: Family) -> Model:
+    """Load a model over several devices."""
+    if family == "hooked" or bridge_class() is None:
+        raise UnsupportedModel(
+            f"device={device!r} was asked for, and HookedTransformer takes no device map. Use the bridge (TransformerLens 3, 4)."
+        )
+    if name.partition(":")[0] in _SOURCES or is_adapter(name):
+        raise UnsupportedModel(
+            f"device={device!r} was asked for, and {name!r} is one of our own models, or an adapter, which is folded in on one device."
+            " Name a device, or save the folded model and load its folder."
+        )
+    placed = device if isinstance(device, str) else dict(device)
+    if not isinstance(placed, str) and {"disk", "meta"} & {str(where) for where in placed.values()}:
+        raise UnsupportedModel(
+            f"device={device!r} was asked for; weights on a disk are read by no part of rim_lens. Map modules to accelerators, or all"
+            " to the CPU."
+        )
+    hf_model, tokenizer = _fetch(name, dtype, device_map=placed)
+    return wrap_hf(hf_model, tokenizer, family="bridge")
 
 
 def load_plain(name: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -95,7 +124,7 @@ def load_plain(name: str | Path, *, dtype: torch.dtype = torch.float32) -> tuple
     return hf_model.to(dtype=dtype), tokenizer
 
 
-def _fetch(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _fetch(name: str, dtype: torch.dtype, **placing: Any) -> tuple[Any, Any]:
     base, _, variant = name.partition(":")
     if base in _SOURCES:
         return _SOURCES[base](variant)
@@ -105,7 +134,7 @@ def _fetch(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
     try:
         hf_model, tokenizer = (
-            AutoModelForCausalLM.from_pretrained(name, dtype=dtype),
+            AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **placing),
             AutoTokenizer.from_pretrained(name),
         )
     except (OSError, ValueError) as error:

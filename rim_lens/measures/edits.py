@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from rim_lens.errors import ReferenceMismatch
+from rim_lens.errors import ImpossibleEdit, ReferenceMismatch
 from rim_lens.hooks import Component
 from rim_lens.measures.readings import Read, Reading
 from rim_lens.measures.scanning import Scan, ScanBy
+from rim_lens.sharing import gathered, n_processes
 
 # heads or neurons, positions → an editor of them: `AblateHeads`, `AblateNeurons`, or one of your own
 Editor = Callable[..., Component]
@@ -20,6 +23,7 @@ Editor = Callable[..., Component]
 Remember = Callable[[str, Callable[[], list[float]]], Sequence[float]] | MutableMapping[str, Sequence[float]]
 
 _LONGEST_KEY = 2000
+_ROUND = 60.0  # seconds after which processes that share a scan tell each other what they found
 
 
 def set_effects(
@@ -46,6 +50,7 @@ def set_effects(
     for component in editors.values():
         component.check_prompts(reading.batch)
     scan = scan or scan_of(reading, editors, remember)
+    remember = measured_together(reading, [[], *([one] for one in editors.values())], remember, scan)
     baseline = measured(reading, [], remember, scan)
     effects = np.empty((len(reading.batch), len(editors)))
     shown = tqdm(editors.values(), desc=f"{what} {reading.batch.name}", disable=not progress)
@@ -57,7 +62,7 @@ def set_effects(
 def scan_of(
     reading: Reading, editors: Mapping[str, Component], remember: Remember | None, by: ScanBy = "auto"
 ) -> Scan:
-    """How these editors are going to be read, those that are remembered left out where that can be seen.
+    """How these editors are going to be read, those that are remembered left out.
 
     Args:
         reading: The measure.
@@ -65,9 +70,103 @@ def scan_of(
         remember: See `head_effects`.
         by: "auto" or "plain", see `head_effects`.
     """
-    known = remember if isinstance(remember, MutableMapping) else {}
     return Scan(
-        reading, [editor for editor in editors.values() if _key_of(reading, [editor]) not in known], by
+        reading,
+        [
+            editor
+            for editor in editors.values()
+            if remember is None or not _is_known(remember, _key_of(reading, [editor]))
+        ],
+        by,
+    )
+
+
+def measured_together(
+    reading: Reading,
+    edits: Iterable[Sequence[Component]],
+    remember: Remember | None,
+    scan: Scan | None = None,
+) -> Remember | None:
+    """Let the processes that share the work measure what is not remembered of these edits, each its part; alone, do nothing.
+
+    After a while they tell each other what they found, which is then remembered in all of them, and share out the rest. Fewer
+    edits than processes are left: those are read with the prompts shared. A part is never so small that it would be read another
+    way than the whole.
+
+    Args:
+        reading: The measure.
+        edits: Components of each run; none of them for the baseline.
+        remember: See `head_effects`.
+        scan: How edits are read; learns what the scans of the parts did.
+
+    Returns:
+        Where the numbers are: what was given, or a new store.
+    """
+    if n_processes() == 1:
+        return remember
+    remember = {} if remember is None else remember
+    asked = {_key_of(reading, edit): edit for edit in edits}
+    waiting = [key for key in asked if not _is_known(remember, key)]
+    n, fewest = n_processes(), scan.fewest if scan else 1
+    while len(waiting) >= n and (n_parts := sum(bool(asked[key]) for key in waiting) // fewest) > 1:
+
+        def part(rank: int, n: int, waiting: Sequence[str] = tuple(waiting), n_parts: int = n_parts) -> Any:
+            n_parts = min(n, n_parts)
+            mine = waiting[rank::n_parts] if rank < n_parts else ()
+            return _part(reading, {key: asked[key] for key in mine}, scan)
+
+        for found, used, why in gathered(f"{len(waiting)} edits", part):
+            for key, values in found.items():
+                waiting.remove(key)
+                if values is not None:
+                    _known(remember, key, values)
+            if scan is not None:
+                scan.learn(used, why)
+    if scan is not None:
+        scan.forget([one for key, edit in asked.items() if key not in waiting for one in edit])
+    return remember
+
+
+def _part(
+    reading: Reading, edits: Mapping[str, Sequence[Component]], scan: Scan | None
+) -> tuple[dict[str, list[float] | None], bool, str]:
+    """What this process found in a while, None for an edit that is not possible; whether in packs, or why not."""
+    own = Scan(reading, [one for edit in edits.values() for one in edit], scan.by if scan else "plain")
+    found: dict[str, list[float] | None] = {}
+    begin = time.monotonic()
+    for key, edit in edits.items():
+        if found and time.monotonic() - begin > _ROUND and not own.holds(edit):
+            break
+        try:
+            found[key] = own(edit).tolist()
+        except ImpossibleEdit:
+            found[key] = None
+    return found, own.used, own.plain_because
+
+
+def _is_known(remember: Remember, key: str) -> bool:
+    if isinstance(remember, MutableMapping):
+        return key in remember
+    try:
+        remember(key, _nothing)
+    except _NotKnown:
+        return False
+    return True
+
+
+def _nothing() -> list[float]:
+    raise _NotKnown
+
+
+class _NotKnown(Exception):
+    """What is not remembered was not to be measured."""
+
+
+def _known(remember: Remember, key: str, values: list[float]) -> Sequence[float]:
+    return (
+        remember.setdefault(key, values)
+        if isinstance(remember, MutableMapping)
+        else remember(key, lambda: values)
     )
 
 

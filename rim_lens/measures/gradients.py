@@ -13,14 +13,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from rim_lens.batching import micro_batches
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import NotFinite
 from rim_lens.hooks.positions import Positions, chosen_rows, is_word, require_rows
 from rim_lens.lens import Model, hook_name, hooked, last_logits, require_eval, tokenizer_of, verify
-from rim_lens.measures.refusal.first_word import Skip, check_answer_is_next, first_words_of
+from rim_lens.measures.refusal.first_word import Skip, at_first_words, check_answer_is_next
 from rim_lens.measures.refusal.openers import opener_ids
 from rim_lens.measures.refusal.score import check_skip, log_odds
+from rim_lens.sharing import each, row_groups
 
 GRADIENT_ROWS = 16  # a pass that keeps its graph holds every layer's activations
 
@@ -64,23 +64,35 @@ def slopes(
     require_eval(model)
     facts = verify(model, reads=[site], edits=[site])
     ids = torch.tensor(opener_ids(tokenizer_of(model), openers))
-    words = [
-        (word.rows, word.written)  # and no more: a word holds on to its key-value cache
-        for word in first_words_of(
-            model, batch, [], skip=skip, whitespace=whitespace, max_rows=max_rows, what=what
-        )
+    words = at_first_words(
+        model,
+        batch,
+        [],
+        lambda word: word.written,  # and no more: a word holds on to its key-value cache
+        skip=skip,
+        whitespace=whitespace,
+        max_rows=max_rows,
+        what=what,
+    )
+    groups = [
+        ([its_rows[place] for place in places], its_written[places])
+        for its_rows, its_written in words
+        for places in row_groups(batch.lengths[its_rows].tolist(), max_rows=max_rows)
     ]
+
+    def of_group(group: tuple[list[int], Tensor]) -> Float[np.ndarray, "prompt layer unit"]:
+        rows, written = group
+        part = batch.select(rows)
+        counted = counted_rows(positions, batch, part, rows, written.shape[1])
+        tokens = torch.cat([part.tokens, written], dim=1)
+        mask = torch.cat([part.attention_mask, torch.ones_like(written)], dim=1)
+        return _slopes(model, site, facts.n_layers, tokens, mask, counted, ids)
+
     scores = np.empty((len(batch), facts.n_layers, facts.n_heads if site == "z" else facts.d_mlp))
     with tqdm(total=len(batch), desc=f"gradients {batch.name}", disable=not progress) as shown:
-        for its_rows, its_written in words:
-            for places in micro_batches(batch.lengths[its_rows].tolist(), max_rows=max_rows):
-                rows, written = [its_rows[place] for place in places], its_written[places]
-                part = batch.select(rows)
-                counted = counted_rows(positions, batch, part, rows, written.shape[1])
-                tokens = torch.cat([part.tokens, written], dim=1)
-                mask = torch.cat([part.attention_mask, torch.ones_like(written)], dim=1)
-                scores[rows] = _slopes(model, site, facts.n_layers, tokens, mask, counted, ids)
-                shown.update(len(rows))
+        for (rows, _), found in zip(groups, each(groups, of_group, what), strict=True):
+            scores[rows] = found
+            shown.update(len(rows))
     if not np.isfinite(scores).all():
         bad = np.flatnonzero(~np.isfinite(scores).all(axis=(1, 2))).tolist()
         raise NotFinite(

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from rim_lens.errors import ImpossibleEdit
 from rim_lens.hooks import Component
 from rim_lens.measures.controls import Unit
-from rim_lens.measures.edits import Remember, measured
+from rim_lens.measures.edits import Remember, measured, measured_together
 from rim_lens.measures.frames import frame_from_json, frame_to_json
 from rim_lens.measures.kept import read_result, require_columns, write_result
 from rim_lens.measures.readings import Reading
@@ -56,6 +56,8 @@ def edited_by(
     progress: bool,
 ) -> Edited:
     """Take a reading with an edit of a set, and of each random set."""
+    possible = ([edit] for one in (members, *controls) if (edit := _made(make, one)) is not None)
+    measured_together(reading, possible, remember)
     try:
         values = measured(reading, [make(members)], remember)
     except ImpossibleEdit as problem:
@@ -67,6 +69,13 @@ def edited_by(
         except ImpossibleEdit:
             random.append(None)
     return Edited(values, random, MEASURED)
+
+
+def _made(make: MakeEdit, members: Sequence[Unit]) -> Component | None:
+    try:
+        return make(members)
+    except ImpossibleEdit:
+        return None
 
 
 def restored_lines(

@@ -66,22 +66,22 @@ class Scan:
     def __init__(self, reading: Reading, components: Sequence[Component], by: ScanBy = "auto") -> None:
         if by not in get_args(ScanBy):
             raise ValueError(f"scan={by!r} was asked for; there are 'auto' and 'plain'.")
-        self.reading = reading
+        self.reading, self.by = reading, by
         self._waiting = {id(component): component for component in components}
         self._found: dict[int, Float[np.ndarray, " prompt"]] = {}
         self._baseline: Float[np.ndarray, " prompt"] | None = None
-        self._plain_because = "it was asked for" if by == "plain" else _unserved(reading)
+        self.plain_because = "it was asked for" if by == "plain" else _unserved(reading)
         self.used = False
 
     @property
     def told(self) -> str:
         """How the numbers came about, in words."""
-        return "packed" if self.used else f"plain ({self._plain_because or 'too few edits'})"
+        return "packed" if self.used else f"plain ({self.plain_because or 'too few edits'})"
 
     def __call__(self, components: Sequence[Component]) -> Float[np.ndarray, " prompt"]:
         """Read with these components active; with none, the baseline."""
         asked = components[0] if len(components) == 1 else None
-        if not self._plain_because and len(components) <= 1:
+        if not self.plain_because and len(components) <= 1:
             if (asked is None and self._baseline is None) or (
                 asked is not None and id(asked) in self._waiting and id(asked) not in self._found
             ):
@@ -92,13 +92,34 @@ class Scan:
                 return self._found.pop(id(asked))
         return self.reading(components)
 
+    @property
+    def fewest(self) -> int:
+        """How many edits are worth a group; one where each is read by itself."""
+        return 1 if self.plain_because else max(_FEWEST, -(-_FEWEST_READS // len(self.reading.batch)))
+
+    def holds(self, components: Sequence[Component]) -> bool:
+        """Whether what these give was found already, with others."""
+        if not components:
+            return self._baseline is not None
+        return len(components) == 1 and id(components[0]) in self._found
+
+    def learn(self, used: bool, plain_because: str) -> None:
+        """Take note of how another scan of this reading went."""
+        self.used = self.used or used
+        self.plain_because = self.plain_because or plain_because
+
+    def forget(self, components: Sequence[Component]) -> None:
+        """These will not be asked for."""
+        for component in components:
+            self._waiting.pop(id(component), None)
+
     def _group(self, first: Component | None) -> None:
         """Measure the next edits together, from the one that is asked for."""
         waiting = list(self._waiting.values())
         begin = 0 if first is None else waiting.index(first)
         group = [component for component in waiting[begin:] if served(component)]
         group = [component for component in group if _like(component, group[0])]
-        if len(group) < _FEWEST or len(group) * len(self.reading.batch) < _FEWEST_READS:
+        if len(group) < self.fewest:
             return
         if first is not None and group[0] is not first:
             return
@@ -131,7 +152,7 @@ class Scan:
 
     def _refuse(self, why: str, warn: bool) -> None:
         model = self.reading.model
-        self._plain_because = why
+        self.plain_because = why
         _refused[model] = wiring(model), why
         if warn:
             warnings.warn(f"{why}; all edits are read one by one instead.", RuntimeWarning, stacklevel=2)

@@ -29,6 +29,7 @@ from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.measures.neurons.writers import direct_to_logits
 from rim_lens.organisms import load_model
 from rim_lens.prompts import prompts_digest
+from rim_lens.sharing import own_folder
 from rim_lens.study.asking import asked_before, asked_now
 from rim_lens.study.clock import Clock
 from rim_lens.study.design import settings_asked, source_name, versions
@@ -185,6 +186,7 @@ class NeuronStudy:
                 before any compute.
             StatisticsError: A setting is impossible for this model; raised before any compute.
         """
+        folder = own_folder(folder)
         kept = ResultFolder(folder)
         verify(self._model, reads=["post", "mlp_out"], edits=["post"])
         pairs = self._pairs

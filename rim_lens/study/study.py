@@ -17,6 +17,7 @@ from rim_lens.folder import ResultFolder
 from rim_lens.lens import Model, model_facts, verify, weights_digest
 from rim_lens.organisms import load_model
 from rim_lens.prompts import prompts_digest
+from rim_lens.sharing import own_folder
 from rim_lens.study import stages
 from rim_lens.study.asking import asked_before, asked_now
 from rim_lens.study.clock import Clock
@@ -135,7 +136,8 @@ class Study:
             ModelError: The model's hooks do not work as needed; raised before any compute.
         """
         say = say or (lambda _: None)
-        bench = self._bench(Path(folder))
+        folder = own_folder(folder)
+        bench = self._bench(folder)
         verify(bench.model, reads=("pattern", "z", "post"), edits=("z", "post"))
         bench.folder.claim(self._design(bench))
         self._ask(bench.folder)

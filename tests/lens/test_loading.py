@@ -271,3 +271,38 @@ def test_a_source_and_its_variants(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tiny", "a:b", "a/b"):
         with pytest.raises(ValueError, match="unique"):
             register_source(name, source)
+
+
+@pytest.mark.skipif("bridge" not in FAMILIES, reason="HookedTransformer takes no device map")
+def test_a_device_map_reaches_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    saved(tmp_path, "qwen3")
+    plain = load_model(tmp_path)
+    asked: list[Any] = []
+    as_it_is = AutoModelForCausalLM.from_pretrained
+
+    def noted(*given: Any, **more: Any) -> Any:
+        asked.append(more.get("device_map"))
+        return as_it_is(*given, **more)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
+    # All on the CPU, which is what there is everywhere; where weights lie is Transformers' affair.
+    spread = load_model(tmp_path, device={"model": "cpu", "lm_head": "cpu"})
+    assert asked == [{"model": "cpu", "lm_head": "cpu"}]
+    batch = random_batch(seed=6)
+    assert torch.equal(*(all_logits(model, batch.tokens, batch.attention_mask) for model in (plain, spread)))
+
+
+@pytest.mark.skipif("bridge" not in FAMILIES, reason="HookedTransformer takes no device map")
+@pytest.mark.parametrize(
+    ("name", "device", "told"), [("toy", "balanced", "our own models"), ("any", {"": "disk"}, "on a disk")]
+)
+def test_a_device_map_is_refused_where_it_cannot_be_used(name: str, device: Any, told: str) -> None:
+    with pytest.raises(UnsupportedModel, match=told):
+        load_model(name, device=device)
+
+
+def test_hooked_transformer_takes_no_device_map() -> None:
+    with pytest.raises(UnsupportedModel, match="takes no device map"):
+        load_model("any", family="hooked", device="balanced")

@@ -25,7 +25,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from rim_lens.batching import MAX_ROWS, micro_batches
+from rim_lens.batching import MAX_ROWS
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import (
     ConditionError,
@@ -50,6 +50,7 @@ from rim_lens.measures.neurons.choosing import Scope
 from rim_lens.measures.refusal.first_word import Skip
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.stats import check_finite, to_numpy
+from rim_lens.sharing import each, row_groups
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -236,12 +237,19 @@ def activation_contrast(
     _require_written(batch, "activation_contrast")
     total = np.zeros((facts.n_layers, facts.d_mlp))
     n_tokens = 0
-    for rows in micro_batches(batch.lengths.tolist(), max_rows=max_rows):
+
+    def differing(rows: list[int]) -> tuple[PerNeuron, int]:
         part = batch.select(rows)
         written = counted_rows("generated", batch, part, rows, 0)
         both = [_posts(model, facts, part, written) for model in (first, second)]
-        total += np.stack([((one - two) ** 2).sum(dim=0).numpy() for one, two in zip(*both, strict=True)])
-        n_tokens += int(written.sum())
+        squares = [((one - two) ** 2).sum(dim=0).numpy() for one, two in zip(*both, strict=True)]
+        return np.stack(squares), int(written.sum())
+
+    for squares, count in each(
+        row_groups(batch.lengths.tolist(), max_rows=max_rows), differing, "activation_contrast"
+    ):
+        total += squares
+        n_tokens += count
     return _checked(np.sqrt(total / n_tokens), "activation_contrast")
 
 
@@ -266,12 +274,14 @@ def wanda(
     """
     facts = verify(model, reads=["post"])
     squares = np.zeros((facts.n_layers, facts.d_mlp))
-    for rows in micro_batches(batch.lengths.tolist(), max_rows=max_rows):
+
+    def squared(rows: list[int]) -> PerNeuron:
         part = batch.select(rows)
         counted = _tokens_at(positions, batch, part, rows)
-        squares += np.stack(
-            [(values**2).sum(dim=0).numpy() for values in _posts(model, facts, part, counted)]
-        )
+        return np.stack([(values**2).sum(dim=0).numpy() for values in _posts(model, facts, part, counted)])
+
+    for found in each(row_groups(batch.lengths.tolist(), max_rows=max_rows), squared, "wanda"):
+        squares += found
     norms = np.stack(
         [
             _output_weights(model, facts, layer).double().norm(dim=1).cpu().numpy()
@@ -301,10 +311,14 @@ def snip(model: Model, batch: SpanBatch, *, max_rows: int = 4) -> PerNeuron:
     facts = verify(model, reads=["post"], edits=["post"])
     _require_written(batch, "snip")
     total = np.zeros((facts.n_layers, facts.d_mlp))
-    for rows in micro_batches(batch.lengths.tolist(), max_rows=max_rows):
+
+    def slopes(rows: list[int]) -> PerNeuron:
         part = batch.select(rows)
         written = counted_rows("generated", batch, part, rows, 0)
-        total += _loss_slopes(model, facts, part, written).abs().sum(dim=0).numpy()
+        return np.asarray(_loss_slopes(model, facts, part, written).abs().sum(dim=0).numpy())
+
+    for found in each(row_groups(batch.lengths.tolist(), max_rows=max_rows), slopes, "snip"):
+        total += found
     return _checked(total / len(batch), "snip")
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from rim_lens.batching import MAX_ROWS, micro_batches
+from rim_lens.batching import MAX_ROWS
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import NotFinite, SpanError, WrongHookShape
 from rim_lens.hooks.base import Component, Edit, attached, bound
@@ -20,6 +20,7 @@ from rim_lens.hooks.readers import Reader, Variable
 from rim_lens.lens import Model, ModelFacts, Site, hook_name, last_logits
 from rim_lens.measures.probes.places import check_places, place_rows, require_place
 from rim_lens.measures.refusal.rates import families_of
+from rim_lens.sharing import each, row_groups
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -163,11 +164,15 @@ def stream_at(
     index = [list(places).index(name) for name in kept]
     reader = StreamAtPlaces(kept, site, None if vectors is None else vectors[:, index])
     found: np.ndarray | None = None
+    groups = row_groups(batch.lengths.tolist(), max_rows=max_rows)
+
+    def read(rows: list[int]) -> np.ndarray:
+        with bound([*components, reader], batch, rows) as part:
+            last_logits(model, part.tokens, part.attention_mask)
+            return reader.collect()[reader.variable].numpy()
+
     with attached(model, [*components, reader], batch, writes=False):
-        for rows in micro_batches(batch.lengths.tolist(), max_rows=max_rows):
-            with bound([*components, reader], batch, rows) as part:
-                last_logits(model, part.tokens, part.attention_mask)
-                values = reader.collect()[reader.variable].numpy()
+        for rows, values in zip(groups, each(groups, read, "stream_at"), strict=True):
             if found is None:
                 found = np.empty((len(batch), *values.shape[1:]), dtype=np.float32)
             found[rows] = values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -17,10 +17,12 @@ from rim_lens.errors import ConditionError
 from rim_lens.hooks.base import Component, bound
 from rim_lens.lens import Decoder, Model, last_logits, model_facts, require_finite, tokenizer_of
 from rim_lens.measures.refusal.openers import whitespace_ids
+from rim_lens.sharing import each, row_groups
 
 MAX_SKIP = 4  # whitespace tokens skipped before the first word is looked at
 
 Skip = Literal["greedy", "none", "forced"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,14 +106,49 @@ def first_words_of(
 
     Components must be attached by the caller, in a `with` of its own: they are only told here which rows are read.
     """
+    read = _reader(model, batch, components, skip, whitespace, what)
+    asked = list(range(len(batch))) if only is None else list(only)
+    for places in micro_batches([int(batch.lengths[row]) for row in asked], max_rows=max_rows):
+        yield from read([asked[place] for place in places])
+
+
+def at_first_words(
+    model: Model,
+    batch: SpanBatch,
+    components: Sequence[Component],
+    measure: Callable[[FirstWord], T],
+    *,
+    skip: Skip,
+    whitespace: str | None,
+    max_rows: int,
+    what: str,
+) -> Iterator[tuple[list[int], T]]:
+    """Row numbers, and what is measured where these prompts have come to the first word of their answer.
+
+    As `first_words_of`, for what stands by itself in each prompt: processes share it, see `rim_lens.sharing.each`.
+    """
+    read = _reader(model, batch, components, skip, whitespace, what)
+
+    def measured(rows: list[int]) -> list[tuple[list[int], T]]:
+        return [(word.rows, measure(word)) for word in read(rows)]
+
+    for found in each(row_groups(batch.lengths.tolist(), max_rows=max_rows), measured, what):
+        yield from found
+
+
+def _reader(
+    model: Model,
+    batch: SpanBatch,
+    components: Sequence[Component],
+    skip: Skip,
+    whitespace: str | None,
+    what: str,
+) -> Callable[[list[int]], Iterator[FirstWord]]:
     blank = torch.tensor([], dtype=torch.long)
     if skip == "greedy":
         blank = whitespace_ids(tokenizer_of(model), model_facts(model).d_vocab)
     forced = forced_tokens(model, batch, whitespace) if skip == "forced" else []
-    asked = list(range(len(batch))) if only is None else list(only)
-    for places in micro_batches([int(batch.lengths[row]) for row in asked], max_rows=max_rows):
-        rows = [asked[place] for place in places]
-        yield from _of_group(model, batch, components, rows, blank, forced, what)
+    return lambda rows: _of_group(model, batch, components, rows, blank, forced, what)
 
 
 def _of_group(

@@ -16,7 +16,7 @@ from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import NotEnoughData
 from rim_lens.hooks.base import Component, attached, bound
 from rim_lens.lens import Decoder, Model, require_eval, require_finite, tokenizer_of
-from rim_lens.measures.refusal.first_word import FirstWord, Skip, check_answer_is_next, first_words_of
+from rim_lens.measures.refusal.first_word import FirstWord, Skip, at_first_words, check_answer_is_next
 from rim_lens.measures.refusal.openers import is_toy, spellings
 from rim_lens.measures.refusal.score import check_skip
 from rim_lens.prompts.toy import DIGITS
@@ -149,17 +149,18 @@ def refusal_prefix_score(
     found = torch.empty(len(batch), len(spelled), dtype=torch.float64)
     skipped = np.empty(len(batch), dtype=np.int64)
     with attached(model, components, batch, writes=skip == "forced" or _widest(root) > 0):
-        for word in first_words_of(
+        words = at_first_words(
             model,
             batch,
             components,
+            lambda word: (_walked(batch, components, word, root, len(spelled), max_rows), word.skipped),
             skip=skip,
             whitespace=whitespace,
             max_rows=max_rows,
             what="refusal_prefix_score",
-        ):
-            found[word.rows] = _walked(batch, components, word, root, len(spelled), max_rows)
-            skipped[word.rows] = word.skipped
+        )
+        for rows, (its_chances, its_skipped) in words:
+            found[rows], skipped[rows] = its_chances, its_skipped
     by_side = [_side(found, spelled, side, len(texts), normalise) for side, texts in enumerate(sides)]
     (refusal, best_refusal), (compliance, best_compliance) = by_side
     return xr.DataArray(

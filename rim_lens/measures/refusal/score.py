@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,7 +15,13 @@ from rim_lens.batching import MAX_ROWS
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.hooks.base import Component, attached
 from rim_lens.lens import Model, require_eval, tokenizer_of
-from rim_lens.measures.refusal.first_word import Skip, check_answer_is_next, first_words_of
+from rim_lens.measures.refusal.first_word import (
+    FirstWord,
+    Skip,
+    at_first_words,
+    check_answer_is_next,
+    first_words_of,
+)
 from rim_lens.measures.refusal.openers import opener_ids
 
 if TYPE_CHECKING:
@@ -88,20 +95,18 @@ def refusal_score(
     skipped = np.empty(len(batch), dtype=np.int64)
     mass: Tensor | None = None
     with attached(model, components, batch, writes=skip == "forced"):
-        for word in first_words_of(
+        words = at_first_words(
             model,
             batch,
             components,
+            partial(_looked_at, ids=ids),
             skip=skip,
             whitespace=whitespace,
             max_rows=max_rows,
             what="refusal_score",
-        ):
-            chances = word.logits.double().softmax(dim=-1)
-            scores[word.rows] = log_odds(word.logits, ids)
-            share[word.rows], first[word.rows] = (found.numpy() for found in chances.max(dim=-1))
-            skipped[word.rows] = word.skipped
-            summed = chances.sum(dim=0)
+        )
+        for rows, (odds, its_share, its_first, its_skipped, summed) in words:
+            scores[rows], share[rows], first[rows], skipped[rows] = odds, its_share, its_first, its_skipped
             mass = summed if mass is None else mass + summed
     return xr.DataArray(
         scores,
@@ -120,6 +125,13 @@ def refusal_score(
             "first_tokens": "" if mass is None else _line(tokenizer, mass / len(batch), ids),
         },
     )
+
+
+def _looked_at(word: FirstWord, ids: Int[Tensor, " opener"]) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
+    """Log-odds, the likeliest token's chance and number, tokens skipped, and all tokens' chances summed over prompts."""
+    chances = word.logits.double().softmax(dim=-1)
+    share, first = chances.max(dim=-1)
+    return log_odds(word.logits, ids), share, first, word.skipped, chances.sum(dim=0)
 
 
 def first_tokens(
