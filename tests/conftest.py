@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,16 @@ from tests.speaking import spoken, spoken_gqa  # noqa: F401 - fixtures
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
+
+# What a model's family cannot change is tested once, on TransformerLens 4: prompts, training, pages, notebooks, evidence.
+collect_ignore_glob = (
+    [
+        *("prompts/*", "training/*", "views/*", "benchmarks/*"),
+        *("test_calibration.py", "test_demos.py", "test_docs.py", "test_view_sizes.py", "test_*_verdicts.py"),
+    ]
+    if int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
+    else []
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -23,6 +23,7 @@ const CSS = `
 .rlx th, .rlx td { padding: 2px 10px 2px 0; text-align: left; border-bottom: 1px solid var(--grid); vertical-align: top; }
 .rlx caption { caption-side: bottom; text-align: left; color: var(--soft); padding-top: 4px; } .rlx td.n, .rlx th.n { text-align: right; } .rlx .scroll { overflow-x: auto; }
 .rlx .swatch { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 5px; vertical-align: -1px; }
+.rlx td:has(> .swatch) { white-space: nowrap; }
 .rlx td.tokens-first { min-width: 15em; }
 .rlx .legend { margin-bottom: 8px; display: flex; flex-wrap: wrap; gap: 2px 12px; font-size: 12.5px; color: var(--soft); }
 .rlx .tip { position: fixed; z-index: 9; pointer-events: none; background: var(--paper); color: var(--ink); border: 1px solid var(--axis); border-radius: 5px; padding: 4px 8px; font-size: 13px; max-width: 30em; overflow-wrap: anywhere; white-space: pre-line; box-shadow: 0 2px 8px #0003; }
