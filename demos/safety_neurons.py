@@ -106,4 +106,4 @@ rivals
 # %% [markdown]
 # **Look for** p, not for the size of RAS: at .2 it is not shown that tuning moved these neurons further, both ways, than sets chosen
 # alike for no reason, although it took refusal away (base → tuned). **Not shown** by a small p either: that these neurons did it; any
-# drift of the weights moves activations both ways. Next: [before and after fine-tuning](before_and_after.py).
+# drift of the weights moves activations both ways. Next: [a circuit](circuit.py).

@@ -25,6 +25,7 @@ NAMES = (
     "head_ablation",
     "patching",
     "safety_neurons",
+    "circuit",
     "before_and_after",
     "your_own_model",
 )

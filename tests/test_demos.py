@@ -10,6 +10,7 @@ import pytest
 
 from rim_lens.chat.spans import ATOMS
 from rim_lens.organisms.planted import planted_truth
+from tests.circuit_verdicts import PLANTED_EDGES
 from tests.fetch_tokenizers import cache_folder
 from tests.true_tokenizers import load_tokenizer
 
@@ -73,6 +74,15 @@ def test_safety_neurons():
     assert shown["found"].neurons == planted_truth().neurons
     assert shown["found"].effects.verdict == "refusal"
     assert shown["restored"]["tuned"].iloc[0] < shown["restored"]["base"].iloc[0]
+
+
+def test_circuit():
+    shown = ran("circuit")
+    assert set(shown["off"].top()) == set(PLANTED_EDGES)
+    assert shown["off"].row("faithfulness", "harmful")["share"] > 0.9
+    # Under the chain of thought the reader does not say it: the edge into the refusal score lost what it carried.
+    assert shown["compared"].set_index("edge")["change"]["L1H1 → refusal"] > 10
+    assert shown["view"].data["circuits"][0]["runs"]
 
 
 @pytest.mark.timeout(300)

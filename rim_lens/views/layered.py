@@ -55,13 +55,16 @@ class Layered:
     curves: Float[np.ndarray, "edge 4 2"]
 
 
-def layered(nodes: Sequence[Node], edges: Sequence[Edge], weights: Sequence[float]) -> Layered:
+def layered(
+    nodes: Sequence[Node], edges: Sequence[Edge], weights: Sequence[float], squeezed: float = 1.0
+) -> Layered:
     """Lay out a circuit.
 
     Args:
         nodes: All of them; spans stand in this order, the others so that heavy edges cross little.
         edges: Between them.
         weights: Of the edges, at least 0.
+        squeezed: By what the picture's width is divided where it is shown, so that nodes are that much wider in it.
 
     >>> from rim_lens.measures.circuits.nodes import END, head_node, span_node
     >>> nodes = [span_node("request"), head_node((0, 5)), END]
@@ -72,7 +75,7 @@ def layered(nodes: Sequence[Node], edges: Sequence[Edge], weights: Sequence[floa
     rows = _rows(nodes)
     order = _ordered([[node.name for node in row] for row in rows.values()], edges, weights)
     labels = {node.name: _label(node) for node in nodes}
-    wide = {name: _LETTER * len(label) + 20 for name, label in labels.items()}
+    wide = {name: squeezed * (_LETTER * len(label) + 20) for name, label in labels.items()}
     lines = [_lines(names, wide) for names in order]
     gap = min(74.0, max(50.0, 900.0 / max(1, len(rows))))
     places: dict[str, Place] = {}
@@ -97,6 +100,29 @@ def points(curve: Float[np.ndarray, "4 2"], n: int = 24) -> Float[np.ndarray, "n
     weights = np.hstack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3])
     found: np.ndarray = weights @ curve
     return found
+
+
+def beside(
+    curve: Float[np.ndarray, "4 2"], far: float, others: Sequence[Float[np.ndarray, "4 2"]]
+) -> tuple[float, float, bool]:
+    """Where a number stands beside the middle of its curve, on the side where other curves are farther.
+
+    Args:
+        curve: Its own.
+        far: From the curve to the number's near end.
+        others: That it keeps off.
+
+    Returns:
+        x, y, and whether the number goes on to the right from there.
+    """
+    middle, slope = points(curve, 3)[1], curve[2] + curve[3] - curve[0] - curve[1]
+    normal = np.array([slope[1], -slope[0]]) / np.hypot(*slope)
+    lines = np.concatenate([points(other) for other in others]) if others else np.full((1, 2), np.inf)
+    sides = [middle + sign * (far + 12) * normal for sign in (1, -1)]
+    room = [min(60.0, float(np.hypot(*(lines - side).T).min())) for side in sides]
+    best = max((0, 1), key=lambda side: (round(room[side]), sides[side][0]))
+    x, y = middle + (far / (far + 12)) * (sides[best] - middle)
+    return float(x), float(y), bool(sides[best][0] >= middle[0])
 
 
 def _rows(nodes: Sequence[Node]) -> dict[str, list[Node]]:

@@ -23,11 +23,12 @@ OF_PART: dict[str, Callable[[StudyResult], Any]] = {
     "probes_without_heads": lambda study: study.probes_without_heads,
     "refusal_cliff": lambda study: study.cliffs,
 }
-# Figures of neurons, of entanglement and of checkpoints take results of their own: test_neuron_plots.py, test_doses.py and
-# test_checkpoint_report.py draw them.
+# Figures of neurons, of entanglement, of checkpoints and of circuits take results of their own: test_neuron_plots.py, test_doses.py,
+# test_checkpoint_report.py and test_circuit_plots.py draw them.
 OF_NEURONS = {
     *("entanglement_rivals", "neuron_sweep", "neurons_by_layer"),
     *("dose_effects", "direct_and_total", "specification_curve"),
+    *("circuit_graph", "circuit_shares"),
     *("lost_by_drift", "metrics_against_loss", "ras_beside_random", "training_course"),
 }
 ALL = [getattr(plots, name) for name in plots.__all__ if name not in OF_NEURONS]

@@ -1,7 +1,7 @@
 """The figures of a study, as plotly figures: one colour per span, condition and outcome everywhere, light or dark.
 
 Most take a finished `StudyResult`, and draw only what the folder holds; those of probes take a `ProbeResult`, a
-`ProbesAfterAblation` or `Cliff`s, and `attention_pattern` takes arrays. `.to_html(include_plotlyjs=True)`
+`ProbesAfterAblation` or `Cliff`s, those of circuits a `Circuit`, and `attention_pattern` takes arrays. `.to_html(include_plotlyjs=True)`
 makes a page of one that works offline.
 """
 
@@ -12,6 +12,7 @@ from rim_lens.views.plots.checkpoints import (
     ras_beside_random,
     training_course,
 )
+from rim_lens.views.plots.circuits import circuit_graph, circuit_shares
 from rim_lens.views.plots.doses import direct_and_total, dose_effects, specification_curve
 from rim_lens.views.plots.entanglement import entanglement_rivals
 from rim_lens.views.plots.heads import head_bubbles, head_effects, head_scan, head_set
@@ -26,6 +27,8 @@ __all__ = [
     "attention_by_head",
     "attention_map",
     "attention_pattern",
+    "circuit_graph",
+    "circuit_shares",
     "compared_heads",
     "direct_and_total",
     "dose_effects",
