@@ -56,6 +56,9 @@ evidence: .venv/ready-dev .venv/ready-docs evidence-oracles evidence-statistics 
 	.venv/bin/rim-lens heads smollm2-refusal --requests 16 --n-test 270 --no-probes --no-removing --no-statistics --out runs/heads-smollm2-refusal
 	cp runs/heads-smollm2-refusal/report.md docs/evidence/heads_smollm2-refusal.md
 	cp runs/heads-smollm2-refusal/heads/heads.json docs/evidence/heads_smollm2-refusal.json
+	.venv/bin/rim-lens circuit smollm2-refusal --heads L1H5,L1H3,L14H2,L3H5,L27H5 --n-heads 14 --n-neurons 2048 --neuron-layers 14 \
+	  --min-share 0.05 --requests 8 --confirm 30 --random-circuits 12 --random-nodes 1 --max-new-tokens 8 --out runs/circuit-smollm2-refusal
+	cp runs/circuit-smollm2-refusal/circuit_smollm2-refusal.md runs/circuit-smollm2-refusal/circuit_smollm2-refusal.json docs/evidence/
 	.venv/bin/rim-lens compare smollm2-refusal --train careful,heuristic --control heuristic --seeds 0-2 --steps 36 --requests 12 \
 	  --max-cot-tokens 48 --out runs/compare-smollm2-refusal
 	cp runs/compare-smollm2-refusal/report.md docs/evidence/checkpoints_smollm2-refusal.md

@@ -317,6 +317,17 @@ another kind it may differ. A circuit with more of the model in it is more faith
 halves that stand in for each other are each faithful and neither is complete.
 
 **Minimality.** What the circuit loses with one node replaced too. Near 0: it does without that node, or another one makes up for it.
+
+**Which edges are measured.** All between the given nodes; or, with `CircuitSearch.n_confirm`, those that a gradient proposes on the requests that choose:
+slope of the score at what the receiver makes of its input, times the exact change there. Slopes mislead where attention saturates and are blind to parts that
+stand in for each other, so that an edge left out is *not tested*; it is listed with its estimate. `propose_nodes` names heads and neurons in the same way.
+No number of a circuit is a gradient: what is told of an edge was measured.
+
+**Yardsticks.** Beside each edge stand random senders of its sender's kind and layer into the same input, and random receivers of its receiver's kind and
+layer for the same sender; beside the whole, random circuits with as many heads and neurons in each layer. p does not use them.
+
+**Reasoning questions** are read by the refusal score, by the log-probability of the checked answer and by accuracy of what is written. There is nothing to share
+out: look at the change. Parts are replaced on rows of the prompt; what is written after it runs freely.
 """
 
 

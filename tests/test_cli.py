@@ -38,7 +38,7 @@ def help_of(*words: str) -> str:
 def test_help_teaches():
     """Where to begin, where results go, and what the exit codes mean."""
     out = help_of()
-    for word in ("demo", "study", "heads", "neurons", "compare", "measures", "direction", "show", "organism"):
+    for word in ("demo", "study", "heads", "neurons", "compare", "circuit", "measures", "direction", "show"):
         assert word in out
     for told in (
         "rim-lens demo",
@@ -251,6 +251,47 @@ def test_neurons_run_show_and_stop_at_the_gate(tmp_path):
     stopped = ["neurons", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *SMALL]
     toy_model().save_pretrained(tmp_path / "model")
     toy_tokenizer().save_pretrained(tmp_path / "model")
+    assert run(cli.app, stopped).exit_code == cli.GATE_EXIT
+
+
+def test_circuit_plans_runs_and_goes_on(tmp_path):
+    """The whole command: nothing is measured twice, another question is refused, and the page says what the folder holds."""
+    folder = tmp_path / "circuit"
+    asked = ["circuit", "planted", "--heads", "L0H5", "--n-heads", "3", "--n-neurons", "8", "--requests", "8"]
+    asked += ["--confirm", "6", "--random-circuits", "2", "--random-nodes", "1", "--max-new-tokens", "1"]
+    asked += ["--out", str(folder)]
+    plan = run(cli.app, [*asked, "--plan", "--json"])
+    assert json.loads(plan.stdout)["n_nodes"] == 6  # three heads, neurons of one layer, two spans
+    assert not folder.exists()
+    result = run(cli.app, asked)
+    assert result.exit_code == 0, result.output
+    found = rl.Circuit.load(folder)
+    assert {node.name for node in found.kept()} == {"L0H5", "L1H1", "neurons L0"}
+    assert found.gate["asked"]
+    text = (folder / "circuit_planted.md").read_text()
+    assert "rim-lens circuit planted --heads L0H5 --n-heads 3" in text
+    assert f"{len(found.settings['not_tested'])} are not tested" in text
+    assert f"With everything else replaced, {found.row('faithfulness', 'harmful')['share']:.2f}" in text
+    data = json.loads((folder / "circuit_planted.json").read_text())
+    assert data["command"].startswith("rim-lens circuit planted")
+    assert data["settings"]["not_tested"] == found.settings["not_tested"]
+    # A run that was stopped: half of what it measured is there, and it goes on to the same numbers.
+    lines = (folder / "measured.jsonl").read_text().splitlines(keepends=True)
+    (folder / "measured.jsonl").write_text("".join(lines[: len(lines) // 2]))
+    (folder / "circuit.json").unlink()
+    assert run(cli.app, asked).exit_code == 0
+    again = rl.Circuit.load(folder)
+    assert (folder / "measured.jsonl").read_text().splitlines(keepends=True)[: len(lines) // 2] == lines[
+        : len(lines) // 2
+    ]
+    assert again.edges.equals(found.edges)
+    assert again.tests.equals(found.tests)
+    other = run(cli.app, [*asked, "--n-heads", "4"])
+    assert "another" in str(other.exception)
+    assert run(cli.app, ["circuit", "planted", "--heads", "five"]).exit_code == 2
+    toy_model().save_pretrained(tmp_path / "model")
+    toy_tokenizer().save_pretrained(tmp_path / "model")
+    stopped = ["circuit", str(tmp_path / "model"), *asked[2:-1], str(tmp_path / "out")]
     assert run(cli.app, stopped).exit_code == cli.GATE_EXIT
 
 
