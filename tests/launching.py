@@ -29,7 +29,7 @@ from rim_lens.measures.neurons.scoring import activation_contrast, snip, wanda
 from rim_lens.measures.probes.reading import stream_at
 
 N_REQUESTS = 6
-LONGEST = 120.0  # seconds that any launch may take
+LONGEST = 900.0  # seconds that any launch may take
 
 
 def launch(n: int, run: Callable[[sharing.Work], Any]) -> list[dict[str, Any]]:
