@@ -80,7 +80,7 @@ def circuit_graph(
     ):
         line = {"color": colour, "width": 2 if dash == "dash" else 5, "dash": dash}
         canvas.add_trace(go.Scatter(x=[None], y=[None], mode="lines", name=title, line=line))
-    canvas.update_xaxes(visible=False, range=[LEFT - 12, WIDTH])
+    canvas.update_xaxes(visible=False, range=[LEFT - 12, WIDTH + 16])
     canvas.update_yaxes(
         range=[picture.height, 0],
         tickvals=[y for _, y in picture.rows],
@@ -303,6 +303,7 @@ def _draw_edges(
             textposition=[f"middle {'right' if right else 'left'}" for _, _, right, _ in labels],
             textfont={"size": 11.5},
             hoverinfo="skip",
+            cliponaxis=False,
             name="effects",
             showlegend=False,
         ),
