@@ -53,9 +53,11 @@ PLANTED_EDGES = (
     "L1H1 → refusal",
 )
 
-SMALL = rl.CircuitSearch(limit=20, n_random=20, n_random_senders=2, n_random_receivers=2)
-TOY = rl.CircuitSearch(limit=12, n_random=12, n_random_senders=0, n_random_receivers=0, max_new_tokens=2)
-LEAST = rl.CircuitSearch(limit=12, n_random=0, n_random_senders=0, n_random_receivers=0)
+SMALL = rl.CircuitSearch(max_rows=512, limit=20, n_random=20, n_random_senders=2, n_random_receivers=2)
+TOY = rl.CircuitSearch(
+    max_rows=512, limit=12, n_random=12, n_random_senders=0, n_random_receivers=0, max_new_tokens=2
+)
+LEAST = rl.CircuitSearch(max_rows=512, limit=12, n_random=0, n_random_senders=0, n_random_receivers=0)
 P_ALONE = rl.EdgeRule(
     min_effect=1e6
 )  # no size comes to it: p is corrected over all edges, and no node is kept to be tested

@@ -12,8 +12,7 @@ from jaxtyping import Float
 from rim_lens.errors import StatisticsError
 from rim_lens.measures.circuits.nodes import Edge
 from rim_lens.measures.controls import percentile_among
-from rim_lens.measures.removal_table import mean_columns
-from rim_lens.measures.stats import sign_flip_test
+from rim_lens.measures.stats import bootstrap_interval, family_index, sign_flip_test
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,10 +124,16 @@ def edge_table(
     reach = float(found.reach.mean())
     least, least_select = rule.least(reach), rule.least_kept(float(found.reach_select.mean()))
     p = corrected_p(both, families, least, seed)
+    # All edges at once: the resamples are the same for each.
+    columns = {
+        name: value
+        for what, values in (("effect", found.effect), ("back", found.back), ("both", both))
+        for name, value in _intervals(what, values, families, seed).items()
+    }
     rows: list[dict[str, Any]] = []
     for place, edge in enumerate(found.edges):
-        effect, chosen = found.effect[:, place], float(found.select[:, place].mean())
-        mean, pull = float(effect.mean()), float(both[:, place].mean())
+        told = {name: float(value[place]) for name, value in columns.items()}
+        mean, pull, chosen = told["effect"], told["both"], float(found.select[:, place].mean())
         agrees = mean * chosen > 0 and mean * pull > 0
         rows.append(
             {
@@ -138,10 +143,8 @@ def edge_table(
                 "receiver": edge.receiver.name,
                 "input": edge.input,
                 "effect_select": chosen,
-                **mean_columns("effect", effect, families, seed),
                 "share": mean / reach if reach else float("nan"),
-                **mean_columns("back", found.back[:, place], families, seed),
-                **mean_columns("both", both[:, place], families, seed),
+                **told,
                 "p": p[place],
                 **_among("", mean, found.random.get(edge, [])),
                 **_among("_receiver", mean, found.random_receivers.get(edge, [])),
@@ -156,6 +159,18 @@ def edge_table(
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     order = table["effect"].abs().sort_values(ascending=False, kind="stable").index
     return table.loc[order].reset_index(drop=True)
+
+
+def _intervals(
+    name: str, values: Effects, families: Sequence[str], seed: int
+) -> dict[str, Float[np.ndarray, " edge"]]:
+    """Means with their bootstrap intervals over families, NaN where there is one family."""
+    means = values.mean(axis=0)
+    if family_index(list(families), len(values))[1] < 2:
+        blank = np.full(len(means), np.nan)
+        return {name: means, f"{name}_low": blank, f"{name}_high": blank}
+    found = bootstrap_interval(values, list(families), seed=seed)
+    return {name: means, f"{name}_low": np.asarray(found.low), f"{name}_high": np.asarray(found.high)}
 
 
 def _among(suffix: str, mean: float, controls: list[float]) -> dict[str, float]:
