@@ -4,6 +4,7 @@ MODEL ?= toy
 DEMO_ARGS ?=
 WORKERS ?= 2
 PROMPTS ?= 24
+PARTS ?=
 # Small models run fastest on one thread; tests share the cores among workers. A real model takes all cores.
 export OMP_NUM_THREADS ?= $(if $(filter toy planted,$(MODEL)),1,$(shell getconf _NPROCESSORS_ONLN))
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -40,8 +41,9 @@ notebooks: .venv/ready-docs
 	.venv/bin/python docs/run_notebooks.py runs/notebooks
 
 # Figures of speed beside their rivals, as docs/evidence/bench.json and docs/speed.md. Alone on one thread, or ratios are noise.
+# PARTS="capture-1024 streaming" runs those alone (tests/benchmarks/__main__.py names all); the others' figures stay.
 bench: .venv/ready-dev
-	OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks $(PROMPTS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks --prompts $(PROMPTS) $(PARTS)
 
 # What takes long. Its outputs are committed under docs/evidence, with command, versions and date.
 evidence: .venv/ready-dev .venv/ready-docs evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-circuits evidence-checkpoints evidence-freezing evidence-views evidence-sharing

@@ -1,7 +1,8 @@
-"""The table of `make bench` as docs/speed.md."""
+"""The tables of `make bench` as docs/speed.md."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,38 @@ ROOT = Path(__file__).resolve().parents[2]
 EVIDENCE = ROOT / "docs" / "evidence" / "bench.json"
 PAGE = ROOT / "docs" / "speed.md"
 
-_BEFORE = """# Speed: what is computed once, and by how much that helps
+_CAPTURE_BEFORE = """# Speed: what is computed once, and by how much that helps
+
+## Capture
+
+`rl.capture` reduces inside its hooks and unembeds the last row alone. On a `TransformerBridge` it also keeps PyTorch's fused attention
+(sdpa): a bridge computes attention step by step, so that patterns can be hooked, which takes twice as long at 1 024 tokens and holds
+heads × pos² numbers of a layer at a time. Readers of chosen query rows (`SpanAttention`, `AttentionRows`; all others look at no
+pattern) need none of that, so each layer runs the model's own attention, and only the rows that are read are computed besides, from
+its queries, keys and mask.
+
+**When.** Llama, SmolLM2, Qwen2, Qwen3, Gemma, Gemma 3, Mistral, Mixtral, and what else calls attention in the way of `transformers`
+from the projections the bridge hooks; sliding windows, padding, grouped queries and a key-value cache included, in every precision.
+On first contact it is proven on the model itself that both ways give the same logits and rows, with padding and without (1e-4 of
+the largest logit in float32). Not where scores are capped (Gemma 2), which sdpa does not do; nor with attention sinks (gpt-oss), whose
+rows do not sum to 1 and are refused either way; nor on GPT-2, GPT-NeoX and Phi 3, for which the bridge keeps projections of its own;
+nor on a `HookedTransformer`, whose forward pass has no seam between scores and pattern. And not while something works on whole patterns:
+`BlockAttention`, `MoveAttention`, `PatchAttention`, the explorers' pages of whole patterns, `rl.receiver_kurtosis`, or hooks of your own on patterns,
+scores or rotated queries and keys, which do not fire then. All other hook points fire and can be edited as ever, so ablations,
+patches and directions go with it. `data.attrs["attention"]` says which way it was and why; `attention="eager"` or `"sdpa"` asks for one.
+Afterwards the model is as it was, also after an exception. Held against patterns to 1e-5 in nine shapes of model: tests/lens/test_sdpa.py.
+
+With `out=` rows are streamed to disk; what grows in memory with the number of prompts is their labels.
+"""
+
+_CAPTURE_AFTER = """
+Time is CPU-seconds of the process, the median of runs in turns (A B A B); memory is the highest mark above what was held before, each
+run in a process of its own. All sides run the same tokens in the same batches of 4 096 tokens; forward passes return the last row's
+logits, as capture does, while `run_with_cache` returns all. A capture's time holds the digest of the whole weights, once per call.
+"""
+
+_BEFORE = """
+## Many edits
 
 Effects of many edits on the refusal score (`rl.head_effects`, and through it `rl.refusal_heads`, random sets of heads and of
 neurons) are read many at a time where that can be done exactly. Nothing is estimated; what an edit cannot change is not
@@ -46,23 +78,58 @@ been measured here; what it does not confirm is *not tested*.
 """
 
 
+_CAPTURE = ("capture-256", "capture-1024", "capture-4096", "streaming", "writing")
+_SCANS = ("last-row", "all-rows", "all-rows-apart", "gradients")
+
+
 def page(found: dict[str, Any]) -> str:
     """The page, from the file's content."""
-    versions = found["versions"]
-    lines = [
-        _BEFORE,
-        f"`{found['command']}`, {found['date']}: {found['model']}, {found['threads']} thread, torch {versions['torch']},"
-        f" TransformerLens {versions['transformer-lens']}; {found['load']:.0f} other processes waited for the processor.",
-        "",
+    parts = found["parts"]
+    captures, scans = ([parts[name] for name in names if name in parts] for names in (_CAPTURE, _SCANS))
+    lines = [_CAPTURE_BEFORE, *_told(captures), ""]
+    lines += [
+        "| What | Goal | Ratio | Here | There | Against | Prompts | Model |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {figure['name']}, {'memory' if figure['unit'] == 'MB' else 'time'} | {figure['goal'] or '–'} | {_ratio(figure)} |"
+        f" {_amount(figure['value'], figure['unit'])} | {_amount(figure['rival_value'], figure['unit'])} | {figure['against']} |"
+        f" {figure['prompts']} | {figure['measured']} |"
+        for part in captures
+        for figure in part["figures"]
+    ]
+    lines += [_CAPTURE_AFTER, _BEFORE, *_told(scans), ""]
+    lines += [
         "| What | Goal | Ratio | CPU-seconds | Rival | Prompts | Run | Largest difference, nats |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for figure in found["figures"]:
-        largest = figure["largest_difference_nats"]
-        ratio = f"{figure['ratio']:.1f} ×" + ("" if figure["met"] else " (missed)")
-        lines.append(
-            f"| {figure['name']} | {figure['goal']} | {ratio} | {figure['cpu_seconds']:.0f} against"
-            f" {figure['rival_cpu_seconds']:.0f} | {figure['against']} | {figure['prompts']} | {figure['measured']} |"
-            f" {'–' if largest is None else f'{largest:.0e}'} |"
-        )
+    for part in scans:
+        for figure in part["figures"]:
+            largest = figure["largest_difference_nats"]
+            lines.append(
+                f"| {figure['name']} | {figure['goal']} | {_ratio(figure)} | {figure['cpu_seconds']:.0f} against"
+                f" {figure['rival_cpu_seconds']:.0f} | {figure['against']} | {figure['prompts']} | {figure['measured']} |"
+                f" {'–' if largest is None else f'{largest:.0e}'} |"
+            )
     return "\n".join(lines) + "\n" + _AFTER
+
+
+def _told(parts: Sequence[dict[str, Any]]) -> list[str]:
+    """Where the figures come from, parts of one run together."""
+    found: dict[str, None] = {}
+    for part in parts:
+        versions = part["versions"]
+        found[
+            f"`{part['command']}`, {part['date']}: {part['threads']} thread, torch {versions['torch']}, TransformerLens"
+            f" {versions['transformer-lens']}; {part['load']:.0f} other processes waited for the processor."
+        ] = None
+    return ["  \n".join(found)]
+
+
+def _ratio(figure: dict[str, Any]) -> str:
+    told = f"{figure['ratio']:.{1 if figure['ratio'] >= 2 else 2}f} ×"
+    return told + (" (missed)" if figure["met"] is False else "")
+
+
+def _amount(value: float, unit: str) -> str:
+    return f"{value:.{0 if value >= 100 else 1}f} {unit}"

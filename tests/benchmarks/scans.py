@@ -1,0 +1,198 @@
+"""Scans over heads against the loop everyone writes: `run_with_hooks` once per head."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import rim_lens as rl
+from rim_lens.chat import SpanBatch
+from rim_lens.lens import Head, Model, hook_name, model_facts, verify
+from rim_lens.measures.refusal.openers import opener_ids
+from rim_lens.measures.refusal.score import log_odds
+from tests.benchmarks.timing import cpu
+
+SYSTEM = (
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face to help people with what they ask."
+)
+
+
+def zeroed(z: Tensor, hook: Any, head: int, rows: slice) -> Tensor:
+    z = z.clone()
+    z[:, rows, head] = 0
+    return z
+
+
+class Loop:
+    """What everyone writes: `run_with_hooks` once per head, full batch, the answer's first word read off the logits."""
+
+    def __init__(self, model: Model, batch: SpanBatch, last_only: bool) -> None:
+        self.model, self.batch = model, batch
+        self.rows = slice(-1, None) if last_only else slice(None)
+        self.ids = torch.tensor(opener_ids(model.tokenizer))
+        self.seconds: list[float] = []
+        self.scores: dict[Head, np.ndarray] = {}
+
+    def run(self, head: Head) -> None:
+        """Time one head."""
+        seconds, self.scores[head] = cpu(partial(self._score, head))
+        self.seconds.append(seconds)
+
+    def _score(self, head: Head) -> np.ndarray:
+        hooks = [(hook_name("z", head[0]), partial(zeroed, head=head[1], rows=self.rows))]
+        with torch.no_grad():
+            logits = self.model.run_with_hooks(
+                self.batch.tokens,
+                attention_mask=self.batch.attention_mask,
+                return_type="logits",
+                fwd_hooks=hooks,
+            )
+            return log_odds(logits[:, -1], self.ids).numpy()
+
+
+def spread(heads: Sequence[Head], n_layers: int, count: int) -> list[Head]:
+    """Some heads, evenly over layers, so that their mean layer is that of all."""
+    n_heads = len(heads) // n_layers
+    layers = [round((place + 0.5) * n_layers / count - 0.5) for place in range(count)]
+    return [(layer, (5 * place + 2) % n_heads) for place, layer in enumerate(layers)]
+
+
+def of_all_lengths(chat: rl.ChatFormat, n_prompts: int) -> SpanBatch:
+    """Requests and questions whose prompts have 50 to 70 tokens, about half of them shared; all lengths alike often."""
+    asked = [prompt for kind in ("harmful", "reasoning") for prompt in rl.load_prompts(kind, language="en")]
+    rendered = chat.render(asked, think="off", system=SYSTEM)
+    lengths = rendered.lengths.tolist()
+    fitting = [place for place, length in enumerate(lengths) if 50 <= length <= 70]
+    targets = np.linspace(50, 70, n_prompts)
+    chosen: list[int] = []
+    for target in targets:
+        left = [place for place in fitting if place not in chosen]
+        chosen.append(min(left, key=lambda place: abs(lengths[place] - target)))
+    return chat.render([asked[place] for place in chosen], think="off", system=SYSTEM)
+
+
+def different_from_the_first(batch: SpanBatch) -> SpanBatch:
+    """The same prompts with another first token in each, so that they share nothing."""
+    tokens = batch.tokens.clone()
+    for row, start in enumerate((tokens.shape[1] - batch.lengths).tolist()):
+        tokens[row, start] = 1000 + row
+    return replace(batch, tokens=tokens)
+
+
+def scan(
+    model: Model, batch: SpanBatch, name: str, goal: float, positions: str, heads: Sequence[Head], sample: int
+) -> dict[str, Any]:
+    """All heads, or some of them, by `head_effects` against the loop over a few."""
+    facts = model_facts(model)
+    looped = [heads[round((place + 0.5) * len(heads) / sample)] for place in range(sample)]
+    loop = Loop(model, batch, positions == "prompt_last")
+    reading = rl.refusal_reading(model, batch, skip="none", max_rows=len(batch))
+    for head in looped[: sample // 2]:
+        loop.run(head)
+    seconds, found = cpu(lambda: rl.head_effects(reading, heads, positions=positions))
+    for head in looped[sample // 2 :]:
+        loop.run(head)
+    all_heads = len(facts.heads())
+    scaled = seconds * all_heads / len(heads)
+    rival = float(np.mean(loop.seconds)) * all_heads
+    largest = max(
+        (
+            float(np.abs(found["baseline"] + found.sel(set=f"L{layer}H{head}") - score).max())
+            for (layer, head), score in loop.scores.items()
+            if (layer, head) in heads
+        ),
+        default=float("nan"),
+    )
+    shared = _shared(batch)
+    return {
+        "name": name,
+        "goal": f"≥ {goal:g} ×",
+        "ratio": rival / scaled,
+        "met": rival / scaled >= goal,
+        "against": "run_with_hooks once per head",
+        "cpu_seconds": scaled,
+        "rival_cpu_seconds": rival,
+        "measured": f"{len(heads)} of {all_heads} heads, the loop on {len(loop.seconds)}",
+        "prompts": f"{len(batch)} of {int(batch.lengths.min())}–{int(batch.lengths.max())} tokens, {shared} shared",
+        "largest_difference_nats": largest,
+        "scan": found.attrs["scan"],
+    }
+
+
+def prefilter(model: Model, batch: SpanBatch, n_confirm: int, goal: float, sample: int) -> dict[str, Any]:
+    """Gradients rank, the first of them are ablated, against the loop over all heads."""
+    facts = model_facts(model)
+    looped = spread(facts.heads(), facts.n_layers, sample)
+    loop = Loop(model, batch, last_only=False)
+    reading = rl.refusal_reading(model, batch, skip="none", max_rows=len(batch))
+    for head in looped[: sample // 2]:
+        loop.run(head)
+    estimating, estimates = cpu(lambda: rl.gradient_scores(model, batch, skip="none"))
+    seconds, found = cpu(lambda: rl.prefiltered(reading, model, batch, n_confirm, estimates=estimates))
+    for head in looped[sample // 2 :]:
+        loop.run(head)
+    rival = float(np.mean(loop.seconds)) * len(facts.heads())
+    return {
+        "name": f"gradients, then {n_confirm} heads and layer 0 confirmed",
+        "goal": f"≥ {goal:g} ×",
+        "ratio": rival / (seconds + estimating),
+        "met": rival / (seconds + estimating) >= goal,
+        "against": "run_with_hooks once per head",
+        "cpu_seconds": seconds + estimating,
+        "rival_cpu_seconds": rival,
+        "measured": f"{found.attrs['n_tested']} heads confirmed, {estimating:.0f} s of it gradients; the loop on"
+        f" {len(loop.seconds)}",
+        "prompts": f"{len(batch)} of {int(batch.lengths.min())}–{int(batch.lengths.max())} tokens, {_shared(batch)} shared",
+        "largest_difference_nats": None,
+        "scan": found.attrs["scan"],
+    }
+
+
+def _shared(batch: SpanBatch) -> int:
+    rows = [row[mask.bool()].tolist() for row, mask in zip(batch.tokens, batch.attention_mask, strict=True)]
+    found = 0
+    while len({tuple(row[: found + 1]) for row in rows}) == 1:
+        found += 1
+    return found
+
+
+@functools.cache
+def _prepared(n_prompts: int) -> tuple[Model, SpanBatch]:
+    model = rl.load_model("smollm2")
+    verify(model, edits=["z"])  # once per model and process, before any scan
+    return model, of_all_lengths(rl.ChatFormat.from_model(model), n_prompts)
+
+
+def last_row(n_prompts: int) -> Iterator[dict[str, Any]]:
+    """Ablation at the last row of the prompt, every head."""
+    model, batch = _prepared(n_prompts)
+    yield scan(model, batch, "last row of the prompt", 80, "prompt_last", model_facts(model).heads(), 2)
+
+
+def all_rows(n_prompts: int) -> Iterator[dict[str, Any]]:
+    """Ablation at all rows, of one head of each layer: about as many as share a pass without edits and a check."""
+    model, batch = _prepared(n_prompts)
+    facts = model_facts(model)
+    some = spread(facts.heads(), facts.n_layers, facts.n_layers)
+    yield scan(model, batch, "all rows, half of them shared", 6, "all", some, 2)
+
+
+def all_rows_apart(n_prompts: int) -> Iterator[dict[str, Any]]:
+    """The same where prompts share nothing."""
+    model, batch = _prepared(n_prompts)
+    facts = model_facts(model)
+    some = spread(facts.heads(), facts.n_layers, facts.n_layers)
+    yield scan(model, different_from_the_first(batch), "all rows, nothing shared", 3, "all", some, 2)
+
+
+def gradients(n_prompts: int) -> Iterator[dict[str, Any]]:
+    """Gradients first, then the heads they rank highest."""
+    model, batch = _prepared(n_prompts)
+    yield prefilter(model, batch, 20, 25, 2)
