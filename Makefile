@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 EXTRA := $(if $(findstring smollm2,$(MODEL)),smollm2,demo)
 PYTEST := -m pytest -q -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test check contract docs notebooks bench evidence evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-circuits evidence-checkpoints evidence-freezing evidence-views evidence-sharing clean
+.PHONY: demo test check contract docs notebooks bench evidence evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-circuits evidence-checkpoints evidence-freezing evidence-views evidence-sharing evidence-sizing clean
 
 demo: .venv/ready-$(EXTRA)
 	@# 3: the study ran and stopped at its gate, which is an answer
@@ -46,7 +46,7 @@ bench: .venv/ready-dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks --prompts $(PROMPTS) $(PARTS)
 
 # What takes long. Its outputs are committed under docs/evidence, with command, versions and date.
-evidence: .venv/ready-dev .venv/ready-docs evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-circuits evidence-checkpoints evidence-freezing evidence-views evidence-sharing
+evidence: .venv/ready-dev .venv/ready-docs evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-circuits evidence-checkpoints evidence-freezing evidence-views evidence-sharing evidence-sizing
 	.venv/bin/rim-lens organism toy --seeds 0-5 --out docs/evidence
 	.venv/bin/rim-lens organism smollm2 --seeds 0-2 --out docs/evidence
 	.venv/bin/rim-lens organism smollm2 --newline --seeds 0 --adapters runs/smollm2-newline --out docs/evidence
@@ -106,6 +106,10 @@ evidence-views: .venv/ready-dev
 # A worker is killed in the middle of a run of two processes, and three go on.
 evidence-sharing: .venv/ready-dev
 	.venv/bin/python -m tests.killed_worker
+
+# What large models take, by counts that are held against small ones.
+evidence-sizing: .venv/ready-dev
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.sizing
 
 # .venv* / ready-<extra>: the package, editable, with that extra and this TransformerLens' constraints.
 .venv/ready-%: pyproject.toml constraints.txt

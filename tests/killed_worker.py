@@ -24,6 +24,8 @@ from tests.same_results import TIMES, largest_difference
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "evidence" / "killed_worker.md"
 ASKED = ["-m", "rim_lens", "heads", "toy", "--requests", "8", "--no-probes", "--no-removing"]
+# Of the launcher, and of the first process where it is not told to end before it can say so
+SAYING = ("Signal 9", "SIGTERM", "another process ended", "exitcode")
 MIDDLE = "heads/select.jsonl"  # when this is there, the second process is killed
 SPELLED = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 
@@ -98,7 +100,7 @@ def run(root: Path) -> list[str]:
         raise RuntimeError(f"not as it should be: {rewritten} {anew} {difference}\n{said}\n{told}")
     kept = sum(text.count("\n") for text in lines.values())
     whole = sum((many / name).read_text().count("\n") for name in lines)
-    notice = next(line for line in said.splitlines() if "another process ended" in line)
+    notices = [line.strip() for line in said.splitlines() if any(word in line for word in SAYING)]
     return [
         f"| one process | `python {' '.join(ASKED)}` | {alone.returncode} | {seconds['one']:.0f} | {len(stamps(one))} files |",
         f"| two, the second killed (SIGKILL) as soon as {MIDDLE} is there | `{' '.join(launched(2))} {' '.join(ASKED)}` |"
@@ -111,10 +113,10 @@ def run(root: Path) -> list[str]:
         f" files that grow line by line had {kept} lines then and begin with these same lines now ({whole}). The largest difference of"
         f" any number in the folder from that of the one process: {difference:.1e} (relative to the number, or to 1 where it is smaller).",
         "",
-        "What the first process said when the second was gone:",
+        "What was said when the second was gone:",
         "",
         "```text",
-        notice.split("GLHF")[0].strip(),
+        *notices,
         "```",
     ]
 

@@ -277,11 +277,16 @@ def memory_of(model: Model, *, max_rows: int, length: int) -> float:
     facts = model_facts(model)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     size = torch.finfo(facts.dtype).bits // 8
+    return weights + memory_beside(facts, size, max_rows=max_rows, length=length)
+
+
+def memory_beside(facts: Any, size: int, *, max_rows: int, length: int) -> float:
+    """The same without weights, of any that has a model's numbers of layers, heads and widths; `size` bytes a number."""
     rows = max(1, min(max_rows, MAX_TOKENS // length))
     tokens = rows * length
     pattern = tokens * length * facts.n_heads * (size + 4)
     cache = tokens * facts.n_layers * 2 * facts.n_key_value_heads * facts.d_head * size
-    return float(weights + MLP_WIDTHS * tokens * facts.d_mlp * size + pattern + cache)
+    return float(MLP_WIDTHS * tokens * facts.d_mlp * size + pattern + cache)
 
 
 def _notes(bench: Bench) -> tuple[str, ...]:
