@@ -116,7 +116,7 @@ def circuit_view(
     >>> search = rl.CircuitSearch(limit=4, n_random=0, n_random_senders=0)
     >>> found = rl.circuit(model, chat, [(0, 5), (1, 1)], [(0, 3)], *requests, search=search)
     >>> rl.views.circuit_view(found, model, chat, *requests)
-    CircuitView(planted: 6 nodes, 18 edges; 0.0 MB)
+    CircuitView(planted:0: 6 nodes, 18 edges; 0.0 MB)
     """
     named = {str(_model_name(circuits)): circuits} if isinstance(circuits, Circuit) else dict(circuits)
     nodes = _same_nodes(named)
