@@ -431,6 +431,7 @@ def _toy_lines(base: Sequence[dict[str, Any]]) -> list[str]:
         "| ---: | --- | --- | ---: | ---: | ---: | ---: |",
         *(f"| {row['seed']} | {_circuit_cells(row)} |" for row in base),
         "",
+        *_unkept_lines(base),
         "**Each condition.** The same edges under other contrasts: what the edge carries of the difference that a chain of thought makes. Reach: score in",
         "the other condition − score off, nats.",
         "",
@@ -459,6 +460,17 @@ def _toy_lines(base: Sequence[dict[str, Any]]) -> list[str]:
         "",
     ]
     return lines
+
+
+def _unkept_lines(base: Sequence[dict[str, Any]]) -> list[str]:
+    without = [row for row in base if not row["kept"]]
+    if not without:
+        return []
+    return [
+        f"Of seeds {_seeds(without)} no node is kept, and nothing is tested: on the requests that choose, no node has a way to the refusal score by edges of a tenth of",
+        "the difference between the runs or more. Edges further down may be there all the same, as the table shows; what passes them on may be neurons that were not given.",
+        "",
+    ]
 
 
 def _tuned_lines(tuned: Sequence[dict[str, Any]]) -> list[str]:

@@ -105,6 +105,23 @@ def circuit(
             rich_help_panel=ASKED,
         ),
     ] = 0.2,
+    min_effect: Annotated[
+        float,
+        typer.Option(
+            metavar="NATS",
+            help="And in nats; with both at 0 every node is kept that has any way to refusal.",
+            rich_help_panel=ASKED,
+        ),
+    ] = 0.25,
+    scope: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="What is outside the circuit: all other heads and neurons, or other heads alone.",
+            autocompletion=complete_listed("all", "heads"),
+            rich_help_panel=ASKED,
+        ),
+    ] = "all",
     prompts: BothKinds = None,
     harmful: Harmful = None,
     harmless: Harmless = None,
@@ -171,6 +188,9 @@ def circuit(
 
     if outside not in ("mean", "resample"):
         raise typer.BadParameter(f"--outside {outside}: there are mean and resample")
+    if scope not in ("all", "heads"):
+        raise typer.BadParameter(f"--scope {scope}: there are all and heads")
+    of: Literal["all", "heads"] = "all" if scope == "all" else "heads"
     how: Literal["mean", "resample"] = "mean" if outside == "mean" else "resample"
     told = typed(
         model,
@@ -183,6 +203,8 @@ def circuit(
             "tuned": tuned,
             "outside": None if outside == "mean" else outside,
             "min-share": min_share,
+            "min-effect": None if min_effect == 0.25 else min_effect,
+            "scope": None if scope == "all" else scope,
             "requests": requests,
             "confirm": confirm,
             "random-circuits": random_circuits,
@@ -205,6 +227,7 @@ def circuit(
     }
     named = [one for one in (word.strip() for word in contrasts.split(",")) if one]
     search = asking.CircuitSearch(
+        scope=of,
         outside=how,
         n_random=random_circuits,
         n_random_senders=random_nodes,
@@ -215,7 +238,7 @@ def circuit(
         seed=seed,
         progress=errors.is_terminal,
     )
-    rule = table.EdgeRule(min_share=min_share, keep_share=min_share / 2)
+    rule = table.EdgeRule(min_effect=min_effect, min_share=min_share, keep_share=min_share / 2)
     folder = out or Path("runs") / f"circuit-{safe_name(called(model))}"
     kept = ResultFolder(folder)
     tell = whisper if as_json else say
