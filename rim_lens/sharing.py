@@ -249,8 +249,9 @@ def _exchange(what: str, value: T) -> list[T]:
     try:
         found = gather_object([(what, value)])
     except RuntimeError as problem:
+        why = str(problem).split(". This is typically")[0].splitlines()[0]
         raise SharingError(
-            f"another process ended or does not answer ({str(problem).splitlines()[0]}). What was stored is kept: start the"
+            f"another process ended or does not answer ({why}). What was stored is kept: start the"
             " same command again, with any number of processes."
         ) from problem
     others = sorted({its for its, _ in found} - {what})
