@@ -19,7 +19,7 @@ import torch
 
 from rim_lens.provenance import provenance
 from tests.benchmarks import capture, scans, streaming, writing
-from tests.benchmarks.page import EVIDENCE, PAGE, page
+from tests.benchmarks.page import EVIDENCE, PAGE, written
 
 # By name: the figures of a part, given the number of prompts, which the scans alone ask about
 Part = Callable[[int], Iterator[dict[str, Any]]]
@@ -54,7 +54,7 @@ def main(n_prompts: int, names: list[str]) -> None:
         parts = json.loads(EVIDENCE.read_text(encoding="utf-8"))["parts"] | {name: part}
         found = {"parts": {key: parts[key] for key in PARTS if key in parts}}
         EVIDENCE.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        PAGE.write_text(page(found), encoding="utf-8")
+        PAGE.write_text(written(), encoding="utf-8")
 
 
 if __name__ == "__main__":

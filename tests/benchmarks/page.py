@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from tests.benchmarks import recall
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIDENCE = ROOT / "docs" / "evidence" / "bench.json"
@@ -70,11 +73,9 @@ A ratio is CPU-seconds of the rival over those of the figure; the rival is timed
 machine. Where not all heads were run, both sides are scaled to all. The loop computes every row's logits, on padded prompts, as
 code written by hand does. The largest difference is that of edited scores between the two sides, over the heads that both ran.
 
-The first row holds the proof on first contact as well (one short pass per layer, once per model and process), and each row its check
-against the plain way: eight prompts' worth of passes, which weigh more the fewer prompts there are. Of what remains, products of
-matrices are four fifths (67 µs a row and layer were measured, 54 at the machine's best); at the last row of the prompt a third is the
-unembedding, which log-odds need whole. How well the ranking by gradients finds the ten strongest heads over many draws of prompts has not
-been measured here; what it does not confirm is *not tested*.
+The proof on first contact (one short pass per layer, about ten seconds here, once per model and process) came before. Each row holds its
+check against the plain way: eight prompts' worth of passes, which weigh more the fewer prompts there are. Of what remains, products of
+matrices are two thirds to four fifths; at the last row of the prompt a third is the unembedding, which log-odds need whole.
 """
 
 
@@ -82,8 +83,14 @@ _CAPTURE = ("capture-256", "capture-1024", "capture-4096", "streaming", "writing
 _SCANS = ("last-row", "all-rows", "all-rows-apart", "gradients")
 
 
-def page(found: dict[str, Any]) -> str:
-    """The page, from the file's content."""
+def written() -> str:
+    """The page, from what the files hold now."""
+    found, ranking = (json.loads(path.read_text(encoding="utf-8")) for path in (EVIDENCE, recall.EVIDENCE))
+    return page(found, recall.section(ranking))
+
+
+def page(found: dict[str, Any], ranking: str) -> str:
+    """The page, from what `make bench` found and the section of tests/benchmarks/recall.py."""
     parts = found["parts"]
     captures, scans = ([parts[name] for name in names if name in parts] for names in (_CAPTURE, _SCANS))
     lines = [_CAPTURE_BEFORE, *_told(captures), ""]
@@ -111,7 +118,7 @@ def page(found: dict[str, Any]) -> str:
                 f" {figure['rival_cpu_seconds']:.0f} | {figure['against']} | {figure['prompts']} | {figure['measured']} |"
                 f" {'–' if largest is None else f'{largest:.0e}'} |"
             )
-    return "\n".join(lines) + "\n" + _AFTER
+    return "\n".join([*lines, _AFTER, ranking])
 
 
 def _told(parts: Sequence[dict[str, Any]]) -> list[str]:

@@ -1,7 +1,7 @@
 """How well gradients find the strongest heads: every head of three models is ablated, and the ranking is held against that.
 
-``python -m tests.benchmarks.recall`` measures (ten CPU-minutes), writes docs/evidence/recall.json, and with it the paragraph of
-docs/speed.md. Models: SmolLM2 as shipped, taught to refuse, and the latter with the last layers' weights drawn anew, in which nothing
+``python -m tests.benchmarks.recall`` measures (ten CPU-minutes), writes docs/evidence/recall.json, and with it the last section of
+docs/speed.md (`make bench` writes the others). Models: SmolLM2 as shipped, taught to refuse, and the latter with the last layers' weights drawn anew, in which nothing
 was learned that a gradient could follow.
 
 Truth and estimate are those of the same draw of prompts: this is about a ranking standing in for ablations of these prompts, not about
@@ -10,7 +10,6 @@ whether heads found on some prompts matter on others.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -183,8 +182,9 @@ def main() -> None:
     sizes = {"n_prompts": N_PROMPTS, "n_drawn": N_DRAWN, "n_draws": N_DRAWS}
     told = provenance(COMMAND, ("torch", "transformers", "transformer-lens"))
     write_json(EVIDENCE, told | sizes | {"load": os.getloadavg()[0], "models": models})
-    found = json.loads(EVIDENCE.read_text(encoding="utf-8"))
-    print(section(found))  # noqa: T201
+    from tests.benchmarks.page import PAGE, written
+
+    PAGE.write_text(written(), encoding="utf-8")
 
 
 if __name__ == "__main__":

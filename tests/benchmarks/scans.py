@@ -165,8 +165,9 @@ def _shared(batch: SpanBatch) -> int:
 
 @functools.cache
 def _prepared(n_prompts: int) -> tuple[Model, SpanBatch]:
+    """The model, proven for edits of heads (once per model and process, before any scan), and prompts."""
     model = rl.load_model("smollm2")
-    verify(model, edits=["z"])  # once per model and process, before any scan
+    verify(model, reads=["pattern"], edits=["z"])
     return model, of_all_lengths(rl.ChatFormat.from_model(model), n_prompts)
 
 
