@@ -24,7 +24,7 @@ pattern) need none of that, so each layer runs the model's own attention, and on
 its queries, keys and mask.
 
 **When.** Llama, SmolLM2, Qwen2, Qwen3, Gemma, Gemma 3, Mistral, Mixtral, and what else calls attention in the way of `transformers`
-from the projections the bridge hooks; sliding windows, padding, grouped queries and a key-value cache included, in every precision.
+from the projections the bridge hooks; sliding windows, padding, grouped queries and a key-value cache included, in float32 and bfloat16.
 On first contact it is proven on the model itself that both ways give the same logits and rows, with padding and without (1e-4 of
 the largest logit in float32). Not where scores are capped (Gemma 2), which sdpa does not do; nor with attention sinks (gpt-oss), whose
 rows do not sum to 1 and are refused either way; nor on GPT-2, GPT-NeoX and Phi 3, for which the bridge keeps projections of its own;
@@ -40,7 +40,14 @@ With `out=` rows are streamed to disk; what grows in memory with the number of p
 _CAPTURE_AFTER = """
 Time is CPU-seconds of the process, the median of runs in turns (A B A B); memory is the highest mark above what was held before, each
 run in a process of its own. All sides run the same tokens in the same batches of 4 096 tokens; forward passes return the last row's
-logits, as capture does, while `run_with_cache` returns all. A capture's time holds the digest of the whole weights, once per call.
+logits, as capture does, while `run_with_cache` returns all.
+
+A capture's time holds what a call costs once. Profiled on 16 prompts of 256 tokens, the forward pass took 92 % of the time, SHA-256
+over the whole weights 5 %, the readers 0.6 % and labels the rest: where the step-by-step way misses 1.05 ×, it is the digest, whose share falls
+with every further prompt of the call. It was left as it is: a digest remembered by anything less than all weights
+would name the wrong model after an edit. Against Hugging Face, of the excess at 1 024 tokens about 4 % was the digest and about 4 % the
+bridge's norms, which take twice as long as the model's own (12.3 against 6.4 ms for 4 096 tokens); norms without hooks are the model's
+own since those figures were measured.
 """
 
 _BEFORE = """

@@ -313,6 +313,22 @@ def test_what_fires_shows_the_same_and_can_be_edited(site: Any) -> None:
     assert float((plain - found[0][1]).abs().max()) > 1e-3
 
 
+@pytest.mark.parametrize("name", ["blocks.1.ln1.hook_out", "blocks.0.ln2.hook_in", "ln_final.hook_out"])
+def test_a_hook_on_a_norm_fires_also_where_it_comes_late(name: str) -> None:
+    """Norms without hooks are the model's own meanwhile."""
+    model, prompts = told("llama"), batch()
+    run = functools.partial(last_logits, model, prompts.tokens, prompts.attention_mask)
+    hooks = [(name, lambda value, hook: value * 1.5 + 0.3)]
+    with hooked(model, hooks):
+        expected = run()
+    with sdpa_kept(model):
+        plain = run()
+        with hooked(model, hooks):
+            close(run(), expected, 5e-5)
+        assert torch.equal(run(), plain)
+    assert float((plain - expected).abs().max()) > 1e-2
+
+
 def test_numbers_that_disagree_are_noticed_on_first_contact(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = wrapped("llama", "bridge"), batch()
     plain = QueriesAndKeys._mask_of
