@@ -9,6 +9,7 @@ import pytest
 
 import rim_lens as rl
 from rim_lens.measures.circuits.nodes import edges_between
+from rim_lens.measures.frames import frame_from_json
 from rim_lens.organisms.planted import planted_truth
 from rim_lens.organisms.toy.recipe import one_thread
 from tests import circuit_verdicts
@@ -69,6 +70,26 @@ def test_a_toy_comes_out_the_same() -> None:
         if (test["measure"], test["kind"]) == ("faithfulness", "harmful")
     )
     assert found.row("faithfulness", "harmful")["share"] == pytest.approx(faithful, abs=0.02)
+
+
+def test_the_page_on_smollm2_says_what_was_measured() -> None:
+    """A circuit of at most 30 nodes beside random ones, whatever comes of it; and what docs/smollm2-refusal.md says of it."""
+    folder = circuit_verdicts.EVIDENCE.parent
+    found = json.loads((folder / "circuit_smollm2-refusal.json").read_text())
+    page = (folder / "circuit_smollm2-refusal.md").read_text()
+    told = " ".join((folder.parent / "smollm2-refusal.md").read_text().split())
+    assert found["settings"]["plan"]["n_nodes"] <= 30
+    tests = frame_from_json(found["tests"])
+    for name in ("faithfulness", "completeness"):
+        row = tests[(tests["measure"] == name) & (tests["kind"] == "harmful")].iloc[0]
+        share = f"{row['share']:.2f} [{row['share_low']:.2f}, {row['share_high']:.2f}]"
+        assert share in page
+        assert share in told
+        assert row["n_controls"] >= 12
+        assert f"of {row['n_controls']:.0f} random circuits, {row['random']:.2f}" in page
+    asked = found["settings"]
+    n_measured = asked["plan"]["n_edges"] - len(asked["not_tested"])
+    assert f"{n_measured} of {asked['plan']['n_edges']} edges were measured" in told
 
 
 def test_labels_exchanged_in_the_table_are_words_exchanged_in_the_requests() -> None:
