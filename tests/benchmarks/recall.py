@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ N_DRAWS = 500
 TOP = 10
 CONFIRMED = (10, 15, 20, 27, 40, 54, 81)
 GOAL = 0.95
-EARLY = 1  # layers, from the first, that are confirmed whatever their estimate
+EARLY = (1, 3)  # layers, from the first, that are confirmed whatever their estimate
 RANDOM_LAYERS = 5
 SEED = 0
 
@@ -64,6 +65,7 @@ def recalls(
     effects: Float[np.ndarray, "prompt layer head"],
     estimates: Float[np.ndarray, "prompt layer head"],
     n_confirm: int,
+    early: int,
     draws: list[np.ndarray],
     by: str,
 ) -> Float[np.ndarray, " draw"]:
@@ -72,13 +74,14 @@ def recalls(
     Args:
         effects: What ablation of each head does to each prompt's score, nats.
         estimates: What the gradients say of it.
-        n_confirm: How many heads of the ranking are confirmed; early layers besides.
+        n_confirm: How many heads of the ranking are confirmed.
+        early: How many layers, from the first, are confirmed besides.
         draws: Places of the prompts of each draw.
         by: "size" ranks heads truly by the mean of their effects' size, "mean" by the size of their mean effect.
 
     >>> effects = np.array([[[5.0, 0, 0], [4.0, 0, 3.0]]])
     >>> estimates = np.array([[[0.0, 0, 0], [9.0, 8.0, 0]]])
-    >>> recalls(effects, estimates, 2, [np.array([0])], "size")  # (0, 0) is of an early layer, (1, 2) is missed; ten are asked for of six
+    >>> recalls(effects, estimates, 2, 1, [np.array([0])], "size")  # (0, 0) is of an early layer, (1, 2) is missed; ten are asked for of six
     array([0.83333333])
     """
     found = []
@@ -87,7 +90,7 @@ def recalls(
         strongest = np.argsort(-truth, axis=None, kind="stable")[:TOP]
         kept = np.zeros(truth.shape, dtype=bool)
         kept.flat[np.argsort(-np.abs(estimates[draw]).mean(0), axis=None, kind="stable")[:n_confirm]] = True
-        kept[:EARLY] = True
+        kept[:early] = True
         found.append(kept.flat[strongest].mean())
     return np.array(found)
 
@@ -110,22 +113,19 @@ def measured(name: str) -> dict[str, Any]:
     }
 
 
-def summary(found: Mapping[str, Any]) -> dict[str, dict[str, list[list[float]]]]:
-    """By kind of truth and model, for each number of confirmed heads: mean recall over draws, its 5th percentile, share of draws at 1."""
+def summary(found: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, list[list[float]]]]:
+    """By kind of truth, early layers and model, for each number of confirmed heads: mean recall over draws, its 5th percentile."""
     draw = np.random.default_rng(SEED)
     draws = [draw.permutation(found["n_prompts"])[: found["n_drawn"]] for _ in range(found["n_draws"])]
-    table: dict[str, dict[str, list[list[float]]]] = {}
-    for by in ("size", "mean"):
+    tables: dict[tuple[str, int], dict[str, list[list[float]]]] = {}
+    for by, early in product(("size", "mean"), EARLY):
         for one in found["models"]:
             effects, estimates = np.array(one["effects"]), np.array(one["estimates"])
-            rows = []
-            for n_confirm in CONFIRMED:
-                values = recalls(effects, estimates, n_confirm, draws, by)
-                rows.append(
-                    [float(values.mean()), float(np.quantile(values, 0.05)), float((values == 1).mean())]
-                )
-            table.setdefault(by, {})[one["model"]] = rows
-    return table
+            values = [recalls(effects, estimates, n_confirm, early, draws, by) for n_confirm in CONFIRMED]
+            tables.setdefault((by, early), {})[one["model"]] = [
+                [float(row.mean()), float(np.quantile(row, 0.05))] for row in values
+            ]
+    return tables
 
 
 def enough(table: Mapping[str, list[list[float]]]) -> int | None:
@@ -139,37 +139,37 @@ def enough(table: Mapping[str, list[list[float]]]) -> int | None:
 def section(found: Mapping[str, Any]) -> str:
     """What docs/speed.md says of it."""
     tables = summary(found)
-    few, also = enough(tables["size"]), enough(tables["mean"])
     lines = [
         "## Gradients first: how many heads to confirm",
         "",
         f"`{found['command']}`, {found['date']}: every head of three models ablated at all rows on n = {found['n_prompts']} harmful requests, and ranked by",
         f"gradient × activation (mean of its size over prompts). Of {found['n_draws']} draws of {found['n_drawn']} of these prompts (seed {SEED}), the share of the draw's {TOP} truly",
-        "strongest heads that are among the first of the ranking or in layer 0: mean (5th percentile). Draws share prompts, so their",
+        "strongest heads that are among the first of the ranking or in the first layers: mean (5th percentile). Draws share prompts, so their",
         "spread is not that over new requests.",
-        "",
     ]
-    for by, title in (("size", "by mean size of effect"), ("mean", "by size of mean effect")):
+    titles = {
+        "size": "Truly strongest by the mean of effects' size",
+        "mean": "Truly strongest by the size of the mean effect",
+    }
+    for (by, early), table in tables.items():
+        few = enough(table)
+        told = (
+            f"{few} of the ranking keep a mean recall of {GOAL:g} in all three"
+            if few
+            else f"none of these numbers keeps {GOAL:g} in all three"
+        )
         lines += [
-            f"| {title}: heads confirmed | " + " | ".join(map(str, CONFIRMED)) + " |",
+            "",
+            f"{titles[by]}, {'layer 0' if early == 1 else f'layers 0 to {early - 1}'} always confirmed: {told}.",
+            "",
+            "| heads of the ranking | " + " | ".join(map(str, CONFIRMED)) + " |",
             "| --- |" + " ---: |" * len(CONFIRMED),
             *(
-                f"| {name} | " + " | ".join(f"{mean:.2f} ({low:.2f})" for mean, low, _ in rows) + " |"
-                for name, rows in tables[by].items()
+                f"| {name} | " + " | ".join(f"{mean:.2f} ({low:.2f})" for mean, low in rows) + " |"
+                for name, rows in table.items()
             ),
-            "",
         ]
-    told = (
-        f"{few} heads suffice for a mean recall of {GOAL:g} in all three"
-        if few
-        else f"none of these numbers keeps a mean recall of {GOAL:g} in all three"
-    )
-    told += (
-        f" ({also or 'none'} where heads are ranked truly by their mean effect)"
-        if also != few
-        else " by either truth"
-    )
-    return "\n".join([*lines, f"So {told}. What is not confirmed is *not tested*, never small.", ""])
+    return "\n".join([*lines, "", "What is not confirmed is *not tested*, never small.", ""])
 
 
 def main() -> None:

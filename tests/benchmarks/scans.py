@@ -24,6 +24,9 @@ SYSTEM = (
 )
 
 
+N_CONFIRM = 81  # keeps a mean recall of .95 in the three models of recall.py
+
+
 def zeroed(z: Tensor, hook: Any, head: int, rows: slice) -> Tensor:
     z = z.clone()
     z[:, rows, head] = 0
@@ -196,4 +199,4 @@ def all_rows_apart(n_prompts: int) -> Iterator[dict[str, Any]]:
 def gradients(n_prompts: int) -> Iterator[dict[str, Any]]:
     """Gradients first, then the heads they rank highest."""
     model, batch = _prepared(n_prompts)
-    yield prefilter(model, batch, 20, 25, 2)
+    yield prefilter(model, batch, N_CONFIRM, 25, 2)
