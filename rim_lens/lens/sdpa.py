@@ -132,6 +132,7 @@ def sdpa_kept(model: Model) -> Iterator[None]:
     """
     from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 
+    _register()
     attention = [block.attn for block in model.blocks]
     points = model.hook_dict
     with ExitStack() as stack:
@@ -207,7 +208,6 @@ def _register() -> None:
 def _proven(model: Model, facts: ModelFacts) -> _Proof:
     try:
         _require_parts(model)
-        _register()
         with alone(model), torch.no_grad():
             return _compared(model, facts)
     except UnsupportedModel as problem:
