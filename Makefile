@@ -42,6 +42,7 @@ notebooks: .venv/ready-docs
 # Figures of speed beside their rivals, as docs/evidence/bench.json and docs/speed.md. Alone on one thread, or ratios are noise.
 bench: .venv/ready-dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks $(PROMPTS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.growth
 
 # What takes long. Its outputs are committed under docs/evidence, with command, versions and date.
 evidence: .venv/ready-dev .venv/ready-docs evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-circuits evidence-checkpoints evidence-freezing evidence-views evidence-sharing evidence-sizing
