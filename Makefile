@@ -44,6 +44,8 @@ notebooks: .venv/ready-docs
 # PARTS="capture-1024 streaming" runs those alone (tests/benchmarks/__main__.py names all); the others' figures stay.
 bench: .venv/ready-dev
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks --prompts $(PROMPTS) $(PARTS)
+	$(if $(PARTS),,OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.recall)
+	$(if $(PARTS),,OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.growth)
 
 # What takes long. Its outputs are committed under docs/evidence, with command, versions and date.
 evidence: .venv/ready-dev .venv/ready-docs evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-circuits evidence-checkpoints evidence-freezing evidence-views evidence-sharing evidence-sizing

@@ -1,12 +1,13 @@
-"""docs/speed.md is what docs/evidence/bench.json and recall.json say."""
+"""docs/speed.md is what docs/evidence/bench.json, recall.json and growth.json say."""
 
 from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
-from tests.benchmarks.page import EVIDENCE, PAGE, written
+from tests.benchmarks.page import EVIDENCE, GROWTH, PAGE, written
 
 
 def test_the_page_is_what_was_measured() -> None:
@@ -29,3 +30,26 @@ def test_the_page_is_what_was_measured() -> None:
                     figure["ratio"] >= goal if more_is_better else figure["ratio"] <= goal
                 )
             assert (figure.get("largest_difference_nats") or 0) < 1e-4
+
+
+def test_cost_grows_by_no_more_than_is_promised() -> None:
+    found = json.loads(GROWTH.read_text(encoding="utf-8"))
+    assert {one["over"].split()[0].rstrip(",") for one in found["series"]} == {
+        "prompts",
+        "tokens",
+        "layers",
+        "heads",
+        "new",
+    }
+    for one in found["series"]:
+        sizes = [size for size, some in zip(one["sizes"], one["cpu_seconds"], strict=True) for _ in some]
+        seconds = [second for some in one["cpu_seconds"] for second in some]
+        fitted = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
+        assert fitted == pytest.approx(one["slope"])
+        assert one["low"] <= one["promised"], one["what"]
+
+
+def test_two_models_take_less_than_both_at_once() -> None:
+    two = json.loads(GROWTH.read_text(encoding="utf-8"))["two_models"]
+    assert two["both"] < two["one"] + 0.6 * two["weights"]
+    assert two["held"] > two["one"] + two["weights"]  # or nothing would be shown by it

@@ -326,7 +326,7 @@ def test_means_over_many_passes_weigh_each_row_the_same(
     reference = random_batch(seed=22, n_prompts=7, shortest=7, longest=13)
     whole = logits_under(case_gqa, AblateHeads(HEADS, "mean", reference))
     monkeypatch.setattr(
-        "rim_lens.hooks.reference.micro_batches", lambda lengths: [[row] for row in range(len(lengths))]
+        "rim_lens.hooks.reference.row_groups", lambda lengths: [[row] for row in range(len(lengths))]
     )
     close(logits_under(case_gqa, AblateHeads(HEADS, "mean", reference)), whole)
 
