@@ -173,11 +173,7 @@ def _growth(found: dict[str, Any]) -> str:
     two = found["two_models"]
     ratio = two["both"] / two["one"]
     beyond = two["both"] - two["one"] - two["accumulators"] - two["shard"]
-    over = (
-        "met"
-        if beyond <= 0
-        else f"missed by {beyond / 1e9:.2f} GB, whose cause is not found; the base's weights are let go before the tuned ones are loaded"
-    )
+    over = "met" if beyond <= 0 else f"missed by {beyond / 1e9:.2f} GB"
     lines += [
         "",
         "A slope below the counted one is a fixed cost (hooks, checks against the plain way) that weighs less in larger runs. Above it,"

@@ -51,5 +51,5 @@ def test_cost_grows_by_no_more_than_is_promised() -> None:
 
 def test_two_models_take_less_than_both_at_once() -> None:
     two = json.loads(GROWTH.read_text(encoding="utf-8"))["two_models"]
-    assert two["both"] < two["one"] + 0.6 * two["weights"]
+    assert two["both"] <= two["one"] + two["accumulators"] + two["shard"]
     assert two["held"] > two["one"] + two["weights"]  # or nothing would be shown by it

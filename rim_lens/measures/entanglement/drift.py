@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # A bridge holds these beside the fused weight they were cut from: the same numbers once more.
 _FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "in", "up")}
 _SHARD = 2**28  # bytes of one file: what is held twice while it is written
+_PIECE = 2**18  # numbers that are compared at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,13 +123,11 @@ def weight_drift(base: Model | str | Path, tuned: Model) -> WeightDrift:
                 f"the base's weight {name!r} has shape {tuple(before.shape)} and the tuned model {found}; weight drift is between"
                 " models of one architecture in one TransformerLens family."
             )
-        old = before.to(device="cpu", dtype=torch.float32)
-        change = after.to(device="cpu", dtype=torch.float32) - old
-        squares = [float(tensor.double().square().sum()) for tensor in (old, change)]
+        squares = _squares(before, after)
         if not all(map(math.isfinite, squares)):
             raise NotFinite(f"weight {name!r} holds NaN or infinity in one of the models.")
         norm, distance = map(math.sqrt, squares)
-        lines.append({"name": name, "n": old.numel(), "base_norm": norm, "moved_norm": distance})
+        lines.append({"name": name, "n": before.numel(), "base_norm": norm, "moved_norm": distance})
     if moved:
         raise ReferenceMismatch(
             f"the tuned model has {len(moved)} weights that the base lacks (first: {next(iter(moved))!r}); weight drift is"
@@ -138,6 +137,20 @@ def weight_drift(base: Model | str | Path, tuned: Model) -> WeightDrift:
     table["relative"] = (table["moved_norm"] / table["base_norm"]).where(table["base_norm"] > 0)
     total = math.sqrt(float((table["base_norm"] ** 2).sum()))
     return WeightDrift(math.sqrt(float((table["moved_norm"] ** 2).sum())) / total, table)
+
+
+def _squares(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """Squared norm of a weight before, and of its change; a piece at a time, as in float64 a large one is twice itself."""
+    whole, moved = before.flatten(), after.flatten()
+    norm = distance = 0.0
+    for start in range(0, len(whole), _PIECE):
+        old, new = (
+            one[start : start + _PIECE].to(device="cpu", dtype=torch.float32) for one in (whole, moved)
+        )
+        change = new - old
+        norm += float(old.double().square().sum())
+        distance += float(change.double().square().sum())
+    return norm, distance
 
 
 def _weights(base: Model | str | Path) -> Iterator[tuple[str, Tensor]]:
