@@ -602,7 +602,9 @@ def _number(value: float | None) -> str:
 
 
 def _p(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value >= 0.0005 else "< 0.001"
 
 
 def parts() -> dict[str, list[tuple[str, Callable[[], Any]]]]:
