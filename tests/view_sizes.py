@@ -24,6 +24,7 @@ from typing import Any
 import rim_lens as rl
 from rim_lens.lens import Model, wrap_hf
 from rim_lens.measures.pages import write_json
+from rim_lens.organisms.planted import planted_truth
 from rim_lens.organisms.toy.host import TOKEN, toy_tokenizer
 from rim_lens.organisms.toy.recipe import one_thread
 from rim_lens.prompts.records import Prompt
@@ -162,6 +163,19 @@ def neuron_page(base: Model, tuned: Model, folder: Path) -> Path:
     return rl.views.write_neuron_explorer(view, folder / "neurons.html")
 
 
+def circuit_page(folder: Path) -> Path:
+    """The circuit explorer of `planted`: its circuit, decoys and the sink, under two contrasts."""
+    model, truth = rl.load_model("planted"), planted_truth()
+    chat = rl.ChatFormat.from_model(model)
+    asked = [rl.load_prompts(kind, language="toy") for kind in KINDS]
+    heads = [*truth.heads, *truth.decoy_heads, *truth.sink_heads]
+    neurons = {"and": truth.neurons, "decoy": truth.decoy_neurons}
+    search = rl.CircuitSearch(limit=8, n_random=6, n_random_senders=1)
+    found = rl.circuit(model, chat, heads, neurons, *asked[:2], contrasts=("twins", "careful"), search=search)
+    view = rl.views.circuit_view(found, model, chat, *asked[:2])
+    return rl.views.write_circuit_explorer(view, folder / "circuit.html")
+
+
 def circuitsvis(n_heads: int, n_tokens: int) -> Callable[[Path], Path]:
     """Patterns of several heads, and coloured tokens, in CircuitsVis' own elements."""
 
@@ -216,6 +230,9 @@ PAGES: dict[str, Made] = {
         )
         for layers, width in NEURONS
     },
+    "circuit explorer, planted": Made(
+        circuit_page, "6 heads and sets of neurons, 50 edges, 2 contrasts", EXPLORER_GOAL
+    ),
     "study report": _report("demo"),
     "neuron report": _report("neurons toy --requests 24 --m 13"),
     "checkpoint report": _report(
@@ -362,16 +379,23 @@ def browser_version() -> str:
         return f"Chromium {driver.capabilities['browserVersion'].split('.')[0]} (headless)"
 
 
-def measure() -> None:
-    """Make and open every page; write docs/evidence/views.json."""
+def measure(only: Sequence[str] = ()) -> None:
+    """Make and open every page, or only some; write docs/evidence/views.json."""
     from rim_lens.views.circuitsvis import MAX_CELLS
 
     layers, heads, tokens = SIZES[-1]
     with one_thread():
         lines_ = []
-        for name in PAGES:
+        for name in only or PAGES:
             print(name, flush=True)  # noqa: T201 - it takes minutes
             lines_.append(measured(name, MADE / name.replace(" ", "-").replace(",", "")))
+    if only:
+        content = json.loads(EVIDENCE.read_text(encoding="utf-8"))
+        by_name = {line["page"]: line for line in [*content["pages"], *lines_]}
+        content["pages"] = [by_name[name] for name in PAGES if name in by_name]
+        content["largest"] = list(PAGES).index(f"head explorer, {layers} × {heads}")
+        write_json(EVIDENCE, content)
+        return
     content = provenance(COMMAND, ("torch", "transformers", "transformer-lens", "plotly", "circuitsvis"))
     content |= {
         "browser": browser_version(),
@@ -392,8 +416,10 @@ def main() -> None:
     parser.add_argument(
         "--page", action="store_true", help="write the page anew from what was measured before"
     )
-    if not parser.parse_args().page:
-        measure()
+    parser.add_argument("only", nargs="*", help="measure these pages alone; the others stay as they were")
+    asked = parser.parse_args()
+    if not asked.page:
+        measure(asked.only)
     PAGE.write_text(page(json.loads(EVIDENCE.read_text(encoding="utf-8"))), encoding="utf-8")
 
 
