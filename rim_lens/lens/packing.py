@@ -141,7 +141,7 @@ def _mixed(parts: Sequence[tuple[str, Tensor, Tensor]], bias: Tensor, softcap: f
         scores = torch.tanh(scores / softcap) * softcap
     weights = torch.split((scores + bias).softmax(dim=-1), sizes, dim=-1)
     found = [
-        torch.einsum(equation, weight, values)
+        torch.einsum(equation, weight.to(values.dtype), values)
         for weight, (equation, _, values) in zip(weights, parts, strict=True)
     ]
     return sum(found[1:], start=found[0])

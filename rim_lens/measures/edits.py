@@ -68,7 +68,7 @@ def scan_of(
         reading: The measure.
         editors: By name.
         remember: See `head_effects`.
-        by: "auto" or "plain", see `head_effects`.
+        by: "auto", "plain" or "rough", see `head_effects`.
     """
     return Scan(
         reading,
@@ -115,13 +115,13 @@ def measured_together(
             mine = waiting[rank::n_parts] if rank < n_parts else ()
             return _part(reading, {key: asked[key] for key in mine}, scan)
 
-        for found, used, why in gathered(f"{len(waiting)} edits", part):
+        for found, used, why, error in gathered(f"{len(waiting)} edits", part):
             for key, values in found.items():
                 waiting.remove(key)
                 if values is not None:
                     _known(remember, key, values)
             if scan is not None:
-                scan.learn(used, why)
+                scan.learn(used, why, error)
     if scan is not None:
         scan.forget([one for key, edit in asked.items() if key not in waiting for one in edit])
     return remember
@@ -129,8 +129,8 @@ def measured_together(
 
 def _part(
     reading: Reading, edits: Mapping[str, Sequence[Component]], scan: Scan | None
-) -> tuple[dict[str, list[float] | None], bool, str]:
-    """What this process found in a while, None for an edit that is not possible; whether in packs, or why not."""
+) -> tuple[dict[str, list[float] | None], bool, str, float]:
+    """What this process found in a while, None for an edit that is not possible; whether in packs, or why not; how rough."""
     own = Scan(reading, [one for edit in edits.values() for one in edit], scan.by if scan else "plain")
     found: dict[str, list[float] | None] = {}
     begin = time.monotonic()
@@ -141,7 +141,7 @@ def _part(
             found[key] = own(edit).tolist()
         except ImpossibleEdit:
             found[key] = None
-    return found, own.used, own.plain_because
+    return found, own.used, own.plain_because, own.error
 
 
 def _is_known(remember: Remember, key: str) -> bool:

@@ -38,7 +38,7 @@ from rim_lens.measures.refusal.first_word import (
 from rim_lens.measures.refusal.openers import opener_ids, whitespace_ids
 from rim_lens.measures.refusal.score import log_odds
 
-ScanBy = Literal["auto", "plain"]
+ScanBy = Literal["auto", "plain", "rough"]
 
 _FEWEST = 4  # edits that are worth a trunk and a check
 _FEWEST_READS = 32  # edits × prompts
@@ -46,6 +46,7 @@ _TRUNKS_PER_GROUP = (
     16  # a group of edits costs about so many passes without edits, then its numbers are handed over
 )
 _TOLERANCE = 1e-4
+_EXACT = (torch.float32, torch.float64)
 # Models that cannot be read so, as they were wired then, and why
 _refused: WeakKeyDictionary[Any, tuple[tuple[Any, ...], str]] = WeakKeyDictionary()
 _KEPT = 2**27  # numbers of a trunk that are held at a time
@@ -57,26 +58,39 @@ class Scan:
     Args:
         reading: The measure.
         components: Editors that will be asked for, in this order or less.
-        by: "auto", or "plain": one reading per edit, always.
+        by: "auto"; or "plain": one reading per edit, always; or "rough": in groups in half precision too, whose error is told
+            and often larger than an effect, so that effects rank heads and say no more.
 
     Raises:
-        ValueError: `by` is neither.
+        ValueError: `by` is none of these.
     """
 
     def __init__(self, reading: Reading, components: Sequence[Component], by: ScanBy = "auto") -> None:
         if by not in get_args(ScanBy):
-            raise ValueError(f"scan={by!r} was asked for; there are 'auto' and 'plain'.")
+            raise ValueError(f"scan={by!r} was asked for; there are 'auto', 'plain' and 'rough'.")
         self.reading, self.by = reading, by
         self._waiting = {id(component): component for component in components}
         self._found: dict[int, Float[np.ndarray, " prompt"]] = {}
         self._baseline: Float[np.ndarray, " prompt"] | None = None
-        self.plain_because = "it was asked for" if by == "plain" else _unserved(reading)
+        self.plain_because = "it was asked for" if by == "plain" else _unserved(reading, by)
         self.used = False
+        self.error = 0.0  # largest difference from plain readings that was seen, in half precision
 
     @property
     def told(self) -> str:
         """How the numbers came about, in words."""
-        return "packed" if self.used else f"plain ({self.plain_because or 'too few edits'})"
+        if not self.used:
+            return f"plain ({self.plain_because or 'too few edits'})"
+        if not self._half:
+            return "packed"
+        return (
+            f"packed, rough ({_dtype(self.reading)}: off by up to {self.error:.2g} nats from plain readings of the same precision;"
+            " a ranking, and no more)"
+        )
+
+    @property
+    def _half(self) -> bool:
+        return _dtype(self.reading) not in _EXACT
 
     def __call__(self, components: Sequence[Component]) -> Float[np.ndarray, " prompt"]:
         """Read with these components active; with none, the baseline."""
@@ -103,9 +117,9 @@ class Scan:
             return self._baseline is not None
         return len(components) == 1 and id(components[0]) in self._found
 
-    def learn(self, used: bool, plain_because: str) -> None:
+    def learn(self, used: bool, plain_because: str, error: float = 0.0) -> None:
         """Take note of how another scan of this reading went."""
-        self.used = self.used or used
+        self.used, self.error = self.used or used, max(self.error, error)
         self.plain_because = self.plain_because or plain_because
 
     def forget(self, components: Sequence[Component]) -> None:
@@ -134,7 +148,10 @@ class Scan:
             for at in sorted({1 + len(found) // 2, len(found) - 1}):
                 expected.append((at, plainly(self.reading, group[at - 1], rows)))
             for at, values in expected:
-                _require_alike(found[at][rows], values, repr(group[at - 1]) if at else "no edit")
+                if self._half:
+                    self.error = max(self.error, float(np.abs(found[at][rows] - values).max()))
+                else:
+                    _require_alike(found[at][rows], values, repr(group[at - 1]) if at else "no edit")
         except UnsupportedModel as problem:
             self._refuse(str(problem), warn=isinstance(problem, _Disagree))
             return
@@ -182,12 +199,15 @@ def _like(component: Any, other: Any) -> bool:
     return isinstance(one, str) and isinstance(two, str) and one == two
 
 
-def _unserved(reading: Reading) -> str:
+def _dtype(reading: Reading) -> torch.dtype:
+    return next(reading.model.parameters()).dtype
+
+
+def _unserved(reading: Reading, by: ScanBy) -> str:
     if reading.first_word is None:
         return "the reading is not refusal_score alone"
-    parameter = next(reading.model.parameters())
-    if parameter.dtype not in (torch.float32, torch.float64):
-        return f"the weights are {parameter.dtype}"
+    if by != "rough" and _dtype(reading) not in _EXACT:
+        return f"the weights are {_dtype(reading)}"
     before, why = _refused.get(reading.model, (None, ""))
     if why and before == wiring(reading.model):
         return why
@@ -330,6 +350,7 @@ class _Packed:
 
 def _log_odds(logits: Float[Tensor, "read d_vocab"], ids: Int[Tensor, " opener"]) -> Float[Tensor, " read"]:
     """As `log_odds`, without a copy of every logit in float64; the openers' logits are lost."""
+    logits = logits.float() if logits.dtype not in _EXACT else logits
     found = logits[:, ids].double().logsumexp(dim=1)
     return found - logits.index_fill_(1, ids, float("-inf")).logsumexp(dim=1)
 

@@ -72,7 +72,8 @@ outputs or neurons to zero, to a mean over data, by a factor, or to what another
 sliding windows, without the bridge's hooks; attention alone is done here. In every scan the baseline and three edits are read the
 plain way as well, on the longest prompt and the shortest. Where a number differs by more than 1e-4 nats and a hundred-thousandth of the score a warning says so and all
 edits are read one by one, as they are on a `HookedTransformer`, in half precision (whose error is larger than most effects), with
-hooks of your own on the model, and by any other reading. `scan="plain"` does so always, and `effects.attrs["scan"]` says which way it
+hooks of your own on the model, and by any other reading. In half precision `scan="rough"` reads many at a time all the same and tells
+the error it sees: to rank heads, and no more. `scan="plain"` reads one by one always, and `effects.attrs["scan"]` says which way it
 was. Held against the plain way to 1e-5 on eleven architectures: tests/measures/test_scanning.py.
 """
 

@@ -356,6 +356,28 @@ def test_numbers_that_differ_are_not_given(monkeypatch: pytest.MonkeyPatch) -> N
             assert head_effects(reading, heads).attrs["scan"] == found.attrs["scan"]
 
 
+def test_half_precision_ranks_where_it_is_asked_to() -> None:
+    """In bfloat16: plain unless asked; asked, in packs, with the error told; never remembered."""
+    exact, batch = told("llama")
+    heads = model_facts(exact).heads()
+    truth = head_effects(refusal_reading(exact, batch), heads)
+    model = wrap_hf(hf_of("llama").to(torch.bfloat16), toy_tokenizer(), family="bridge")
+    reading = refusal_reading(model, batch)
+    with warnings.catch_warnings(action="error"):
+        assert head_effects(reading, heads).attrs["scan"] == "plain (the weights are torch.bfloat16)"
+    with pytest.warns(RuntimeWarning, match="a ranking, and no more"):
+        rough = head_effects(reading, heads, scan="rough")
+    assert rough.attrs["scan"].startswith("packed, rough (torch.bfloat16: off by up to 0.")
+    sizes = [np.abs(found.values).mean(0) for found in (truth, rough)]
+    assert np.corrcoef(*sizes)[0, 1] > 0.9
+    assert 0 < np.abs(rough - truth).max() < 0.5
+    with pytest.raises(ValueError, match="taken for exact ones"):
+        head_effects(reading, heads, remember={}, scan="rough")
+    again = head_effects(refusal_reading(exact, batch), heads, scan="rough")
+    assert again.attrs["scan"] == "packed"  # float32 is exact, asked or not
+    np.testing.assert_array_equal(again, truth)
+
+
 def test_mistakes_are_told_as_on_the_plain_way() -> None:
     model, batch = told("llama")
     with pytest.raises(UnknownHead):
@@ -363,7 +385,7 @@ def test_mistakes_are_told_as_on_the_plain_way() -> None:
     opened = ChatFormat.from_model(model).render(PROMPTS, think="open")
     with pytest.raises(ConditionError, match="open think block"):
         head_effects(refusal_reading(model, opened), model_facts(model).heads())
-    with pytest.raises(ValueError, match="'auto' and 'plain'"):
+    with pytest.raises(ValueError, match="'auto', 'plain' and 'rough'"):
         head_effects(refusal_reading(model, batch), [(0, 0)], scan="fast")  # type: ignore[arg-type]
 
 

@@ -7,6 +7,7 @@ twins as well, see `specificity`), that the head works alone, or what would take
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +69,9 @@ def head_effects(
             ``functools.partial(AblateHeads, method="mean", reference=batch)``, the same with "resample",
             ``functools.partial(ScaleHeads, factor=0.5)``.
         positions: Rows that are edited, see `AblateHeads`. With "all" also what is written meanwhile.
-        scan: "auto", or "plain" for one reading per set whatever could be done.
+        scan: "auto", or "plain" for one reading per set whatever could be done. "rough": many at a time in half precision as
+            well; its error, which is told by a warning and in the attribute ``scan``, may exceed most effects: use it to rank
+            heads, and confirm the first of them in float32.
         progress: Show a progress bar.
 
     Returns:
@@ -78,6 +81,7 @@ def head_effects(
 
     Raises:
         UnknownHead: A set is empty, or the model lacks one of its heads.
+        ValueError: `scan` is none of these, or rough numbers are to be remembered, where they would pass for exact ones.
         ReferenceMismatch: What is remembered belongs to another number of prompts.
         RimLensError: As the editor and the measure.
 
@@ -91,10 +95,16 @@ def head_effects(
     """
     import xarray as xr
 
+    if scan == "rough" and remember is not None:
+        raise ValueError(
+            "scan='rough' was asked for with remember=; rough numbers would be taken for exact ones later. Leave one out."
+        )
     named = _named(reading, sets)
     editors = {name: editor(heads, positions=positions) for name, heads in named.items()}
     how = scan_of(reading, editors, remember, scan)
     baseline, effects = set_effects(reading, editors, remember, progress, "heads", how)
+    if how.error:
+        warnings.warn(how.told, RuntimeWarning, stacklevel=2)
     return xr.DataArray(
         effects,
         dims=("prompt", "set"),
