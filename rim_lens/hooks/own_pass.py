@@ -28,7 +28,8 @@ class OwnPass:
         model: The model the editor goes on.
         what: Who asks, for the message.
         prompts: Gives the prompts of the pass under way, None where nobody named any; it may raise then.
-        like: Where nobody did: prompts whose lengths and padding the pass must have, whatever its tokens.
+        like: Where nobody did: prompts whose shape the pass must have, and whose padding it may not attend to, whatever its
+            tokens.
     """
 
     def __init__(
@@ -83,5 +84,5 @@ class OwnPass:
             raise WrongHookShape(
                 f"{self._what}: position {pos} of row {row} of this pass holds another token than prompt"
                 f" {batch.prompts[row].id!r} does (so at {len(other)} positions); lengths and padding agree, the prompts or their"
-                f" order do not.{_ADVICE}"
+                f" order do not (or a hook changed the embeddings: add it after this editor).{_ADVICE}"
             )

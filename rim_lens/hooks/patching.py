@@ -144,7 +144,7 @@ class _Patch(AligningEditor):
         return put(values, index, found.rows, recorded[found.prompt.cpu(), found.pos.cpu()])
 
     def _by_position(self, rows: Rows) -> Found:
-        # Sound for a pass of the source's own shape and padding alone; `OwnPass` refuses every other.
+        # Sound for a pass of the source's own shape and padding alone; `OwnPass` refuses other shapes, and looks into padding.
         real = self._source_batch.attention_mask.bool().to(rows.pos.device)
         inside = (rows.prompt < real.shape[0]) & (rows.pos < real.shape[1])
         found = inside & real[rows.prompt.clamp(max=real.shape[0] - 1), rows.pos.clamp(max=real.shape[1] - 1)]
@@ -176,7 +176,7 @@ class PatchHeads(_Patch):
         EmptySpan: Nothing asked for aligns in some prompt; raised when the prompts are bound.
         NotFinite: The source run gives NaN or infinity.
         SpanError: While the model runs: prompts are needed and none are bound.
-        WrongHookShape: While the model runs: the pass has another shape or padding than the prompts bound.
+        WrongHookShape: While the model runs: the pass has another shape than the prompts bound, or attends to what is padding in them.
 
     >>> import rim_lens as rl
     >>> model = rl.load_model("toy")

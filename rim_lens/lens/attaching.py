@@ -181,6 +181,7 @@ def wiring(model: Model) -> tuple[Any, ...]:
         getattr(model, "compatibility_mode", None),
         getattr(model.cfg, "use_attn_result", None),
         getattr(model.cfg, "use_split_qkv_input", None),
+        getattr(model.cfg, "use_attn_in", None),
     )
 
 

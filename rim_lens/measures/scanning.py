@@ -73,6 +73,8 @@ class Scan:
         self._found: dict[int, Float[np.ndarray, " prompt"]] = {}
         self._baseline: Float[np.ndarray, " prompt"] | None = None
         self.plain_because = "it was asked for" if by == "plain" else _unserved(reading, by)
+        if components and not self.plain_because and not any(map(served, components)):
+            self.plain_because = "edits of this kind are read one by one"
         self.used = False
         self.error = 0.0  # largest difference from plain readings that was seen, in half precision
 
@@ -342,8 +344,11 @@ class _Packed:
         """Of each row, whether its likeliest token is whitespace, and its likeliest whitespace."""
         if not len(self.blank):
             return [False] * len(logits), [-1] * len(logits)
+        if logits.dtype not in _EXACT:  # two largest are often exactly alike: the first counts, as everywhere
+            top = logits.argmax(dim=-1)
+            return torch.isin(top, self.blank).tolist(), top.tolist()
         found = logits[:, self.blank].max(dim=-1)
-        # Cheaper than the place of the largest of all. Of two tokens exactly alike, argmax takes the first.
+        # Cheaper than the place of the largest of all.
         blank = found.values == logits.amax(dim=-1)
         return blank.tolist(), self.blank[found.indices].tolist()
 

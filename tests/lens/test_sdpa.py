@@ -464,3 +464,18 @@ def test_a_capture_cut_short_goes_on_in_the_same_way_alone(tmp_path: Any) -> Non
         rl.capture(model, prompts, SpanAttention(), out=tmp_path, attention="eager")
     with rl.capture(model, prompts, SpanAttention(), out=tmp_path, attention="sdpa") as again:
         assert again.attrs["attention"] == "sdpa"
+
+
+def test_a_switch_that_adds_a_hook_point_is_seen() -> None:
+    """`hook_attn_in` fires in the bridge's own attention alone, and only since it was switched on."""
+    model, batch = wrapped("llama", "bridge"), random_batch(seed=8)
+    before = rl.capture(model, batch, SpanAttention())
+    model.set_use_attn_in(True)
+    try:
+        with hooked(model, [("blocks.0.attn.hook_attn_in", lambda value, hook: value * 0)]):
+            found = rl.capture(model, batch, SpanAttention())
+    finally:
+        model.set_use_attn_in(False)
+    assert before.attrs["attention"] == "sdpa"
+    assert found.attrs["attention"].startswith("eager (")
+    assert float(abs(found["attention_mass"] - before["attention_mass"]).max()) > 0.01
