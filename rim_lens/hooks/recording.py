@@ -17,6 +17,7 @@ from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import NotFinite, ReferenceMismatch, UnknownHead, UnknownLayer
 from rim_lens.hooks.reference import check_vocabulary
 from rim_lens.lens import Head, Model, ModelFacts, Site, hook_name, hooked, last_logits, quiet, verify
+from rim_lens.sharing import agreed, n_processes
 
 _SHAPE = ("n_layers", "n_heads", "d_head", "d_mlp", "d_model")
 
@@ -170,7 +171,10 @@ def record(
             keepers.append((hook_name(site, layer), keep))
         with quiet(), hooked(model, keepers):
             last_logits(model, part.tokens, part.attention_mask)
-    return Recording(batch, facts, kept, named if "pattern" in sites else ())
+    made = Recording(batch, facts, kept, named if "pattern" in sites else ())
+    if n_processes() > 1:  # its name is one in all processes, whatever a last bit says
+        vars(made)["digest"] = agreed("a recording", lambda: made.digest)
+    return made
 
 
 def require_same_shapes(facts: ModelFacts, source: ModelFacts) -> None:

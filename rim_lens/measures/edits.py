@@ -89,9 +89,9 @@ def measured_together(
 ) -> Remember | None:
     """Let the processes that share the work measure what is not remembered of these edits, each its part; alone, do nothing.
 
-    After a while they tell each other what they found, which is then remembered in all of them, and share out the rest. Fewer
-    edits than processes are left: those are read with the prompts shared. A part is never so small that it would be read another
-    way than the whole.
+    After a while they tell each other what they found, which is then remembered in all of them, and share out the rest. Where
+    fewer edits than processes are left, those are read with the prompts shared. A part is never so small that it would be read
+    another way than the whole; what is too few for two parts is read by all.
 
     Args:
         reading: The measure.
@@ -105,43 +105,45 @@ def measured_together(
     if n_processes() == 1:
         return remember
     remember = {} if remember is None else remember
-    asked = {_key_of(reading, edit): edit for edit in edits}
-    waiting = [key for key in asked if not _is_known(remember, key)]
+    by_key = {_key_of(reading, edit): edit for edit in edits}
+    # Places, not keys, are told to the others: an editor's name may hang on this process (an address, a last bit).
+    keys, asked = list(by_key), list(by_key.values())
+    waiting = [place for place, key in enumerate(keys) if not _is_known(remember, key)]
     n, fewest = n_processes(), scan.fewest if scan else 1
-    while len(waiting) >= n and (n_parts := sum(bool(asked[key]) for key in waiting) // fewest) > 1:
+    while len(waiting) >= n and (n_parts := sum(bool(asked[place]) for place in waiting) // fewest) > 1:
 
-        def part(rank: int, n: int, waiting: Sequence[str] = tuple(waiting), n_parts: int = n_parts) -> Any:
+        def part(rank: int, n: int, waiting: Sequence[int] = tuple(waiting), n_parts: int = n_parts) -> Any:
             n_parts = min(n, n_parts)
             mine = waiting[rank::n_parts] if rank < n_parts else ()
-            return _part(reading, {key: asked[key] for key in mine}, scan)
+            return _part(reading, {place: asked[place] for place in mine}, scan)
 
-        for found, used, why, error in gathered(f"{len(waiting)} edits", part):
-            for key, values in found.items():
-                waiting.remove(key)
+        for found, used, refused, error in gathered(f"{len(waiting)} edits", part):
+            for place, values in found.items():
+                waiting.remove(place)
                 if values is not None:
-                    _known(remember, key, values)
+                    _known(remember, keys[place], values)
             if scan is not None:
-                scan.learn(used, why, error)
+                scan.learn(used, refused, error)
     if scan is not None:
-        scan.forget([one for key, edit in asked.items() if key not in waiting for one in edit])
+        scan.forget([one for place, edit in enumerate(asked) if place not in waiting for one in edit])
     return remember
 
 
 def _part(
-    reading: Reading, edits: Mapping[str, Sequence[Component]], scan: Scan | None
-) -> tuple[dict[str, list[float] | None], bool, str, float]:
-    """What this process found in a while, None for an edit that is not possible; whether in packs, or why not; how rough."""
+    reading: Reading, edits: Mapping[int, Sequence[Component]], scan: Scan | None
+) -> tuple[dict[int, list[float] | None], bool, str, float]:
+    """What this process found in a while, None for an edit that is not possible; whether in packs; why the model refused; how rough."""
     own = Scan(reading, [one for edit in edits.values() for one in edit], scan.by if scan else "plain")
-    found: dict[str, list[float] | None] = {}
+    found: dict[int, list[float] | None] = {}
     begin = time.monotonic()
-    for key, edit in edits.items():
+    for place, edit in edits.items():
         if found and time.monotonic() - begin > _ROUND and not own.holds(edit):
             break
         try:
-            found[key] = own(edit).tolist()
+            found[place] = own(edit).tolist()
         except ImpossibleEdit:
-            found[key] = None
-    return found, own.used, own.plain_because, own.error
+            found[place] = None
+    return found, own.used, own.refused, own.error
 
 
 def _is_known(remember: Remember, key: str) -> bool:

@@ -76,6 +76,7 @@ class Scan:
         if components and not self.plain_because and not any(map(served, components)):
             self.plain_because = "edits of this kind are read one by one"
         self.used = False
+        self.refused = ""  # why the model did, if it did so here
         self.error = 0.0  # largest difference from plain readings that was seen, in half precision
 
     @property
@@ -119,10 +120,11 @@ class Scan:
             return self._baseline is not None
         return len(components) == 1 and id(components[0]) in self._found
 
-    def learn(self, used: bool, plain_because: str, error: float = 0.0) -> None:
-        """Take note of how another scan of this reading went."""
+    def learn(self, used: bool, refused: str, error: float = 0.0) -> None:
+        """Take note of how another scan of this reading went: what a model refuses, it refuses in every process."""
         self.used, self.error = self.used or used, max(self.error, error)
-        self.plain_because = self.plain_because or plain_because
+        if refused:
+            self._refuse(refused, warn=False)
 
     def forget(self, components: Sequence[Component]) -> None:
         """These will not be asked for."""
@@ -171,7 +173,7 @@ class Scan:
 
     def _refuse(self, why: str, warn: bool) -> None:
         model = self.reading.model
-        self.plain_because = why
+        self.plain_because = self.refused = why
         _refused[model] = wiring(model), why
         if warn:
             warnings.warn(f"{why}; all edits are read one by one instead.", RuntimeWarning, stacklevel=2)

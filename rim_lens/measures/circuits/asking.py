@@ -194,7 +194,7 @@ class Question:
         return model, here, patched(there, source_model=None if other is model else other)
 
     def random_nodes(self) -> dict[Node, list[Node]]:
-        """For each head and node of neurons, others of its layer with as many members, none of them given."""
+        """For each head and node of neurons, others of its layer with as many members: heads that were not given, neurons not of that node."""
         found: dict[Node, list[Node]] = {}
         count, seed = max(self.search.n_random_senders, self.search.n_random_receivers), self.search.seed
         taken = {head for node in self.nodes for head in node.heads}
@@ -205,7 +205,11 @@ class Question:
                 order = np.random.default_rng([seed, node.layer, *node.members]).permutation(len(rest))
                 others = [head_node(rest[place]) for place in order]
             else:
-                sets = shuffled(random_neurons_per_layer(node.neurons, self.facts.d_mlp, count, seed), seed)
+                try:
+                    drawn = random_neurons_per_layer(node.neurons, self.facts.d_mlp, count, seed)
+                except NotEnoughData:  # all neurons of its layer: no other set is as large
+                    drawn = []
+                sets = shuffled(drawn, seed) if drawn else []
                 others = [
                     Node(f"{node.name} ~{number}", "neurons", node.layer, tuple(place for _, place in one))
                     for number, one in enumerate(sets)

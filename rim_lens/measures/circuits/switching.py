@@ -24,7 +24,7 @@ from rim_lens.measures.circuits.nodes import Node
 from rim_lens.measures.circuits.paths import PathRun
 from rim_lens.measures.circuits.result import Circuit
 from rim_lens.measures.circuits.settling import next_word_odds, settled
-from rim_lens.measures.circuits.testing import outside
+from rim_lens.measures.circuits.testing import outside, whole
 from rim_lens.measures.forced import answer_reading, right_reading
 from rim_lens.measures.held_out import chosen_by
 from rim_lens.measures.readings import Reading
@@ -192,7 +192,7 @@ class CircuitSwitches:
                 heads, neurons = members(self._kept)
             if alone is not False:
                 stay = members([node for node in self._kept if node not in nodes] if alone else [])
-                more = outside(facts, stay, scope)
+                more = outside(whole(facts, members(self._kept), scope), stay)
                 heads, neurons = sorted({*heads, *more[0]}), sorted({*neurons, *more[1]})
             found: dict[str, Values] = {}
             for prompts in dict.fromkeys(self._by_kind.values()):
@@ -288,6 +288,9 @@ def asked_again(
         RimLensError: As `circuit`.
     """
     settings = circuit.settings
+    tuned = (
+        tuned if TUNED in settings["contrasts"] else None
+    )  # of several circuits, some may not have asked about it
     for what, one, digest in (
         ("model", model, settings["weights_digest"]),
         ("tuned model", tuned, settings["tuned_digest"]),

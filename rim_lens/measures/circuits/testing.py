@@ -84,12 +84,15 @@ def random_circuits(facts: ModelFacts, units: Units, n: int, seed: int) -> list[
     return [(one, []) for one in some_heads] if heads else [([], one) for one in some_neurons]
 
 
-def outside(facts: ModelFacts, units: Units, scope: str) -> Units:
-    """All units of the scope that are not these."""
-    heads, neurons = units
-    rest = [head for head in facts.heads() if head not in set(heads)]
-    others = set(every_neuron(facts)) - set(neurons) if scope == "all" else set()
-    return rest, sorted(others)
+def whole(facts: ModelFacts, own: Units, scope: str) -> Units:
+    """All units of a scope: every head, and every neuron or the circuit's own."""
+    return facts.heads(), every_neuron(facts) if scope == "all" else own[1]
+
+
+def outside(everything: Units, units: Units) -> Units:
+    """What of everything is not among these."""
+    (heads, neurons), (some_heads, some_neurons) = everything, map(set, units)
+    return [head for head in heads if head not in some_heads], sorted(set(neurons) - some_neurons)
 
 
 def circuit_tests(
@@ -121,6 +124,7 @@ def circuit_tests(
     import pandas as pd
 
     own = members(nodes)
+    everything = whole(facts, own, scope)
     once = once or remembering(None)
     rows = []
     for kind, bench in benches.items():
@@ -132,8 +136,8 @@ def circuit_tests(
 
             return once(f"{kind}, {bench.reading.name}: {units}", measure)
 
-        full, none = read(([], [])), read(_whole(facts, own, scope))
-        alone, gone = read(outside(facts, own, scope)), read(own)
+        full, none = read(([], [])), read(everything)
+        alone, gone = read(outside(everything, own)), read(own)
 
         def row(
             measure: str,
@@ -149,23 +153,14 @@ def circuit_tests(
             told = {"measure": measure, "node": node, "kind": kind}
             return told | _numbers(bench, full, none, above, change, others, seed)
 
-        by_chance = [(read(outside(facts, units, scope)), read(units)) for units in random if bench.shared]
+        by_chance = [(read(outside(everything, units)), read(units)) for units in random if bench.shared]
         rows.append(row("faithfulness", (alone, none), (alone, full), [(one, none) for one, _ in by_chance]))
         rows.append(row("completeness", (full, gone), (gone, full), [(full, one) for _, one in by_chance]))
         for node in nodes if bench.each else ():
             rest = members([other for other in nodes if other is not node])
-            lacking = read(outside(facts, rest, scope) if scope == "all" else _lacking(facts, own, node))
+            lacking = read(outside(everything, rest))
             rows.append(row("minimality", (alone, lacking), (lacking, alone), node=node.name))
     return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-def _whole(facts: ModelFacts, own: Units, scope: str) -> Units:
-    return facts.heads(), every_neuron(facts) if scope == "all" else own[1]
-
-
-def _lacking(facts: ModelFacts, own: Units, node: Node) -> Units:
-    heads, _ = outside(facts, own, "heads")
-    return sorted({*heads, *node.heads}), node.neurons
 
 
 def _numbers(

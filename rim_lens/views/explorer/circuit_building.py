@@ -18,7 +18,13 @@ from rim_lens.measures.circuits.nodes import Edge, Node
 from rim_lens.measures.circuits.result import Circuit
 from rim_lens.measures.circuits.switching import asked_again
 from rim_lens.views.circuit_words import elsewhere, other_run, shares
-from rim_lens.views.explorer.circuit_reading import read_runs, rows_that_fit, runs_of
+from rim_lens.views.explorer.circuit_reading import (
+    activations_of,
+    members_of,
+    read_runs,
+    rows_that_fit,
+    runs_of,
+)
 from rim_lens.views.explorer.page import (
     FORMAT_VERSION,
     MAX_BYTES,
@@ -142,9 +148,14 @@ def circuit_view(
     window = rows_that_fit(
         [run for some in runs.values() for run in some], n_heads, n_shown, 0.6 * max_bytes - spent
     )
+    activations = {name: activations_of(own, parts, n_shown) for name, own in runs.items()}
+    by_prompt = [[one for some in activations.values() for one in some[row]] for row in range(n_shown)]
+    members = members_of(parts, by_prompt) if activations else {}
     for one in told:
-        own = runs.get(one["key"], [])
-        one["runs"] = read_runs(_needed(chat), own, parts, n_shown, window, arrays) if own else []
+        own, name = runs.get(one["key"], []), one["key"]
+        one["runs"] = (
+            read_runs(_needed(chat), own, parts, activations[name], members, window, arrays) if own else []
+        )
     differences, reasons = _differences(named, edges, seed)
     data = {
         "format_version": FORMAT_VERSION,

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from rim_lens.chat import ChatFormat
     from rim_lens.lens import Model
 
+# By node: the neurons that are named, each with its place among all that were read
+Members = dict[str, list[tuple[int, tuple[int, int]]]]
+
 MOST_MEMBERS = 12  # neurons of a set that are shown one by one, those that differ most between the runs
 
 
@@ -71,8 +74,23 @@ def rows_that_fit(runs: Sequence[Run], n_heads: int, shown: int, room: float) ->
     return low
 
 
+def activations_of(runs: Sequence[Run], nodes: Sequence[Node], shown: int) -> list[list[Any]]:
+    """Of each prompt that can be looked at, in each run: every neuron of the nodes over its tokens; None without neurons."""
+    neurons = [neuron for node in nodes for neuron in node.neurons]
+    return [
+        [over_tokens(run.model, run.batch, row, neurons) if neurons else None for run in runs]
+        for row in range(shown)
+    ]
+
+
 def read_runs(
-    chat: ChatFormat, runs: Sequence[Run], nodes: Sequence[Node], shown: int, last: int, arrays: Arrays
+    chat: ChatFormat,
+    runs: Sequence[Run],
+    nodes: Sequence[Node],
+    activations: Sequence[Sequence[Any]],
+    members: Members,
+    last: int,
+    arrays: Arrays,
 ) -> list[dict[str, Any]]:
     """What the page holds of each run.
 
@@ -80,17 +98,12 @@ def read_runs(
         chat: The format.
         runs: Of one circuit.
         nodes: Its heads and sets of neurons.
-        shown: How many prompts can be looked at token by token.
+        activations: See `activations_of`.
+        members: The neurons that are named, see `members_of`; the same in all circuits of a page, which are looked at side by side.
         last: How many last query rows of each head are kept; 0 for none.
         arrays: Takes the numbers.
     """
     heads = [node.heads[0] for node in nodes if node.kind == "head"]
-    neurons = [neuron for node in nodes for neuron in node.neurons]
-    activations = [
-        [over_tokens(run.model, run.batch, row, neurons) if neurons else None for run in runs]
-        for row in range(shown)
-    ]
-    members = _members(nodes, activations)
     return [
         {
             "name": run.name,
@@ -99,7 +112,7 @@ def read_runs(
             **_masses(run, nodes, heads, arrays),
             "prompts": [
                 _prompt(chat, run, row, nodes, heads, members, activations[row][place], last, arrays)
-                for row in range(shown)
+                for row in range(len(activations))
             ],
         }
         for place, run in enumerate(runs)
@@ -117,11 +130,9 @@ def _masses(run: Run, nodes: Sequence[Node], heads: Sequence[Any], arrays: Array
     return {"spans": [str(span) for span in mass["span"].values], "masses": kept}
 
 
-def _members(
-    nodes: Sequence[Node], activations: Sequence[Sequence[Any]]
-) -> dict[str, list[tuple[int, tuple[int, int]]]]:
+def members_of(nodes: Sequence[Node], activations: Sequence[Sequence[Any]]) -> Members:
     """Of each set, the neurons that differ most between the runs (or are most active): place among all read, and which."""
-    found: dict[str, list[tuple[int, tuple[int, int]]]] = {}
+    found: Members = {}
     start = 0
     for node in nodes:
         places = list(range(start, start + len(node.neurons)))
@@ -141,7 +152,7 @@ def _prompt(
     row: int,
     nodes: Sequence[Node],
     heads: Sequence[Any],
-    members: dict[str, list[tuple[int, tuple[int, int]]]],
+    members: Members,
     activation: Any,
     last: int,
     arrays: Arrays,

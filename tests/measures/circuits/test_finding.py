@@ -24,7 +24,7 @@ from rim_lens.measures.circuits.keeping import Replacements, every_neuron, membe
 from rim_lens.measures.circuits.nodes import END, edges_between, head_node
 from rim_lens.measures.circuits.settling import next_word_odds
 from rim_lens.measures.circuits.table import Measured, edge_table
-from rim_lens.measures.circuits.testing import outside, random_circuits
+from rim_lens.measures.circuits.testing import outside, random_circuits, whole
 from rim_lens.measures.refusal.openers import opener_ids
 from rim_lens.measures.two_sides import paired, two_sides
 from rim_lens.organisms.planted import planted, planted_truth
@@ -188,7 +188,7 @@ def test_replaced_units_are_those_of_the_editors(case_gqa: Case) -> None:
     model, facts = case_gqa.model, case_gqa.facts
     batch, reference = case_gqa.batch.select([0, 3]), case_gqa.batch
     ids = torch.tensor(opener_ids(model.tokenizer, ["w5", "w9"]))
-    heads, neurons = outside(facts, ([(0, 1), (1, 2)], [(0, 3), (1, 7)]), "all")
+    heads, neurons = outside(whole(facts, ([], []), "all"), ([(0, 1), (1, 2)], [(0, 3), (1, 7)]))
     assert len(heads) == 10
     assert len(neurons) == 2 * facts.d_mlp - 2
     for instead in (ablated("mean", reference), ablated("resample", reference, seed=1)):
@@ -209,7 +209,11 @@ def test_random_circuits_have_the_shape_of_the_circuit() -> None:
         assert sorted(layer for layer, _ in heads) == [0, 1, 1]
         assert [layer for layer, _ in neurons] == [0, 0]
         assert not set(heads) & set(units[0])
-    assert outside(facts, units, "heads")[1] == []
+    # In the scope of heads, neurons are the circuit's own: none outside it, and all of them outside a random one.
+    everything = whole(facts, units, "heads")
+    assert outside(everything, units) == ([head for head in facts.heads() if head not in units[0]], [])
+    assert outside(everything, drawn[0])[1] == sorted(set(units[1]) - set(drawn[0][1]))
+    assert outside(whole(facts, units, "all"), units)[1] == sorted(set(every_neuron(facts)) - set(units[1]))
     assert len(every_neuron(facts)) == 512
 
 

@@ -60,7 +60,7 @@ def test_nodes_off_are_the_tests_of_the_circuit(planted: Any) -> None:
         assert after(switches, [], kind, alone=True) == pytest.approx(
             found.row("faithfulness", kind)["after"], abs=1e-4
         )
-        for name in kept:
+        for name in kept if kind in ("harmful", "harmless") else ():  # where nodes are taken out one by one
             expected = found.row("minimality", kind, name)["after"]
             assert after(switches, [name], kind, alone=True) == pytest.approx(expected, abs=1e-4)
     table = switches.read([], alone=True).set_index("kind")

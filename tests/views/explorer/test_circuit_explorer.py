@@ -384,19 +384,21 @@ def test_conditions_and_differences_change_widths_and_colours(view: CircuitView,
 def test_random_circuits_stand_beside_the_shares_and_the_theme_follows(
     view: CircuitView, opened: Any
 ) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
     shares = text_of(opened, "shares")
     for share in view.data["circuits"][0]["shares"]:
         assert share["told"] in shares
     bars = "return document.querySelectorAll('.share .own, .share .random').length"
     assert opened.execute_script(bars) == 5 + 2
     ink = "return document.querySelector('[data-node=L1H1] text').getAttribute('fill')"
-    colours = []
     for theme in ("light", "dark"):
         opened.execute_cdp_cmd(
             "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]}
         )
-        colours.append(opened.execute_script(ink))
-    assert colours == [view.data["palette"][theme]["ink"] for theme in ("light", "dark")]
+        # The page hears of it in a frame of its own.
+        wanted = view.data["palette"][theme]["ink"]
+        WebDriverWait(opened, 20).until(lambda it, wanted=wanted: it.execute_script(ink) == wanted)
     opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
