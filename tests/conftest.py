@@ -20,7 +20,8 @@ torch.set_num_threads(1)
 # What a model's family cannot change is tested once, on TransformerLens 4: prompts, training, pages, notebooks, evidence.
 collect_ignore_glob = (
     [
-        *("prompts/*", "training/*", "views/*", "benchmarks/*"),
+        *("prompts/*", "training/*", "views/*", "benchmarks/*", "organisms/test_toy_recipe.py"),
+        *("study/test_checkpoints.py", "study/test_neurons.py"),
         *("test_calibration.py", "test_demos.py", "test_docs.py", "test_view_sizes.py", "test_*_verdicts.py"),
     ]
     if int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4
