@@ -392,14 +392,16 @@ def test_random_circuits_stand_beside_the_shares_and_the_theme_follows(
     bars = "return document.querySelectorAll('.share .own, .share .random').length"
     assert opened.execute_script(bars) == 5 + 2
     ink = "return document.querySelector('[data-node=L1H1] text').getAttribute('fill')"
-    for theme in ("light", "dark"):
-        opened.execute_cdp_cmd(
-            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]}
-        )
-        # The page hears of it in a frame of its own.
-        wanted = view.data["palette"][theme]["ink"]
-        WebDriverWait(opened, 20).until(lambda it, wanted=wanted: it.execute_script(ink) == wanted)
-    opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    try:
+        for theme in ("light", "dark"):
+            opened.execute_cdp_cmd(
+                "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+            )
+            # The page hears of it in a frame of its own.
+            wanted = view.data["palette"][theme]["ink"]
+            WebDriverWait(opened, 20).until(lambda it, wanted=wanted: it.execute_script(ink) == wanted)
+    finally:
+        opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 @pytest.mark.chromium
