@@ -106,13 +106,15 @@ def _timed(found: dict[str, Any]) -> str:
     captures, scans = ([parts[name] for name in names if name in parts] for names in (_CAPTURE, _SCANS))
     lines = [_CAPTURE_BEFORE, *_told(captures), ""]
     lines += [
-        "| What | Goal | Ratio | Here | There | Against | Prompts | Model |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        *_models(captures),
+        "",
+        "| What | Goal | Ratio | Here | There | Against | Prompts |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {figure['name']}, {'memory' if figure['unit'] == 'MB' else 'time'} | {figure['goal'] or '–'} | {_ratio(figure)} |"
+        f"| {figure['name']}, {'memory' if figure['unit'] == 'MB' else 'time'} | {_together(figure['goal'] or '–')} | {_ratio(figure)} |"
         f" {_amount(figure['value'], figure['unit'])} | {_amount(figure['rival_value'], figure['unit'])} | {figure['against']} |"
-        f" {figure['prompts']} | {figure['measured']} |"
+        f" {figure['prompts']} |"
         for part in captures
         for figure in part["figures"]
     ]
@@ -125,7 +127,7 @@ def _timed(found: dict[str, Any]) -> str:
         for figure in part["figures"]:
             largest = figure["largest_difference_nats"]
             lines.append(
-                f"| {figure['name']} | {figure['goal']} | {_ratio(figure)} | {figure['cpu_seconds']:.0f} against"
+                f"| {figure['name']} | {_together(figure['goal'])} | {_ratio(figure)} | {figure['cpu_seconds']:.0f} against"
                 f" {figure['rival_cpu_seconds']:.0f} | {figure['against']} | {figure['prompts']} | {figure['measured']} |"
                 f" {'–' if largest is None else f'{largest:.0e}'} |"
             )
@@ -144,9 +146,23 @@ def _told(parts: Sequence[dict[str, Any]]) -> list[str]:
     return ["  \n".join(found)]
 
 
+def _models(parts: Sequence[dict[str, Any]]) -> list[str]:
+    """On what was measured, each model with what was measured on it."""
+    found: dict[str, dict[str, None]] = {}
+    for part in parts:
+        for figure in part["figures"]:
+            found.setdefault(figure["measured"], {})[figure["name"].partition(",")[0]] = None
+    return [f"{model[:1].upper()}{model[1:]}: {', '.join(names)}.  " for model, names in found.items()]
+
+
+def _together(text: str) -> str:
+    """With spaces at which no line breaks."""
+    return text.replace(" ", "\u00a0")
+
+
 def _ratio(figure: dict[str, Any]) -> str:
     told = f"{figure['ratio']:.{1 if figure['ratio'] >= 2 else 2}f} ×"
-    return told + (" (missed)" if figure["met"] is False else "")
+    return _together(told) + (" (missed)" if figure["met"] is False else "")
 
 
 def _amount(value: float, unit: str) -> str:
