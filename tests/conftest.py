@@ -17,11 +17,11 @@ from tests.speaking import spoken, spoken_gqa  # noqa: F401 - fixtures
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 torch.set_num_threads(1)
 
-# What a model's family cannot change is tested once, on TransformerLens 4: prompts, training, pages, notebooks, evidence.
+# What a model's family cannot change is tested once, on TransformerLens 4: prompts, training, studies, pages, notebooks, evidence.
 collect_ignore_glob = (
     [
-        *("prompts/*", "training/*", "views/*", "benchmarks/*", "organisms/test_toy_recipe.py"),
-        *("study/test_checkpoints.py", "study/test_neurons.py"),
+        *("prompts/*", "training/*", "study/*", "views/*", "benchmarks/*", "measures/checkpoints/*"),
+        *("test_cli.py", "test_recipes.py", "organisms/test_toy_recipe.py"),
         *("test_calibration.py", "test_demos.py", "test_docs.py", "test_view_sizes.py", "test_*_verdicts.py"),
     ]
     if int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4

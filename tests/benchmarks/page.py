@@ -80,7 +80,8 @@ was. Held against the plain way to 1e-5 on eleven architectures: tests/measures/
 _AFTER = """
 A ratio is CPU-seconds of the rival over those of the figure; the rival is timed before and after it, so that both see the same
 machine. Where not all heads were run, both sides are scaled to all. The loop computes every row's logits, on padded prompts, as
-code written by hand does. The largest difference is that of edited scores between the two sides, over the heads that both ran.
+code written by hand does. *Counted* is the same ratio of multiply-adds, the checks left in: where it is below a goal, no order of the same
+products reaches it on these prompts, and only faster products would. The largest difference is that of edited scores between the two sides, over the heads that both ran.
 
 The proof on first contact (one short pass per layer, about ten seconds here, once per model and process) came before. Each row holds its
 check against the plain way: eight prompts' worth of passes, which weigh more the fewer prompts there are. Of what remains, products of
@@ -120,14 +121,14 @@ def _timed(found: dict[str, Any]) -> str:
     ]
     lines += [_CAPTURE_AFTER, _BEFORE, *_told(scans), ""]
     lines += [
-        "| What | Goal | Ratio | CPU-seconds | Rival | Prompts | Run | Largest difference, nats |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| What | Goal | Ratio | Counted | CPU-seconds | Rival | Prompts | Run | Largest difference, nats |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for part in scans:
         for figure in part["figures"]:
             largest = figure["largest_difference_nats"]
             lines.append(
-                f"| {figure['name']} | {_together(figure['goal'])} | {_ratio(figure)} | {figure['cpu_seconds']:.0f} against"
+                f"| {figure['name']} | {_together(figure['goal'])} | {_ratio(figure)} | {_counted(figure)} | {figure['cpu_seconds']:.0f} against"
                 f" {figure['rival_cpu_seconds']:.0f} | {figure['against']} | {figure['prompts']} | {figure['measured']} |"
                 f" {'–' if largest is None else f'{largest:.0e}'} |"
             )
@@ -144,6 +145,10 @@ def _told(parts: Sequence[dict[str, Any]]) -> list[str]:
             f" {versions['transformer-lens']}; {part['load']:.0f} other processes waited for the processor."
         ] = None
     return ["  \n".join(found)]
+
+
+def _counted(figure: dict[str, Any]) -> str:
+    return _together(f"{figure['counted']:.1f} ×") if "counted" in figure else "–"
 
 
 def _models(parts: Sequence[dict[str, Any]]) -> list[str]:

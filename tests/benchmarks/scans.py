@@ -18,6 +18,7 @@ from rim_lens.lens import Head, Model, hook_name, model_facts, verify
 from rim_lens.measures.refusal.openers import opener_ids
 from rim_lens.measures.refusal.score import log_odds
 from tests.benchmarks.timing import cpu
+from tests.costs import Asked, Shape, packed_scan, reading
 
 SYSTEM = (
     "You are a helpful AI assistant named SmolLM, trained by Hugging Face to help people with what they ask."
@@ -89,6 +90,16 @@ def different_from_the_first(batch: SpanBatch) -> SpanBatch:
     return replace(batch, tokens=tokens)
 
 
+SHAPE = Shape("SmolLM2-135M", 30, 576, 9, 3, 64, 1536, 49152, tied=True)
+
+
+def counted(batch: SpanBatch, layers: Sequence[int], last_row: bool) -> float:
+    """Multiply-adds of the loop over those of a packed scan, for edits of one head in each of these layers."""
+    n, length, longest = len(batch), round(float(batch.lengths.float().mean())), int(batch.lengths.max())
+    loop = reading(SHAPE, Asked(n, longest)) + n * (longest - 1) * SHAPE.word
+    return len(layers) * loop / packed_scan(SHAPE, Asked(n, length, _shared(batch)), layers, last_row)
+
+
 def scan(
     model: Model, batch: SpanBatch, name: str, goal: float, positions: str, heads: Sequence[Head], sample: int
 ) -> dict[str, Any]:
@@ -96,10 +107,10 @@ def scan(
     facts = model_facts(model)
     looped = [heads[round((place + 0.5) * len(heads) / sample)] for place in range(sample)]
     loop = Loop(model, batch, positions == "prompt_last")
-    reading = rl.refusal_reading(model, batch, skip="none", max_rows=len(batch))
+    scored = rl.refusal_reading(model, batch, skip="none", max_rows=len(batch))
     for head in looped[: sample // 2]:
         loop.run(head)
-    seconds, found = cpu(lambda: rl.head_effects(reading, heads, positions=positions))
+    seconds, found = cpu(lambda: rl.head_effects(scored, heads, positions=positions))
     for head in looped[sample // 2 :]:
         loop.run(head)
     all_heads = len(facts.heads())
@@ -114,7 +125,9 @@ def scan(
         default=float("nan"),
     )
     shared = _shared(batch)
+    layers = [layer for layer, _ in heads]
     return {
+        "counted": counted(batch, layers, positions == "prompt_last"),
         "name": name,
         "goal": f"≥ {goal:g} ×",
         "ratio": rival / scaled,
@@ -134,11 +147,11 @@ def prefilter(model: Model, batch: SpanBatch, n_confirm: int, goal: float, sampl
     facts = model_facts(model)
     looped = spread(facts.heads(), facts.n_layers, sample)
     loop = Loop(model, batch, last_only=False)
-    reading = rl.refusal_reading(model, batch, skip="none", max_rows=len(batch))
+    scored = rl.refusal_reading(model, batch, skip="none", max_rows=len(batch))
     for head in looped[: sample // 2]:
         loop.run(head)
     estimating, estimates = cpu(lambda: rl.gradient_scores(model, batch, skip="none"))
-    seconds, found = cpu(lambda: rl.prefiltered(reading, model, batch, n_confirm, estimates=estimates))
+    seconds, found = cpu(lambda: rl.prefiltered(scored, model, batch, n_confirm, estimates=estimates))
     for head in looped[sample // 2 :]:
         loop.run(head)
     rival = float(np.mean(loop.seconds)) * len(facts.heads())

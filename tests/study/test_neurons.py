@@ -71,19 +71,24 @@ def test_the_test_is_that_of_the_function_itself(whole):
         assert ours["random"] == pytest.approx(theirs["random"], abs=1e-5)
 
 
-@pytest.mark.parametrize("stage", ["dose_curve", "direct_to_logits", "entanglement", "restore_by_neurons"])
-def test_a_stopped_run_keeps_what_it_has_and_goes_on(whole, tmp_path, monkeypatch, stage):
+def test_a_stopped_run_keeps_what_it_has_and_goes_on(whole, tmp_path, monkeypatch):
+    """One folder, stopped at every stage in turn."""
+
     def stopped(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched:
-        patched.setattr(neurons_module, stage, stopped)
-        with pytest.raises(KeyboardInterrupt):
-            planted_study(parts=PARTS).run(tmp_path)
-    half = rl.load_neuron_study(tmp_path)
-    assert half.missing
-    assert half.neurons == whole.neurons
-    assert half.neurons.effects is not None
+    missing = []
+    for stage in ("dose_curve", "direct_to_logits", "entanglement", "restore_by_neurons"):
+        with monkeypatch.context() as patched:
+            patched.setattr(neurons_module, stage, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                planted_study(parts=PARTS).run(tmp_path)
+        half = rl.load_neuron_study(tmp_path)
+        missing.append(len(half.missing))
+        assert half.neurons == whole.neurons
+        assert half.neurons.effects is not None
+    assert missing == sorted(missing, reverse=True)
+    assert missing[-1]
     report = rl.write_neuron_report(half)
     assert "Not measured yet" in report.with_suffix(".md").read_text()
     report.unlink()
