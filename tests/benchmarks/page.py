@@ -44,11 +44,9 @@ run in a process of its own. All sides run the same tokens in the same batches o
 logits, as capture does, while `run_with_cache` returns all.
 
 A capture's time holds what a call costs once. Profiled on 16 prompts of 256 tokens, the forward pass took 92 % of the time, SHA-256
-over the whole weights 5 %, the readers 0.6 % and labels the rest: where the step-by-step way misses 1.05 ×, it is the digest, whose share falls
-with every further prompt of the call. It was left as it is: a digest remembered by anything less than all weights
-would name the wrong model after an edit. Against Hugging Face, of the excess at 1 024 tokens about 4 % was the digest and about 4 % the
-bridge's norms, which take twice as long as the model's own (12.3 against 6.4 ms for 4 096 tokens); norms without hooks are the model's
-own since those figures were measured.
+over the whole weights 5 %, the readers 0.6 % and labels the rest: where 1.05 × or 1.1 × is missed, most of it is the digest, whose share falls
+with every further prompt of the call and layer of attention. It was left as it is: a digest remembered by anything less than all weights
+would name the wrong model after an edit. Norms that nobody hooks are the model's own, as the bridge's take twice as long.
 """
 
 _BEFORE = """
