@@ -466,3 +466,30 @@ def test_no_name_can_end_a_tag(view: CircuitView) -> None:
     page = circuit_explorer_html(view)
     assert "<img" not in page
     assert page.count("</script>") == 2 + len(view.arrays)
+
+
+def test_a_tuned_model_beside_its_base_names_the_same_neurons() -> None:
+    """Two models, two circuits of the same nodes: what stands under one name in both is one neuron."""
+    base, tuned = rl.load_model("toy"), rl.load_model("toy:deviate")
+    chat = rl.ChatFormat.from_model(base)
+    requests = toy_requests()
+    search = rl.CircuitSearch(limit=4, n_random=0, n_random_senders=0)
+    neurons = [(0, neuron) for neuron in range(40)]
+    asked = (chat, [(0, 7)], neurons, *requests)
+    circuits = {
+        "base": rl.circuit(base, *asked, search=search, contrasts=("twins", "tuned"), tuned=tuned),
+        "tuned": rl.circuit(tuned, *asked, search=search, gate=False),
+    }
+    made = circuit_view(circuits, {"base": base, "tuned": tuned}, chat, *requests, tuned=tuned)
+    told = [one["runs"] for one in made.data["circuits"]]
+    assert [len(runs) for runs in told] == [3, 2]  # off, twins, and the base's words on the tuned model
+    named = [
+        prompt["activations"][key]["names"]
+        for runs in told
+        for run in runs
+        for prompt in run["prompts"]
+        for key in prompt["activations"]
+    ]
+    assert len(named) > 2
+    assert all(one == named[0] for one in named)
+    assert len(set(named[0])) == 12
