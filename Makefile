@@ -49,6 +49,7 @@ bench: .venv/ready-dev
 
 # What takes long. Its outputs are committed under docs/evidence, with command, versions and date.
 evidence: .venv/ready-dev .venv/ready-docs evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-circuits evidence-checkpoints evidence-freezing evidence-views evidence-sharing evidence-sizing
+	.venv/bin/python $(PYTEST) -m long
 	.venv/bin/rim-lens organism toy --seeds 0-5 --out docs/evidence
 	.venv/bin/rim-lens organism smollm2 --seeds 0-2 --out docs/evidence
 	.venv/bin/rim-lens organism smollm2 --newline --seeds 0 --adapters runs/smollm2-newline --out docs/evidence

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.long
 def test_parts_give_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capture, "TOKENS", 128)
     monkeypatch.setattr(capture, "PADDED", 32)

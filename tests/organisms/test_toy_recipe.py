@@ -28,6 +28,7 @@ def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.long
 def test_retraining_seed_0_behaves_as_shipped():
     """Stages 1 and 2 in full, a minute: bit by bit on the machine that made the weights, in behaviour anywhere."""
     model = recipe.train_toy(0)
