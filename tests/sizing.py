@@ -20,7 +20,7 @@ import rim_lens as rl
 from rim_lens.provenance import provenance
 from rim_lens.study.planning import memory_beside
 from tests.costs import Asked, Shape, generation, packed_scan, plain_scan, reading
-from tests.peaks import peak_of
+from tests.peaks import MEGABYTE, peak_of
 from tests.small_models import model_of, prompts, shape
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "sizing.md"
@@ -134,7 +134,7 @@ def remembered(asked_of: Shape) -> list[dict[str, Any]]:
         del run
     predicted = memory_beside(asked_of, 4, max_rows=MAX_ROWS, length=asked.length)
     return [
-        {"shape": asked_of.name, "kind": kind, "predicted": predicted, "peak": peak_of(run)}
+        {"shape": asked_of.name, "kind": kind, "predicted": predicted, "peak": peak_of(run).above * MEGABYTE}
         for kind, run in parts.items()
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -84,10 +85,10 @@ def prompts(model: Any, n: int, length: int, shared: int = 0) -> tuple[SpanBatch
     found = batch.lengths.tolist()
     if set(found) != {length}:
         raise RuntimeError(f"prompts of {sorted(set(found))} tokens were made, and {length} were asked for")
-    columns = zip(*batch.tokens.tolist(), strict=True)
-    alike = 0
-    for column in columns:
-        if len(set(column)) > 1:
-            break
-        alike += 1
-    return batch, Asked(n, length, min(alike, length - 1) if n > 1 else 0)
+    return batch, Asked(n, length, min(n_shared(batch), length - 1) if n > 1 else 0)
+
+
+def n_shared(batch: SpanBatch) -> int:
+    """How many tokens all prompts begin with."""
+    rows = [row[mask.bool()].tolist() for row, mask in zip(batch.tokens, batch.attention_mask, strict=True)]
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))

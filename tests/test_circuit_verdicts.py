@@ -38,25 +38,23 @@ def test_the_claims_of_the_page_hold_in_the_evidence() -> None:
     assert all(row["exact"] for row in planted)
     assert min(row["faithfulness"][0] for row in planted) >= 0.95
     assert min(row["completeness"][0] for row in planted) >= 0.95
-    for rows in filter(None, (FOUND["random"], FOUND["permuted"])):
+    for rows in (FOUND["random"], FOUND["permuted"]):
         runs, hits = (sum(row[name] for row in rows) for name in ("n_runs", "any"))
         # The level is .05, and no more within binomial error.
         assert hits / runs <= 0.05 + 3 * (0.05 * 0.95 / runs) ** 0.5
 
 
-def test_what_is_missing_is_said() -> None:
-    """The page is written as far as measuring came, and names the rest."""
-    asked = circuit_verdicts.parts()
-    for part, some in asked.items():
-        left_out = [name for name, _ in some if name in FOUND["missing"]]
-        assert len(FOUND[part]) + len(left_out) == len(some), part
-    text = circuit_verdicts.PAGE.read_text()
-    assert all(name in text for name in FOUND["missing"])
+def test_everything_is_measured() -> None:
+    """A page is written as far as measuring came, and names the rest; of the committed one nothing is left out."""
+    assert FOUND["missing"] == []
+    for part, some in circuit_verdicts.parts().items():
+        assert len(FOUND[part]) == len(some), part
+    assert "**Not measured yet**" not in circuit_verdicts.PAGE.read_text()
+    told = circuit_verdicts.page({**FOUND, "missing": ["tuned-9-careful"]})
+    assert "**Not measured yet** (the command goes on with them): tuned-9-careful." in told
 
 
 def test_a_toy_comes_out_the_same() -> None:
-    if not FOUND["toy"]:
-        pytest.skip("not measured yet: make evidence-circuits")
     with one_thread():
         model = rl.load_model("toy")
         found = circuit_verdicts.toy_circuit(model, circuit_verdicts.toy_nodes(model))
@@ -97,7 +95,7 @@ def test_labels_exchanged_in_the_table_are_words_exchanged_in_the_requests() -> 
     chat = rl.ChatFormat.from_model(model)
     search = rl.CircuitSearch(limit=4, n_random=0, n_random_senders=0)
 
-    def measured(harmful: object, harmless: object) -> rl.Circuit:
+    def measured(harmful: list[rl.Prompt], harmless: list[rl.Prompt]) -> rl.Circuit:
         return rl.circuit(
             model,
             chat,
@@ -107,7 +105,7 @@ def test_labels_exchanged_in_the_table_are_words_exchanged_in_the_requests() -> 
             harmless,
             gate=False,
             search=search,
-            spans=("request",),  # type: ignore[arg-type]
+            spans=("request",),
         )
 
     harmful, harmless = toy_requests()

@@ -117,7 +117,6 @@ def test_functions_that_the_pages_name_are_there():
             assert hasattr(rl, name), f"{page.name}: rl.{name}"
 
 
-@pytest.mark.skipif(not (DOCS / "evidence" / "smollm2.ipynb").exists(), reason="not run yet: make evidence")
 def test_the_notebook_that_was_run_beforehand_is_the_one_in_demos():
     """Its page shows the code that stands in demos/smollm2.py, with outputs and no error."""
     import ast

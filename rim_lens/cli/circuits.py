@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +34,7 @@ from rim_lens.cli.options import (
     complete_model,
     console,
     errors,
+    going_on_later,
     read_device,
     read_dtype,
     read_files,
@@ -279,12 +281,10 @@ def circuit(
         tell(f"plan: {planned}")
     if plan:
         return
-    found = stopped_in_words(
-        lambda: finding.circuit(
+    with going_on_later(folder), stopping_at_the_gate():
+        found = finding.circuit(
             *nodes, **call, gate=gate, rule=rule, remember=kept.lines("measured.jsonl").get
-        ),
-        folder,
-    )
+        )
     found.save(folder)
     origin = provenance(told, ("transformer-lens", "torch", "transformers"))
     if not as_json:
@@ -293,20 +293,16 @@ def circuit(
     show_written(page.write_circuit(found, folder, called(model), origin), as_json)
 
 
-def stopped_in_words(measure: Callable[[], Any], folder: Path) -> Any:
-    """Measure, and leave with words and an exit code where the gate or a user stops it."""
+@contextmanager
+def stopping_at_the_gate() -> Iterator[None]:
+    """Leave with words and the gate's exit code where the model does not refuse in the first place."""
     from rim_lens.errors import GateNotPassed
 
     try:
-        return measure()
+        yield
     except GateNotPassed as stopped:
         errors.print(str(stopped), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(GATE_EXIT) from None
-    except KeyboardInterrupt:
-        errors.print(
-            f"\nStopped. What was measured is in {folder}; the same command goes on from there.", markup=False
-        )
-        raise typer.Exit(130) from None
 
 
 def typed(model: str, options: Mapping[str, Any], parts: Mapping[str, bool]) -> str:

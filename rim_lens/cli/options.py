@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -297,12 +298,19 @@ def planned_and_run(question: Any, model: str, out: Path, *, plan_only: bool, as
         console.print(str(planned), markup=False, highlight=False, soft_wrap=True)
     if plan_only:
         return None
-    try:
+    with going_on_later(out):
         result = question.run(out, say=whisper if as_json else say)
-        return result if leads() else None
+    return result if leads() else None
+
+
+@contextmanager
+def going_on_later(folder: Path) -> Iterator[None]:
+    """Where a user stops what is measured into a folder, say how it goes on, and leave."""
+    try:
+        yield
     except KeyboardInterrupt:
         errors.print(
-            f"\nStopped. What was measured is in {out}; the same command goes on from there.", markup=False
+            f"\nStopped. What was measured is in {folder}; the same command goes on from there.", markup=False
         )
         raise typer.Exit(130) from None
 

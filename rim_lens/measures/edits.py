@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -121,7 +122,7 @@ def measured_together(
             for place, values in found.items():
                 waiting.remove(place)
                 if values is not None:
-                    _known(remember, keys[place], values)
+                    remembered(remember, keys[place], partial(list, values))
             if scan is not None:
                 scan.learn(used, refused, error)
     if scan is not None:
@@ -164,12 +165,13 @@ class _NotKnown(Exception):
     """What is not remembered was not to be measured."""
 
 
-def _known(remember: Remember, key: str, values: list[float]) -> Sequence[float]:
-    return (
-        remember.setdefault(key, values)
-        if isinstance(remember, MutableMapping)
-        else remember(key, lambda: values)
-    )
+def remembered(remember: Remember, key: str, measure: Callable[[], Any]) -> Any:
+    """What is remembered under a key, measured first where nothing is."""
+    if not isinstance(remember, MutableMapping):
+        return remember(key, measure)
+    if key not in remember:
+        remember[key] = measure()
+    return remember[key]
 
 
 def measured(
@@ -194,15 +196,7 @@ def measured(
         return read(components)
     key = _key_of(reading, components)
 
-    def measure() -> list[float]:
-        return read(components).tolist()
-
-    if isinstance(remember, MutableMapping):
-        if key not in remember:
-            remember[key] = measure()
-        values = remember[key]
-    else:
-        values = remember(key, measure)
+    values = remembered(remember, key, lambda: read(components).tolist())
     if len(values) != len(reading.batch):
         raise ReferenceMismatch(
             f"{len(values)} numbers are remembered for {key!r}, and there are {len(reading.batch)} prompts. Use another store"

@@ -17,8 +17,9 @@ from rim_lens.batching import MAX_TOKENS, micro_batches
 from rim_lens.chat import SpanBatch
 from rim_lens.lens import Model, verify, why_not_sdpa, wrap_hf
 from rim_lens.prompts.records import Prompt
-from tests.benchmarks.timing import interleaved, peak_of
+from tests.benchmarks.timing import interleaved
 from tests.families import random_batch, tokenizer
+from tests.peaks import peak_of
 
 N_LAYERS, VOCABULARY = 2, 2048
 TOKENS = 2 * MAX_TOKENS  # two passes at short lengths: what a call costs once is a small part of it

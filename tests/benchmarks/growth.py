@@ -12,7 +12,6 @@ import math
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,9 @@ from rim_lens.measures.entanglement.reading import read_model
 from rim_lens.organisms.toy.host import toy_tokenizer
 from rim_lens.provenance import provenance
 from tests.benchmarks import page
+from tests.benchmarks.timing import cpu
 from tests.costs import Shape, generation, packed_scan, reading
-from tests.peaks import peak_of
+from tests.peaks import MEGABYTE, peak_of
 from tests.small_models import hf_of, model_of, prompts, shape
 
 REPEATS = 2
@@ -135,9 +135,7 @@ def grown(series: Series) -> dict[str, Any]:
     seconds: dict[int, list[float]] = {size: [] for size in series.sizes}
     for _ in range(REPEATS):
         for size, (run, _) in made.items():
-            begun = time.process_time()
-            run()
-            seconds[size].append(time.process_time() - begun)
+            seconds[size].append(cpu(run)[0])
     runs = [(size, one) for size, some in seconds.items() for one in some]
     found, low, high = slope(*zip(*runs, strict=True))
     counted, _, _ = slope(series.sizes, [made[size][1] for size in series.sizes])
@@ -195,7 +193,10 @@ def two_models() -> dict[str, Any]:
             for number, model in enumerate([rl.load_model(folder) for folder in (base, tuned)]):
                 read(model, f"held-{number}")
 
-        peaks = {name: peak_of(run) for name, run in (("one", one), ("both", both), ("held", held))}
+        peaks = {
+            name: peak_of(run).above * MEGABYTE
+            for name, run in (("one", one), ("both", both), ("held", held))
+        }
     # Pooled activations of one prompt set and model: what is kept beside the model that is read.
     kept = 2 * sum(map(len, requests)) * WIDE.n_layers * WIDE.d_mlp * 4
     return {"weights": weights, "shard": SHARD, "accumulators": kept, **peaks}

@@ -19,6 +19,7 @@ from rim_lens.measures.refusal.openers import opener_ids
 from rim_lens.measures.refusal.score import log_odds
 from tests.benchmarks.timing import cpu
 from tests.costs import Asked, Shape, packed_scan, reading
+from tests.small_models import n_shared
 
 SYSTEM = (
     "You are a helpful AI assistant named SmolLM, trained by Hugging Face to help people with what they ask."
@@ -97,7 +98,7 @@ def counted(batch: SpanBatch, layers: Sequence[int], last_row: bool) -> float:
     """Multiply-adds of the loop over those of a packed scan, for edits of one head in each of these layers."""
     n, length, longest = len(batch), round(float(batch.lengths.float().mean())), int(batch.lengths.max())
     loop = reading(SHAPE, Asked(n, longest)) + n * (longest - 1) * SHAPE.word
-    return len(layers) * loop / packed_scan(SHAPE, Asked(n, length, _shared(batch)), layers, last_row)
+    return len(layers) * loop / packed_scan(SHAPE, Asked(n, length, n_shared(batch)), layers, last_row)
 
 
 def scan(
@@ -124,7 +125,7 @@ def scan(
         ),
         default=float("nan"),
     )
-    shared = _shared(batch)
+    shared = n_shared(batch)
     layers = [layer for layer, _ in heads]
     return {
         "counted": counted(batch, layers, positions == "prompt_last"),
@@ -165,18 +166,10 @@ def prefilter(model: Model, batch: SpanBatch, n_confirm: int, goal: float, sampl
         "rival_cpu_seconds": rival,
         "measured": f"{found.attrs['n_tested']} heads confirmed, {estimating:.0f} s of it gradients; the loop on"
         f" {len(loop.seconds)}",
-        "prompts": f"{len(batch)} of {int(batch.lengths.min())}–{int(batch.lengths.max())} tokens, {_shared(batch)} shared",
+        "prompts": f"{len(batch)} of {int(batch.lengths.min())}–{int(batch.lengths.max())} tokens, {n_shared(batch)} shared",
         "largest_difference_nats": None,
         "scan": found.attrs["scan"],
     }
-
-
-def _shared(batch: SpanBatch) -> int:
-    rows = [row[mask.bool()].tolist() for row, mask in zip(batch.tokens, batch.attention_mask, strict=True)]
-    found = 0
-    while len({tuple(row[: found + 1]) for row in rows}) == 1:
-        found += 1
-    return found
 
 
 @functools.cache

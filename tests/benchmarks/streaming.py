@@ -15,8 +15,8 @@ import rim_lens as rl
 from rim_lens.chat import SpanBatch
 from rim_lens.lens import wrap_hf
 from rim_lens.prompts.records import Prompt
-from tests.benchmarks.timing import MEGABYTE, Peak, peak_of
 from tests.families import CONTEXT, VOCABULARY, random_batch, tokenizer
+from tests.peaks import MEGABYTE, Peak, peak_of
 
 COUNTS = (10, 100, 1_000, 10_000)
 READERS = "SpanAttention, NeuronActivations, HeadOutputs and ResidualStream"

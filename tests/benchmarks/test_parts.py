@@ -9,7 +9,8 @@ import pytest
 from rim_lens.lens.loading import bridge_class
 from tests.benchmarks import capture, streaming, writing
 from tests.benchmarks.page import _amount, _ratio
-from tests.benchmarks.timing import interleaved, peak_of
+from tests.benchmarks.timing import interleaved
+from tests.peaks import peak_of
 
 pytestmark = pytest.mark.skipif(
     bridge_class() is None or sys.platform != "linux", reason="benchmarks need a TransformerBridge and /proc"

@@ -95,6 +95,37 @@ def open_page(driver: Any, path: Path) -> None:
     )
 
 
+def resize(driver: Any, width: int) -> None:
+    """Make the window so wide, and 1 000 high."""
+    driver.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False},
+    )
+
+
+@contextmanager
+def explorer_page(driver: Any, path: Path) -> Iterator[Any]:
+    """An explorer's page at 1 280, drawn; whatever was done in it, it ran no text, asked for nothing and complained of nothing."""
+    resize(driver, 1280)
+    requests_of(driver), errors_of(driver)
+    driver.get(path.as_uri())
+    assert driver.execute_script("return document.querySelector('.rlx').dataset.drawn") == "yes"
+    yield driver
+    assert driver.execute_script("return [window.hit, document.images.length]") == [None, 0]
+    assert {*requests_of(driver)} <= {path.as_uri()}
+    assert errors_of(driver) == []
+
+
+def pick(driver: Any, what: str, value: str) -> None:
+    """Choose from a menu of an explorer."""
+    driver.execute_script(
+        "const menu = document.querySelector(`[data-what=${arguments[0]}]`); menu.value = arguments[1];"
+        "menu.dispatchEvent(new Event('change'))",
+        what,
+        value,
+    )
+
+
 def harmless(driver: Any, path: Path, texts: Sequence[str] = ()) -> None:
     """Open a page and hold that it asks for nothing, may ask for nothing, complains of nothing, and shows texts literally."""
     requests_of(driver), errors_of(driver)

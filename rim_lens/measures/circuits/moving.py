@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from rim_lens.capturing import capture
 from rim_lens.chat import ChatFormat, SpanBatch
 from rim_lens.errors import NotEnoughData, ReferenceMismatch
 from rim_lens.hooks import AblateHeads, AblateNeurons, NeuronActivations, SpanAttention
-from rim_lens.lens import Head, Model, model_facts
+from rim_lens.lens import Head, Model, model_facts, require_source
 from rim_lens.measures.checkpoints.relating import correlations
 from rim_lens.measures.circuits.nodes import Neuron
+from rim_lens.measures.entanglement.entangling import opened
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.held_out import refuse_used
 from rim_lens.measures.neurons.beside import neurons_to_edit
@@ -37,13 +39,13 @@ Values = Float[np.ndarray, " prompt"]
 
 
 def halves_at_checkpoints(
-    runs: Mapping[str, Sequence[str | Any]],
+    runs: Mapping[str, Sequence[str | Path | Model]],
     chat: ChatFormat,
     heads: RefusalHeads | Iterable[Head],
     neurons: NeuronSet | Iterable[Neuron],
     requests: Sequence[Prompt | str],
     *,
-    base: str | Model,
+    base: str | Path | Model,
     steps: Mapping[str, Sequence[int]] | None = None,
     span: str = "request",
     seed: int = 0,
@@ -76,6 +78,7 @@ def halves_at_checkpoints(
         ``…_change_low``, ``…_change_high`` and ``…_p`` (sign flips over families; max statistic over all checkpoints).
 
     Raises:
+        UnknownModel: A name or folder that `load_model` cannot take; before any is read.
         NotEnoughData: There is no run, a run has no checkpoint, or requests are of one family.
         ReferenceMismatch: `steps` does not fit the runs.
         StatisticsError: A request chose the heads or neurons.
@@ -91,11 +94,6 @@ def halves_at_checkpoints(
     """
     import pandas as pd
 
-    from rim_lens.organisms import load_model
-
-    def opened(one: str | Any) -> Model:
-        return load_model(one) if isinstance(one, str) or hasattr(one, "__fspath__") else one
-
     asked = as_prompts(requests)
     families = families_of(asked)
     if not runs or not all(len(run) for run in runs.values()):
@@ -107,26 +105,25 @@ def halves_at_checkpoints(
         raise ReferenceMismatch(
             "steps were given for other runs, or another number of checkpoints; give one each."
         )
-    first = opened(base)
-    facts = model_facts(first)
+    for one in (base, *(one for run in runs.values() for one in run)):
+        if isinstance(one, str | Path):
+            require_source(one)
     if isinstance(heads, RefusalHeads):
         refuse_used(heads.settings, asked, "heads")
         heads = heads.top()
-    chosen = list(facts.check_heads(heads))
-    members = neurons_to_edit(neurons if isinstance(neurons, NeuronSet) else list(neurons), facts, asked)
-    if not chosen or not members:
-        raise NotEnoughData("heads and neurons are held together; give at least one of each.")
     batch = chat.render(asked, think="off")
-
-    def read(model: Model) -> dict[str, Values]:
-        return _read(model, batch, chosen, members, span, max_rows)
-
-    before = read(first)
-    found = [
-        (name, int(step), read(opened(one)))
-        for name, run in runs.items()
-        for step, one in zip(at[name], run, strict=True)
-    ]
+    with opened(base) as model:
+        facts = model_facts(model)
+        chosen = list(facts.check_heads(heads))
+        members = neurons_to_edit(neurons if isinstance(neurons, NeuronSet) else list(neurons), facts, asked)
+        if not chosen or not members:
+            raise NotEnoughData("heads and neurons are held together; give at least one of each.")
+        before = _read(model, batch, chosen, members, span, max_rows)
+    found: list[tuple[str, int, dict[str, Values]]] = []
+    for name, run in runs.items():
+        for step, one in zip(at[name], run, strict=True):
+            with opened(one) as model:
+                found.append((name, int(step), _read(model, batch, chosen, members, span, max_rows)))
     p = {
         what: np.atleast_1d(
             np.asarray(

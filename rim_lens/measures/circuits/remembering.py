@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
-from rim_lens.measures.edits import Remember
+from rim_lens.measures.edits import Remember, remembered
 
 # A key, and what measures → what was measured, then or before
 Once = Callable[[str, Callable[[], np.ndarray]], np.ndarray]
@@ -28,13 +27,6 @@ def remembering(remember: Remember | None) -> Once:
     def once(key: str, measure: Callable[[], np.ndarray]) -> np.ndarray:
         short = f"{key[:80]}:{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
-        def values() -> Any:
-            return measure().tolist()
-
-        if isinstance(remember, MutableMapping):
-            if short not in remember:
-                remember[short] = values()
-            return np.asarray(remember[short], dtype=np.float64)
-        return np.asarray(remember(short, values), dtype=np.float64)
+        return np.asarray(remembered(remember, short, lambda: measure().tolist()), dtype=np.float64)
 
     return once

@@ -288,9 +288,8 @@ def asked_again(
         RimLensError: As `circuit`.
     """
     settings = circuit.settings
-    tuned = (
-        tuned if TUNED in settings["contrasts"] else None
-    )  # of several circuits, some may not have asked about it
+    if TUNED not in settings["contrasts"]:
+        tuned = None  # of several circuits, some may not have asked about it
     for what, one, digest in (
         ("model", model, settings["weights_digest"]),
         ("tuned model", tuned, settings["tuned_digest"]),

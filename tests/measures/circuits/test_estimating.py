@@ -12,6 +12,7 @@ from torch import Tensor
 import rim_lens as rl
 from rim_lens.errors import StatisticsError
 from rim_lens.hooks.putting import Put
+from rim_lens.lens import Site
 from rim_lens.measures.circuits.estimating import estimates
 from rim_lens.measures.circuits.instead import patched
 from rim_lens.measures.circuits.nodes import END, Edge, edges_between, head_node, neuron_nodes, span_node
@@ -112,12 +113,12 @@ def test_proposals_are_slopes_times_what_the_twin_would_put_out() -> None:
     own, other = (rl.record(model, batch, ["z", "post"]).activations for batch in (off, twins))
     ids = torch.tensor(opener_ids(model.tokenizer, None))
 
-    def slope(site: str, layer: int, column: int) -> float:
+    def slope(site: Site, layer: int, column: int) -> float:
         spot = (site, layer)
         scores = []
         for share in (STEP, -STEP):
             moved = torch.lerp(own[spot], other[spot], share)[:, :, [column]]
-            scores.append(next_word_odds(model, off, [Put({spot: ([column], moved)})], ids))  # type: ignore[dict-item]
+            scores.append(next_word_odds(model, off, [Put({spot: ([column], moved)})], ids))
         return float((scores[0] - scores[1]).mean()) / (2 * STEP)
 
     scores = found.neurons.scores

@@ -24,7 +24,14 @@ from rim_lens.views import CircuitView, circuit_explorer_html, circuit_view, wri
 from rim_lens.views.layered import TALL, layered, points
 from rim_lens.views.text import visible
 from tests.verdicts import toy_requests
-from tests.views.browser import HOSTILE, act_until, errors_of, harmless, requests_of
+from tests.views.browser import (
+    HOSTILE,
+    act_until,
+    explorer_page,
+    harmless,
+    pick,
+    resize,
+)
 
 NAMES = (" ".join(HOSTILE), "careful")  # what a user may call a circuit
 
@@ -222,40 +229,18 @@ def test_heavy_edges_cross_less_and_keep_off_other_nodes() -> None:
 # --- the page -----------------------------------------------------------------------------------------
 
 
-def resize(browser: Any, width: int) -> None:
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False},
-    )
-
-
 @pytest.fixture
 def opened(view: CircuitView, browser: Any, tmp_path: Path) -> Any:
     for run in view.data["circuits"][0]["runs"]:
         for prompt in run["prompts"]:
             prompt["tokens"][: len(HOSTILE)] = [visible(token) for token in HOSTILE]
     path = write_circuit_explorer(view, tmp_path / "circuit.html")
-    resize(browser, 1280)
-    requests_of(browser), errors_of(browser)
-    browser.get(path.as_uri())
-    assert browser.execute_script("return document.querySelector('.rlx').dataset.drawn") == "yes"
-    yield browser
-    assert browser.execute_script("return [window.hit, document.images.length]") == [None, 0]
-    assert {*requests_of(browser)} <= {path.as_uri()}
-    assert errors_of(browser) == []
+    with explorer_page(browser, path) as page:
+        yield page
 
 
 def text_of(browser: Any, what: str) -> str:
     return str(browser.execute_script(f"return document.querySelector('[data-what={what}]').innerText"))
-
-
-def pick(browser: Any, what: str, value: str) -> None:
-    browser.execute_script(
-        "const menu = document.querySelector(`[data-what=${arguments[0]}]`); menu.value = arguments[1];"
-        "menu.dispatchEvent(new Event('change'))",
-        what,
-        value,
-    )
 
 
 def widths(browser: Any) -> dict[str, float]:

@@ -14,7 +14,13 @@ import rim_lens as rl
 from rim_lens.views import HeadView, explorer_html, head_view, write_explorer
 from rim_lens.views.explorer.building import packed
 from rim_lens.views.text import visible
-from tests.views.browser import HOSTILE, act_until, errors_of, harmless, requests_of
+from tests.views.browser import (
+    HOSTILE,
+    act_until,
+    explorer_page,
+    harmless,
+    pick,
+)
 
 EFFECTS = {(0, 5): -1.25, (1, 3): 0.4}
 
@@ -156,30 +162,12 @@ def opened(view: HeadView, browser: Any, tmp_path: Path) -> Any:
     for one in view.data["prompts"][0]["conditions"]:
         one["tokens"][: len(HOSTILE)] = [visible(token) for token in HOSTILE]
     path = write_explorer(view, tmp_path / "explorer.html")
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": 1280, "height": 1000, "deviceScaleFactor": 1, "mobile": False},
-    )
-    requests_of(browser), errors_of(browser)
-    browser.get(path.as_uri())
-    assert browser.execute_script("return document.querySelector('.rlx').dataset.drawn") == "yes"
-    yield browser
-    assert browser.execute_script("return [window.hit, document.images.length]") == [None, 0]
-    assert {*requests_of(browser)} <= {path.as_uri()}
-    assert errors_of(browser) == []
+    with explorer_page(browser, path) as page:
+        yield page
 
 
 def _said(browser: Any) -> str:
     return browser.execute_script("return document.querySelector('[data-what=said]').textContent")
-
-
-def _pick(browser: Any, what: str, value: str) -> None:
-    browser.execute_script(
-        "const menu = document.querySelector(`[data-what=${arguments[0]}]`); menu.value = arguments[1];"
-        "menu.dispatchEvent(new Event('change'))",
-        what,
-        value,
-    )
 
 
 def _number(said: str) -> float:
@@ -203,12 +191,12 @@ def test_click_and_keys_choose_a_head_and_tell_its_number(view: HeadView, opened
     canvas.send_keys(Keys.ARROW_UP, Keys.ARROW_LEFT * 9, Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
     assert _said(opened).startswith("Layer 1, head 1:")
     assert _number(_said(opened)) == pytest.approx(float(shift[1, 1]), abs=1e-6)
-    _pick(opened, "stat", "effect0")
+    pick(opened, "stat", "effect0")
     assert _said(opened) == "Layer 1, head 1: not tested"
     canvas.send_keys(Keys.ARROW_RIGHT * 2)
     assert _number(_said(opened)) == pytest.approx(0.4)
-    _pick(opened, "stat", "massB")
-    _pick(opened, "span", "request")
+    pick(opened, "stat", "massB")
+    pick(opened, "span", "request")
     held = view.arrays[careful["mass"]][careful["spans"].index("request")][1, 3]
     assert _number(_said(opened)) == pytest.approx(float(held), abs=1e-6)
 

@@ -21,7 +21,14 @@ from rim_lens.views import (
 )
 from rim_lens.views.explorer.neuron_reading import WITHHELD
 from rim_lens.views.text import visible
-from tests.views.browser import HOSTILE, act_until, errors_of, harmless, requests_of
+from tests.views.browser import (
+    HOSTILE,
+    act_until,
+    explorer_page,
+    harmless,
+    pick,
+    resize,
+)
 
 MEMBERS = [(0, 5), (0, 200), (1, 3), (1, 7), (1, 42)]
 EFFECTS = {(1, 3): -0.75, (0, 9): 0.25}
@@ -255,26 +262,13 @@ def opened(view: NeuronView, browser: Any, tmp_path: Path) -> Any:
         for shown in one["roles"]:
             shown["tokens"][: len(HOSTILE)] = [visible(token) for token in HOSTILE]
     path = write_neuron_explorer(view, tmp_path / "neurons.html")
-    resize(browser, 1280)
-    requests_of(browser), errors_of(browser)
-    browser.get(path.as_uri())
-    assert browser.execute_script("return document.querySelector('.rlx').dataset.drawn") == "yes"
-    yield browser
-    assert browser.execute_script("return [window.hit, document.images.length]") == [None, 0]
-    assert {*requests_of(browser)} <= {path.as_uri()}
-    assert errors_of(browser) == []
+    with explorer_page(browser, path) as page:
+        yield page
 
 
 @pytest.mark.chromium
 def test_the_page_can_ask_for_nothing(opened: Any, tmp_path: Path) -> None:
     harmless(opened, tmp_path / "neurons.html", HOSTILE)
-
-
-def resize(browser: Any, width: int) -> None:
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False},
-    )
 
 
 def text_of(browser: Any, what: str) -> str:
@@ -290,15 +284,6 @@ def said(browser: Any) -> tuple[float, float]:
     numbers = re.findall(r"(?:\)|\+|−|tuned|base) (−?[\d.e-]+)(?:,|$)", text_of(browser, "said"))
     first, second = (float(text.replace("−", "-")) for text in numbers)
     return first, second
-
-
-def pick(browser: Any, what: str, value: str) -> None:
-    browser.execute_script(
-        "const menu = document.querySelector(`[data-what=${arguments[0]}]`); menu.value = arguments[1];"
-        "menu.dispatchEvent(new Event('change'))",
-        what,
-        value,
-    )
 
 
 @pytest.mark.chromium
