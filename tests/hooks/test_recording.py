@@ -92,6 +92,21 @@ def test_a_recording_of_another_shape_is_refused(case_gqa: Case) -> None:
         sound.require(case_gqa.facts, [], [(0, 0)])
 
 
+def test_processes_that_share_work_call_a_recording_alike(
+    case_gqa: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read under it is kept by its name, which a last bit of another machine must not change."""
+    own = record(case_gqa.model, case_gqa.batch, ["z"])
+    told: list[str] = []
+    monkeypatch.setattr("rim_lens.hooks.recording.n_processes", lambda: 2)
+    monkeypatch.setattr(
+        "rim_lens.hooks.recording.agreed", lambda _, measure: told.append(measure()) or "0f" * 4
+    )
+    shared = record(case_gqa.model, case_gqa.batch, ["z"])
+    assert told == [own.digest]
+    assert repr(shared) == repr(own).replace(own.digest, "0f" * 4)
+
+
 def test_a_dtype_may_be_widened_but_not_rounded(case_gqa: Case) -> None:
     sound = record(case_gqa.model, case_gqa.batch, ["z"])
     half = Recording(

@@ -331,6 +331,22 @@ def test_it_is_used_where_it_can_be_and_nowhere_else(monkeypatch: pytest.MonkeyP
     assert float(abs(found - first).max()) > 1e-3
 
 
+def test_what_a_model_refused_elsewhere_is_refused_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process found that this model does not run in packs: the next scan here knows, and none warns."""
+    monkeypatch.setattr(scanning, "_refused", WeakKeyDictionary())
+    model, batch = told("llama")
+    reading = refusal_reading(model, batch)
+    components = [AblateHeads([head]) for head in model_facts(model).heads()]
+    with warnings.catch_warnings(action="error"):
+        scan = Scan(reading, components)
+        scan.learn(False, "")
+        assert Scan(reading, components).fewest > 1
+        scan.learn(False, "it fell apart")
+        again = Scan(reading, components)
+    assert (scan.told, again.told) == ("plain (it fell apart)",) * 2
+    assert again.fewest == 1
+
+
 def test_numbers_that_differ_are_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model on which the two ways disagree is read the plain way, with a warning."""
     model, batch = told("llama")

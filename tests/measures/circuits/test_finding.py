@@ -217,6 +217,17 @@ def test_random_circuits_have_the_shape_of_the_circuit() -> None:
     assert len(every_neuron(facts)) == 512
 
 
+def test_a_whole_layer_of_neurons_has_no_random_one_beside_it() -> None:
+    model = rl.load_model("planted")
+    chat, whole_layer = rl.ChatFormat.from_model(model), [(0, neuron) for neuron in range(256)]
+    search = rl.CircuitSearch(limit=4, n_random=0, n_random_senders=2, n_random_receivers=2)
+    found = rl.circuit(model, chat, [(0, 5), (1, 1)], whole_layer, *toy_requests(), search=search)
+    edges = found.edges.set_index("edge")
+    assert edges.loc["neurons L0 → L1H1.v", "n_controls"] == 0
+    assert edges.loc["L0H5 → neurons L0", "n_controls"] == 2
+    assert edges.loc["L0H5 → neurons L0", "n_controls_receiver"] == 0
+
+
 def test_mistakes() -> None:
     model = rl.load_model("planted")
     chat = rl.ChatFormat.from_model(model)

@@ -117,6 +117,17 @@ def test_every_weight_counts_once(architecture):
     assert sum(tensor.numel() for tensor in found.values()) == numbers
 
 
+def test_drift_is_the_norm_of_the_difference_however_it_is_cut(toys, monkeypatch):
+    base, tuned = (weights_of(toys[name]) for name in ("toy", "toy:deviate"))
+    before, after = (
+        np.concatenate([some[name].double().numpy().ravel() for name in base]) for some in (base, tuned)
+    )
+    expected = np.linalg.norm(after - before) / np.linalg.norm(before)
+    for piece in (97, 2**30):
+        monkeypatch.setattr("rim_lens.measures.entanglement.drift._PIECE", piece)
+        assert weight_drift(toys["toy"], toys["toy:deviate"]).relative == pytest.approx(expected, rel=1e-6)
+
+
 def test_drift_through_the_disk_is_that_in_memory(toys, tmp_path):
     keep_weights(toys["toy"], tmp_path)
     kept = weight_drift(tmp_path, toys["toy:deviate"])
