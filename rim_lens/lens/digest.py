@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
+import xxhash
 
 from rim_lens.lens.facts import Model
 
 
 def weights_digest(model: Model) -> str:
-    """SHA-256 over every parameter and buffer, whole tensors, names and shapes included.
+    """XXH3 over every parameter and buffer, whole tensors, names and shapes included.
 
-    The two families name their parameters differently, so a digest compares models of one family.
+    The two families name their parameters differently, so a digest compares models of one family. It tells models apart, and is no
+    seal: every call that names its model reads all weights, and XXH3 reads them about nine times faster than SHA-256.
 
     Returns:
-        The first 16 hexadecimal digits.
+        The first 16 hexadecimal digits of 128 bits.
     """
-    digest = hashlib.sha256()
+    digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         if not isinstance(tensor, torch.Tensor):
             continue

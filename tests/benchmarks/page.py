@@ -196,10 +196,9 @@ def _growth(found: dict[str, Any]) -> str:
     over = "met" if beyond <= 0 else f"missed by {beyond / 1e9:.2f} GB"
     lines += [
         "",
-        "A slope below the counted one is a fixed cost (hooks, checks against the plain way) that weighs less in larger runs. Above it,"
-        " over tokens, is the softmax over query × key, which is no multiply-add and counts the more the longer the prompt; over new tokens,"
-        " what every step costs, however little it computes. Where all heads are scanned, their number grows with the layers, and so does"
-        " what lies above each.",
+        "A slope below the counted one is a fixed cost (hooks, checks against the plain way) that weighs less in larger runs. Above it, over"
+        " new tokens, is what every step costs, however little it computes. Where all heads are scanned, their number grows with the layers,"
+        " and so does what lies above each.",
         "",
         "**Two models for RAS** are read one after the other. Peak memory in processes of their own, above what was there before: reading"
         f" one model {two['one'] / 1e9:.2f} GB, `rl.entanglement` of two folders {two['both'] / 1e9:.2f} GB ({ratio:.2f} ×), both held at"
