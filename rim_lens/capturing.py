@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -19,11 +19,11 @@ from rim_lens.errors import CaptureError, NotFinite
 from rim_lens.hooks.base import Component, attached, bound
 from rim_lens.hooks.readers import Reader, Variable
 from rim_lens.lens import (
+    AttentionBy,
     Model,
     ModelFacts,
     last_logits,
     model_facts,
-    sdpa_kept,
     weights_digest,
     why_not_sdpa,
 )
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import xarray as xr
 
 FORMAT_VERSION = 1
-AttentionBy = Literal["auto", "sdpa", "eager"]
 
 __all__ = ["capture", "open_capture"]
 
@@ -105,8 +104,9 @@ def capture(
 
         def read(rows: list[int]) -> dict[str, np.ndarray]:
             with bound(components, batch, rows) as part:
-                with nullcontext() if why_eager else sdpa_kept(model):
-                    last_logits(model, part.tokens, part.attention_mask)
+                last_logits(
+                    model, part.tokens, part.attention_mask, attention="eager" if why_eager else "sdpa"
+                )
                 return _collect(readers, batch, rows)
 
         with tqdm(total=len(waiting), desc=f"capture {batch.name}", disable=not progress) as bar:

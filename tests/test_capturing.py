@@ -71,9 +71,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     seen: list[list[int]] = []
     plain = capturing.last_logits
 
-    def counting(model: Model, tokens: Tensor, mask: Tensor) -> Tensor:
+    def counting(model: Model, tokens: Tensor, mask: Tensor, **options: Any) -> Tensor:
         seen.append(mask.sum(dim=1).tolist())
-        return plain(model, tokens, mask)
+        return plain(model, tokens, mask, **options)
 
     monkeypatch.setattr(capturing, "last_logits", counting)
     return seen

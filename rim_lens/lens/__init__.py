@@ -6,13 +6,14 @@ from rim_lens.lens.attention import Attention, RowHook
 from rim_lens.lens.digest import weights_digest
 from rim_lens.lens.facts import Head, Hook, Model, ModelFacts, model_facts, require_eval, tokenizer_of
 from rim_lens.lens.loading import known_sources, load_model, load_plain, register_source, wrap_hf
-from rim_lens.lens.running import Decoder, all_logits, last_logits, require_finite
+from rim_lens.lens.running import AttentionBy, Decoder, all_logits, last_logits, require_finite
 from rim_lens.lens.sdpa import sdpa_kept, why_not_sdpa
 from rim_lens.lens.sites import Site, hook_name
 from rim_lens.lens.sources import is_path, require_source, same_source, source_digest
 
 __all__ = [
     "Attention",
+    "AttentionBy",
     "ComponentHook",
     "Decoder",
     "Head",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -13,14 +13,19 @@ from torch import Tensor
 
 from rim_lens.errors import ModelError, NotFinite
 from rim_lens.lens.facts import Model, model_facts
+from rim_lens.lens.sdpa import sdpa_kept, why_not_sdpa
+
+AttentionBy = Literal["auto", "sdpa", "eager"]
+# From so many tokens on a pass of whole prompts keeps sdpa: below, nothing is won, and the proof takes a second.
+LONG = 256
 
 
 def all_logits(
     model: Model, tokens: Int[Tensor, "prompt pos"], attention_mask: Int[Tensor, "prompt pos"]
 ) -> Float[Tensor, "prompt pos d_vocab"]:
-    """One forward pass without gradients, logits of every row."""
+    """One forward pass without gradients, logits of every row; long ones by sdpa, as `last_logits`."""
     tokens, attention_mask = _to_device(model, tokens, attention_mask)
-    with torch.no_grad(), _letting_patterns_go(model, tokens):
+    with torch.no_grad(), _attention(model, tokens, "auto"), _letting_patterns_go(model, tokens):
         return model(tokens, attention_mask=attention_mask, return_type="logits")
 
 
@@ -29,15 +34,32 @@ def last_logits(
     tokens: Int[Tensor, "prompt pos"],
     attention_mask: Int[Tensor, "prompt pos"],
     gradients: bool = False,
+    attention: AttentionBy = "auto",
 ) -> Float[Tensor, "prompt d_vocab"]:
     """One forward pass, logits of the last row only.
 
     The unembedding of the other rows is skipped: on a 49 000-word vocabulary it is most of the memory.
     Every hook of every block still fires on every row.
+
+    Args:
+        model: Of any family.
+        tokens: Whole prompts, padded on the left.
+        attention_mask: 0 at padding.
+        gradients: Keep the graph.
+        attention: "auto": a bridge keeps sdpa in passes of `LONG` tokens and more, where no hook needs whole patterns and no
+            graph is kept. "sdpa": it does in any; ask `why_not_sdpa` first. "eager": it does not.
     """
     tokens, attention_mask = _to_device(model, tokens, attention_mask)
-    with torch.set_grad_enabled(gradients):
+    with torch.set_grad_enabled(gradients), _attention(model, tokens, attention):
         return _last_row(model, tokens, attention_mask, {})
+
+
+def _attention(model: Model, tokens: Tensor, by: AttentionBy) -> AbstractContextManager[None]:
+    """How attention is computed in a pass with the hooks that are on the model now."""
+    if by == "auto":
+        long = tokens.shape[1] >= LONG and not torch.is_grad_enabled()
+        by = "sdpa" if long and not why_not_sdpa(model) else "eager"
+    return sdpa_kept(model) if by == "sdpa" else nullcontext()
 
 
 def _last_row(model: Model, tokens: Tensor, attention_mask: Tensor, extra: dict[str, Any]) -> Tensor:
@@ -148,7 +170,7 @@ class Decoder:
         return other
 
     def _forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), _attention(self.model, tokens, "auto"):
             if self.facts.family == "TransformerBridge":
                 positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
                 extra = {"past_key_values": self._cache, "use_cache": True, "position_ids": positions}

@@ -25,7 +25,7 @@ N_LAYERS, VOCABULARY = 2, 2048
 TOKENS = 2 * MAX_TOKENS  # two passes at short lengths: what a call costs once is a small part of it
 LENGTHS = (256, 1024, 4096)
 PADDED = 1024  # the length at which prompts of unequal length are run as well
-ROUNDS = 2
+ROUNDS = 5
 MEASURED = f"random model of SmolLM2's width (576, 9 heads in 3 groups), {N_LAYERS} layers"
 
 

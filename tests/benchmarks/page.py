@@ -36,17 +36,20 @@ patches and directions go with it. `data.attrs["attention"]` says which way it w
 Afterwards the model is as it was, also after an exception. Held against patterns to 1e-5 in nine shapes of model: tests/lens/test_sdpa.py.
 
 With `out=` rows are streamed to disk; what grows in memory with the number of prompts is their labels.
+
+**Not captures alone.** Whatever reads whole prompts of 256 tokens and more keeps sdpa under the same conditions: `refusal_score`, `generate` (its
+prompts, not its steps), `sentence_effects`, `entanglement`, probes, directions. Shorter ones win nothing by it (1 % at 60 tokens on
+SmolLM2-135M), and backward passes keep the step-by-step way.
 """
 
 _CAPTURE_AFTER = """
 Time is CPU-seconds of the process, the median of runs in turns (A B A B); memory is the highest mark above what was held before, each
-run in a process of its own. All sides run the same tokens in the same batches of 4 096 tokens; forward passes return the last row's
+run in a process of its own. A first turn is not counted. All sides run the same tokens in the same batches of 4 096 tokens; forward passes return the last row's
 logits, as capture does, while `run_with_cache` returns all.
 
-A capture's time holds what a call costs once. Profiled on 16 prompts of 256 tokens, the forward pass took 92 % of the time, SHA-256
-over the whole weights 5 %, the readers 0.6 % and labels the rest: where 1.05 × or 1.1 × is missed, most of it is the digest, whose share falls
-with every further prompt of the call and layer of attention. It was left as it is: a digest remembered by anything less than all weights
-would name the wrong model after an edit. Norms that nobody hooks are the model's own, as the bridge's take twice as long.
+A capture's time holds what a call costs once. Profiled on 16 prompts of 256 tokens, the forward pass took 96 % of the time, the digest
+of the whole weights 1.4 %, the readers 1.2 % and labels the rest. The digest is not remembered between calls: by anything less than all
+weights it would name the wrong model after an edit. Norms that nobody hooks are the model's own, as the bridge's take twice as long.
 """
 
 _BEFORE = """

@@ -27,6 +27,7 @@ from rim_lens.hooks import (
     SpanAttention,
     bound,
 )
+from rim_lens.hooks.base import attached
 from rim_lens.lens import (
     ComponentHook,
     Decoder,
@@ -37,6 +38,7 @@ from rim_lens.lens import (
     last_logits,
     model_facts,
     quiet,
+    running,
     sdpa_kept,
     verify,
     why_not_sdpa,
@@ -480,3 +482,94 @@ def test_a_switch_that_adds_a_hook_point_is_seen() -> None:
     assert before.attrs["attention"] == "sdpa"
     assert found.attrs["attention"].startswith("eager (")
     assert float(abs(found["attention_mass"] - before["attention_mass"]).max()) > 0.01
+
+
+# --- long passes of whole prompts ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def entered(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Passes of eight tokens and more count as long; what kept sdpa is noted."""
+    noted: list[Any] = []
+
+    def kept(model: Any) -> Any:
+        noted.append(model)
+        return sdpa_kept(model)
+
+    monkeypatch.setattr(running, "LONG", 8)
+    monkeypatch.setattr(running, "sdpa_kept", kept)
+    return noted
+
+
+@pytest.mark.parametrize("architecture", SERVED)
+def test_long_passes_keep_sdpa_and_give_the_same(
+    architecture: str, entered: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts = told(architecture), batch(n_prompts=6)
+    real = prompts.attention_mask.bool()
+    editors = [
+        AblateHeads([(0, 2)], positions="cot"),
+        PatchHeads([(1, 1)], batch(seed=8, n_prompts=6), "prompt_last"),
+    ]
+
+    def numbers() -> list[Tensor]:
+        with ExitStack() as stack:
+            stack.enter_context(attached(model, editors, prompts, writes=False))
+            with bound(editors, prompts, range(len(prompts))) as part:
+                return [
+                    last_logits(model, part.tokens, part.attention_mask),
+                    all_logits(model, part.tokens, part.attention_mask)[real],
+                    Decoder(model).prefill(part.tokens, part.attention_mask),
+                ]
+
+    fused = numbers()
+    assert len(entered) >= 3
+    entered.clear()
+    monkeypatch.setattr(running, "LONG", 1000)
+    for one, other in zip(fused, numbers(), strict=True):
+        close(one, other, 5e-5)
+    assert entered == []
+
+
+def test_steps_short_passes_and_graphs_do_not(entered: list[Any]) -> None:
+    model, prompts = told("llama"), batch()
+    decoder = Decoder(model)
+    decoder.prefill(prompts.tokens, prompts.attention_mask)
+    assert len(entered) == 1
+    decoder.step(torch.arange(len(prompts)) + 7)
+    last_logits(model, prompts.tokens[:, -7:], prompts.attention_mask[:, -7:])
+    last_logits(model, prompts.tokens, prompts.attention_mask, gradients=True)
+    last_logits(model, prompts.tokens, prompts.attention_mask, attention="eager")
+    assert len(entered) == 1
+    last_logits(model, prompts.tokens[:, -7:], prompts.attention_mask[:, -7:], attention="sdpa")
+    assert len(entered) == 2
+
+
+def test_a_hook_on_whole_patterns_is_seen_in_a_long_pass(entered: list[Any]) -> None:
+    model, prompts = told("llama"), batch()
+    plain = last_logits(model, prompts.tokens, prompts.attention_mask)
+    assert len(entered) == 1
+
+    def first_key(pattern: Tensor, hook: Any) -> Tensor:
+        moved = torch.zeros_like(pattern)
+        moved[..., -1] = 1
+        return moved
+
+    with hooked(model, [(hook_name("pattern", 0), first_key)]):
+        moved = last_logits(model, prompts.tokens, prompts.attention_mask)
+    assert len(entered) == 1
+    assert float((moved - plain).abs().max()) > 1e-3
+
+
+def test_text_after_a_long_prompt_is_the_same(entered: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompts = told("qwen3"), batch()
+    found = []
+    for long in (8, 1000):
+        monkeypatch.setattr(running, "LONG", long)
+        decoder = Decoder(model)
+        words = [decoder.prefill(prompts.tokens, prompts.attention_mask).argmax(-1)]
+        for _ in range(5):
+            words.append(decoder.step(words[-1]).argmax(-1))
+        found.append(torch.stack(words))
+    assert len(entered) == 1
+    assert torch.equal(*found)
