@@ -2,8 +2,8 @@
 
 It serves `refusal_score` under edits of heads' outputs or of neurons (zero, a mean over data, a factor, other runs' values) on a
 TransformerBridge in float32 or float64. Everything else, and every model on which the two ways disagree, is read the plain
-way: one reading per edit. They are held against each other in each scan, on its own prompts: without an edit and under three
-of the edits, on the longest prompt and the shortest.
+way: one reading per edit. They are held against each other in each scan, on its own prompts: without an edit on the longest prompt
+and the shortest, and under three of the edits on one of the two.
 """
 
 from __future__ import annotations
@@ -142,16 +142,20 @@ class Scan:
         if first is not None and group[0] is not first:
             return
         lengths = self.reading.batch.lengths.tolist()
-        rows = sorted({lengths.index(max(lengths)), lengths.index(min(lengths))})
+        longest, shortest = [lengths.index(max(lengths))], [lengths.index(min(lengths))]
+
+        def plain(at: int, rows: list[int]) -> tuple[int, list[int], Float[np.ndarray, " row"]]:
+            return at, rows, plainly(self.reading, group[at - 1] if at else None, rows)
+
         # The plain way first: what does not fit is refused before the long scan, and in the same words.
-        expected = [
-            (at, plainly(self.reading, component, rows)) for at, component in ((0, None), (1, group[0]))
-        ]
+        expected = [plain(0, sorted({*longest, *shortest})), plain(1, longest)]
         try:
             found = packed_readings(self.reading, group)
-            for at in sorted({1 + len(found) // 2, len(found) - 1}):
-                expected.append((at, plainly(self.reading, group[at - 1], rows)))
-            for at, values in expected:
+            last = len(found) - 1
+            expected += [
+                plain(at, rows) for at, rows in {1 + len(found) // 2: shortest, last: longest}.items()
+            ]
+            for at, rows, values in expected:
                 if self._half:
                     self.error = max(self.error, float(np.abs(found[at][rows] - values).max()))
                 else:

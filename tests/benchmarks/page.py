@@ -70,8 +70,8 @@ Ablation at the last row and at all rows are different quantities, and rank head
 
 **When.** A `TransformerBridge` in float32 or float64 on one device, `refusal_score` with any rule for whitespace, and edits of heads'
 outputs or neurons to zero, to a mean over data, by a factor, or to what another run has there (`head_patching`, resampling). The model's own code runs: its norms, MLPs, positions, softcaps and
-sliding windows, without the bridge's hooks; attention alone is done here. In every scan the baseline and three edits are read the
-plain way as well, on the longest prompt and the shortest. Where a number differs by more than 1e-4 nats and a hundred-thousandth of the score a warning says so and all
+sliding windows, without the bridge's hooks; attention alone is done here. In every scan the baseline is read the
+plain way as well on the longest prompt and the shortest, and three edits on one of the two. Where a number differs by more than 1e-4 nats and a hundred-thousandth of the score a warning says so and all
 edits are read one by one, as they are on a `HookedTransformer`, in half precision (whose error is larger than most effects), with
 hooks of your own on the model, and by any other reading. In half precision `scan="rough"` reads many at a time all the same and tells
 the error it sees: to rank heads, and no more. `scan="plain"` reads one by one always, and `effects.attrs["scan"]` says which way it
@@ -85,7 +85,7 @@ code written by hand does. *Counted* is the same ratio of multiply-adds, the che
 products reaches it on these prompts, and only faster products would. The largest difference is that of edited scores between the two sides, over the heads that both ran.
 
 The proof on first contact (one short pass per layer, about ten seconds here, once per model and process) came before. Each row holds its
-check against the plain way: eight prompts' worth of passes, which weigh more the fewer prompts there are. Of what remains, products of
+check against the plain way: five prompts' worth of passes, which weigh more the fewer prompts there are. Of what remains, products of
 matrices are two thirds to four fifths; at the last row of the prompt a third is the unembedding, which log-odds need whole.
 """
 
