@@ -1,12 +1,9 @@
 """docs/checkpoints.md: what fine-tuning does to refusal in toys of six seeds, and whether entanglement follows it.
 
 ``python -m tests.checkpoint_verdicts`` trains, measures, writes docs/evidence/checkpoints_toy.json, and the page from it: of each
-seed and operator a study of three runs (careful, confirm, deviate) with its control gone on to equal drift. About 15 minutes on
-one core, and four more the first time, to train toys of other seeds. Studies are kept under .cache/checkpoints: a run that was
+seed and operator a study of three runs (careful, confirm, deviate) with its control gone on to equal drift. About 25 minutes on
+one core, toys of other seeds trained the first time included. Studies are kept under .cache/checkpoints: a run that was
 stopped goes on.
-
-``--retell`` trains and measures nothing: p, forecasts and shares of drift are computed anew from the tables of runs that the file
-holds, the rest stays as it was measured, and the file says so.
 """
 
 from __future__ import annotations
@@ -50,9 +47,6 @@ OF_CHECKPOINT = (
     *("accuracy_open", "ras_percentile", "ras_p", *METRICS),
 )
 FORETOLD_BY = ("ras", "safety_drop", "arithmetic", "kl", "weight_drift", "lost")
-# What of a correlation hangs on random sets, which are too many to be kept.
-BY_RANDOM = ("random", "percentile", "p_random", "n_random")
-NOT_KEPT = "its numbers at each checkpoint were not kept"
 
 
 def base_of(seed: int, folder: Path) -> str:
@@ -194,40 +188,6 @@ def forecasts(joined: rl.Comparison, before: dict[str, float]) -> list[dict[str,
     return rows(pd.concat(told, ignore_index=True))
 
 
-def retold(content: dict[str, Any]) -> dict[str, Any]:
-    """The same measurements with statistics computed anew; what hangs on numbers that were not kept stays, or has none."""
-    table = pd.DataFrame(content["checkpoints"])
-    drop, rise = table["safety_drop"], table["reasoning_rise"]
-    table["arithmetic"], table["geometric"] = (drop + rise) / 2, np.sqrt(drop) * np.sqrt(rise)
-    groups = {run: run.partition("/")[0] for run in table["run"]}
-    nothing = pd.DataFrame(columns=["run"])
-    joined = rl.Comparison(table, nothing, nothing, {"groups": groups})
-    anew = correlations(joined, [metric for metric in METRICS if metric in table])
-    for of, lines in content["correlations"].items():
-        known = {(line["metric"], line["how"]): line for line in anew[of]}
-        anew[of] = [_merged(line, known.get((line["metric"], line["how"]))) for line in lines]
-    return {
-        **content,
-        "beyond_drift": rows(
-            beyond_drift(pd.DataFrame(content["matched"]).astype({"lost_difference": float}))
-        ),
-        "correlations": anew,
-        "forecast": forecasts(joined, content.get("before", {})),
-        "retold": provenance(f"{COMMAND} --retell", ("numpy", "pandas")),
-    }
-
-
-def _merged(old: dict[str, Any], new: dict[str, Any] | None) -> dict[str, Any]:
-    if new is None:
-        blank = {"p_pearson_kind": None, "p_spearman_kind": None, "n_permutations_kind": 0}
-        return {**old, **blank, "reason_kind": NOT_KEPT}
-    if abs(new["pearson"] - old["pearson"]) > 1e-4:  # the tables and the correlations are of two measurements
-        raise ValueError(
-            f"{old['metric']}, {old['how']}: the kept table gives r = {new['pearson']}, and {old['pearson']} was measured. Measure again."
-        )
-    return {**new, **{name: old[name] for name in BY_RANDOM}}
-
-
 def verdict_of(result: CheckpointStudyResult) -> str:
     """What removing the chosen neurons does, in a word."""
     found = result.neurons
@@ -274,7 +234,6 @@ def page(found: dict[str, Any]) -> str:
             told_versions(found).replace(f"`{COMMAND}`", f"`make evidence-checkpoints` (`{COMMAND}`)")
             + " One thread. Figures in [evidence/checkpoints_toy.json](evidence/checkpoints_toy.json).",
             "",
-            *_retold_lines(found),
             f"Toys of {len(found['studies']) // 2} seeds, each fine-tuned on harmless sums with chains of three kinds, on the operator `-`, which is new to it, and on `+`,",
             f"which it knows: {len(found['ends'])} runs of {design['steps']} steps with {design['n_checkpoints']} checkpoints each, every one a run of `rl.CheckpointStudy`. The control"
             f" of a seed and operator is",
@@ -288,24 +247,6 @@ def page(found: dict[str, Any]) -> str:
             *_limit_lines(),
         ]
     )
-
-
-def _retold_lines(found: dict[str, Any]) -> list[str]:
-    if "retold" not in found:
-        return []
-    blank = sorted(
-        {line["metric"] for line in found["correlations"]["all"] if line["reason_kind"] == NOT_KEPT}
-    )
-    return [
-        f"What models gave is of that day. p, forecasts and shares of drift were told again from the kept tables: {told_versions(found['retold'])}",
-        "Kept as measured: p of each run's end, and all that is beside random sets."
-        + (
-            f" Without p within kinds until it is measured again: {_listed([NAMES[name] for name in blank])}."
-            if blank
-            else ""
-        ),
-        "",
-    ]
 
 
 def _ends_lines(found: dict[str, Any]) -> list[str]:
@@ -529,19 +470,19 @@ def _ras_lines(found: dict[str, Any]) -> list[str]:
 
 def _forecast_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     table: list[list[object]] = [["by", "known from", "skill", "p", "p within kinds"]]
+    named = {
+        "lost": "the loss so far",
+        "ras": "RAS",
+        "safety_drop": "δ⁻",
+        "kl": "KL",
+        "arithmetic": "arithmetic mean",
+        "weight_drift": "weight drift",
+        "before training": "gradients on the chosen neurons",
+    }
     for row in rows:
-        name = {
-            "lost": "lost so far",
-            "ras": "RAS",
-            "safety_drop": "δ⁻",
-            "kl": "KL",
-            "arithmetic": "arithmetic mean",
-            "weight_drift": "weight drift",
-            "before training": "gradients on the chosen neurons",
-        }[row["metric"]]
         table.append(
             [
-                name,
+                named[row["metric"]],
                 f"first {row['first']} checkpoints" if row["first"] else "before training",
                 f"{row['skill']:+.2f}",
                 _p(row["p"]),
@@ -554,22 +495,10 @@ def _forecast_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
         "",
         "A line fitted on the runs of all other bases, scored on the six of the base held out; skill 0 is no better than their mean. p exchanges ends between",
         "the six runs of one base, whatever their kind and operator; p within kinds exchanges whole bases, as above. "
-        + (
-            "What was lost so far foretells best."
-            if best["metric"] == "lost"
-            else "Something else than the loss so far foretells best."
-        ),
+        + f"Of these, {named[best['metric']]} foretells best.",
         "",
         markdown_table(table),
         "",
-        *(
-            []
-            if any(row["metric"] == "before training" for row in rows)
-            else [
-                "What gradients said before training was not kept run by run, and comes with the next measurement.",
-                "",
-            ]
-        ),
     ]
 
 
@@ -612,14 +541,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=STUDIES)
     parser.add_argument("--out", type=Path, default=EVIDENCE)
     parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--retell", action="store_true", help="statistics from the tables the file holds")
     given = parser.parse_args()
-    if given.retell:
-        content = retold(json.loads(given.out.read_text(encoding="utf-8")))
-    else:
-        with one_thread():
-            found = studies(list(SEEDS), given.folder)
-            content = {**provenance(COMMAND, PACKAGES), **measured(found)}
+    with one_thread():
+        found = studies(list(SEEDS), given.folder)
+        content = {**provenance(COMMAND, PACKAGES), **measured(found)}
     write_json(given.out, content)
     given.page.write_text(page(json.loads(given.out.read_text(encoding="utf-8"))), encoding="utf-8")
 

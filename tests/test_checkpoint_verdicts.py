@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 
 import rim_lens as rl
@@ -30,41 +31,19 @@ def test_every_run_that_was_asked_for_is_there():
     assert (ras["pooled"]["n"], ras["across"]["n"]) == (216, 36)
 
 
-def test_statistics_are_told_again_from_the_tables_and_from_nothing_else(monkeypatch):
-    """Of two metrics, for time; the one whose numbers were not kept has no p within kinds, and what random sets say stays."""
-    monkeypatch.setattr(checkpoint_verdicts, "METRICS", ("arithmetic", "cka_ratio_model"))
-    lines = {
-        of: [row for row in rows if row["metric"] in checkpoint_verdicts.METRICS]
-        for of, rows in FOUND["correlations"].items()
-    }
-    stripped = [
-        {name: cell for name, cell in row.items() if name != "cka_ratio_model"}
-        for row in FOUND["checkpoints"]
-    ]
-    asked = {**FOUND, "correlations": lines, "checkpoints": stripped, "forecast": [], "beyond_drift": []}
-    told = checkpoint_verdicts.retold(asked)
-    assert told["beyond_drift"] == FOUND["beyond_drift"]
-    after = {row["metric"]: row for row in told["forecast"]}
-    for row in FOUND["forecast"]:
-        if row["metric"] in after:
-            assert after[row["metric"]] == row
-    for of, rows in lines.items():
-        for old, new in zip(rows, told["correlations"][of], strict=True):
-            assert (old["metric"], old["how"], old["p_random"]) == (
-                new["metric"],
-                new["how"],
-                new["p_random"],
-            )
-            if new["metric"] == "arithmetic":
-                assert (new["p_pearson"], new["p_pearson_kind"]) == (old["p_pearson"], old["p_pearson_kind"])
-            else:
-                assert new["p_pearson_kind"] is None
-                assert new["reason_kind"] == checkpoint_verdicts.NOT_KEPT
-    assert told["retold"]["command"].endswith("--retell")
-    assert told["date"] == FOUND["date"]
-    other = [{**row, "lost": -row["lost"]} for row in stripped]
-    with pytest.raises(ValueError, match="Measure again"):
-        checkpoint_verdicts.retold({**asked, "checkpoints": other})
+def test_pooled_correlations_are_those_of_the_kept_tables():
+    """By numpy, over all checkpoints of all runs."""
+    for row in FOUND["correlations"]["all"]:
+        if row["how"] == "pooled":
+            pairs = [
+                (line[row["metric"]], line["lost"])
+                for line in FOUND["checkpoints"]
+                if line[row["metric"]] is not None
+            ]
+            assert row["n"] == len(pairs)
+            assert row["pearson"] == pytest.approx(np.corrcoef(np.array(pairs).T)[0, 1], abs=1e-4), row[
+                "metric"
+            ]
 
 
 @pytest.mark.parametrize("kind", ["careful", "deviate"])
