@@ -10,9 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 GROUP = 16  # passes without edits that a group of edits costs, see rim_lens.measures.scanning
-CHECKED = (
-    4  # readings of one prompt that every group is held against; one more where prompts are not all as long
-)
+CHECKED = 4  # readings of one prompt that every group is held against; one more where lengths differ
 
 
 @dataclass(frozen=True)
