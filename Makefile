@@ -42,10 +42,15 @@ notebooks: .venv/ready-docs
 
 # Figures of speed beside their rivals, as docs/evidence/bench.json and docs/speed.md. Alone on one thread, or ratios are noise.
 # PARTS="capture-1024 streaming" runs those alone (tests/benchmarks/__main__.py names all); the others' figures stay.
-bench: .venv/ready-dev
-	OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks --prompts $(PROMPTS) $(PARTS)
-	$(if $(PARTS),,OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.recall)
-	$(if $(PARTS),,OMP_NUM_THREADS=1 .venv/bin/python -m tests.benchmarks.growth)
+# Parts that end in -hooked run on TransformerLens 3, which has a HookedTransformer.
+bench: TIMED := OMP_NUM_THREADS=1
+bench: HOOKED := $(if $(PARTS),$(filter %-hooked,$(PARTS)),last-row-hooked all-rows-hooked)
+bench: OTHERS := $(filter-out %-hooked,$(PARTS))
+bench: .venv/ready-dev .venv-tl3/ready-dev
+	$(if $(PARTS),$(if $(OTHERS),$(TIMED) .venv/bin/python -m tests.benchmarks --prompts $(PROMPTS) $(OTHERS)),$(TIMED) .venv/bin/python -m tests.benchmarks --prompts $(PROMPTS))
+	$(if $(HOOKED),$(TIMED) .venv-tl3/bin/python -m tests.benchmarks --prompts $(PROMPTS) $(HOOKED))
+	$(if $(PARTS),,$(TIMED) .venv/bin/python -m tests.benchmarks.recall)
+	$(if $(PARTS),,$(TIMED) .venv/bin/python -m tests.benchmarks.growth)
 
 # What takes long. Its outputs are committed under docs/evidence, with command, versions and date.
 evidence: .venv/ready-dev .venv/ready-docs evidence-oracles evidence-statistics evidence-heads evidence-neurons evidence-circuits evidence-checkpoints evidence-freezing evidence-views evidence-sharing evidence-sizing

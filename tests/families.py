@@ -128,7 +128,7 @@ def fill(model: Any, seed: int = 0) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():
             if parameter.ndim == 1:
-                is_scale = name.endswith("weight")
+                is_scale = name.endswith(("weight", ".w"))
                 parameter.copy_(1 + 0.2 * noise if is_scale else 0.1 * noise)
             else:
                 parameter.copy_(noise * (1.2 / min(parameter.shape) ** 0.5))

@@ -20,7 +20,7 @@ from torch import Tensor
 from rim_lens.batching import MAX_TOKENS
 from rim_lens.hooks.editing import Change, Rows
 from rim_lens.lens import Site
-from rim_lens.lens.bare import BareModel, Edit
+from rim_lens.lens.bare import Bare, Edit
 from rim_lens.lens.packing import Pack, Past
 
 Changes = Mapping[tuple[Site, int], Change]
@@ -70,7 +70,7 @@ class Trunk:
         sequences: The prompts.
     """
 
-    def __init__(self, bare: BareModel, sequences: Sequences) -> None:
+    def __init__(self, bare: Bare[Any], sequences: Sequences) -> None:
         self.bare, self.sequences, self.device = bare, sequences, bare.facts.device
         whole = _Layout(sequences, [0] * len(sequences), sequences.n_shared)
         self.layout = _copied(sequences)
@@ -278,7 +278,7 @@ def _changed(changes: list[tuple[int, Change]], at: Tensor, rows: Rows, values: 
 
 
 def read_logits(
-    bare: BareModel, found: Iterator[tuple[int, Float[Tensor, "read d_model"]]]
+    bare: Bare[Any], found: Iterator[tuple[int, Float[Tensor, "read d_model"]]]
 ) -> Iterator[tuple[list[int], Float[Tensor, "edit read d_vocab"]]]:
     """Unembed the rows that are read, some edits at a time."""
     waiting: list[tuple[int, Tensor]] = []

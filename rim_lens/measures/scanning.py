@@ -1,7 +1,7 @@
 """Many edits read at once, exactly: the fast way to what one forward pass per edit gives.
 
-It serves `refusal_score` under edits of heads' outputs or of neurons (zero, a mean over data, a factor, other runs' values) on a
-TransformerBridge in float32 or float64. Everything else, and every model on which the two ways disagree, is read the plain
+It serves `refusal_score` under edits of heads' outputs or of neurons (zero, a mean over data, a factor, other runs' values), in
+float32 or float64. Everything else, and every model on which the two ways disagree, is read the plain
 way: one reading per edit. They are held against each other in each scan, on its own prompts: without an edit on the longest prompt
 and the shortest, and under three of the edits on one of the two.
 """
@@ -26,7 +26,7 @@ from rim_lens.hooks.positions import chosen_rows, is_word
 from rim_lens.hooks.reference import shared_means
 from rim_lens.lens import require_eval, tokenizer_of
 from rim_lens.lens.attaching import wiring
-from rim_lens.lens.bare import BareModel
+from rim_lens.lens.taking_apart import taken_apart
 from rim_lens.measures.marching import Changes, Sequences, Trunk, march, read_logits
 from rim_lens.measures.readings import Reading
 from rim_lens.measures.refusal.first_word import (
@@ -244,7 +244,7 @@ class _Packed:
         self.reading, self.batch, self.model = reading, reading.batch, reading.model
         self.settings: Mapping[str, Any] = reading.first_word
         tokenizer = tokenizer_of(self.model)
-        self.bare = BareModel(self.model)
+        self.bare = taken_apart(self.model)
         device = self.bare.facts.device
         self.openers = torch.tensor(opener_ids(tokenizer, self.settings.get("openers")), device=device)
         skip = self.settings.get("skip", "greedy")

@@ -29,11 +29,17 @@ SCANS: dict[str, Part] = {
     "all-rows-apart": scans.all_rows_apart,
     "gradients": scans.gradients,
 }
+# On TransformerLens 2 or 3
+HOOKED: dict[str, Part] = {
+    "last-row-hooked": partial(scans.last_row, family="hooked"),
+    "all-rows-hooked": partial(scans.all_rows, family="hooked"),
+}
 PARTS: dict[str, Part] = {
     **{f"capture-{length}": partial(capture.at, length) for length in capture.LENGTHS},
     "streaming": streaming.streaming,
     "writing": writing.writing,
     **SCANS,
+    **HOOKED,
 }
 
 
@@ -44,7 +50,9 @@ def main(n_prompts: int, names: list[str]) -> None:
             figures.append(figure)
             sys.stdout.write(f"{name}: {json.dumps(figure, ensure_ascii=False)}\n")
             sys.stdout.flush()
-        command = f"make bench PARTS={name}" + (f" PROMPTS={n_prompts}" if name in SCANS else "")
+        command = f"make bench PARTS={name}" + (
+            f" PROMPTS={n_prompts}" if name in {**SCANS, **HOOKED} else ""
+        )
         part = provenance(command, ("torch", "transformers", "transformer-lens")) | {
             "threads": torch.get_num_threads(),
             "load": os.getloadavg()[0],
@@ -60,9 +68,11 @@ def main(n_prompts: int, names: list[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="make bench")
     parser.add_argument("--prompts", type=int, default=24, help="of the scans")
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; none for all")
+    parser.add_argument(
+        "parts", nargs="*", help=f"of {', '.join(PARTS)}; none for all but the last {len(HOOKED)}"
+    )
     asked = parser.parse_args()
     unknown = [name for name in asked.parts if name not in PARTS]
     if unknown:
         parser.error(f"{unknown[0]!r} was asked for; there are {', '.join(PARTS)}")
-    main(asked.prompts, asked.parts or list(PARTS))
+    main(asked.prompts, asked.parts or [name for name in PARTS if name not in HOOKED])

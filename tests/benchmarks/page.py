@@ -68,14 +68,16 @@ computed again:
 
 Ablation at the last row and at all rows are different quantities, and rank heads differently.
 
-**When.** A `TransformerBridge` in float32 or float64 on one device, `refusal_score` with any rule for whitespace, and edits of heads'
-outputs or neurons to zero, to a mean over data, by a factor, or to what another run has there (`head_patching`, resampling). The model's own code runs: its norms, MLPs, positions, softcaps and
-sliding windows, without the bridge's hooks; attention alone is done here. In every scan the baseline is read the
-plain way as well on the longest prompt and the shortest, and three edits on one of the two. Where a number differs by more than 1e-4 nats and a hundred-thousandth of the score a warning says so and all
-edits are read one by one, as they are on a `HookedTransformer`, in half precision (whose error is larger than most effects), with
-hooks of your own on the model, and by any other reading. In half precision `scan="rough"` reads many at a time all the same and tells
-the error it sees: to rank heads, and no more. `scan="plain"` reads one by one always, and `effects.attrs["scan"]` says which way it
-was. Held against the plain way to 1e-5 on eleven architectures: tests/measures/test_scanning.py.
+**When.** A `TransformerBridge` or a `HookedTransformer` in float32 or float64 on one device, `refusal_score` with any rule for whitespace, and
+edits of heads' outputs or neurons to zero, to a mean over data, by a factor, or to what another run has there (`head_patching`,
+resampling). The model's own code runs, without its hooks: norms, projections, rotations, MLPs; attention alone is done here, softcaps and
+sliding windows included. In every scan the baseline is read the plain way as well on the longest prompt and the shortest, and three edits
+on one of the two. Where a number differs by more than 1e-4 nats and a hundred-thousandth of the score a warning says so and all edits are
+read one by one, as they are in half precision (whose error is larger than most effects), with hooks of your own on the model, on a
+`HookedTransformer` with alibi, attention sinks or `use_attn_result` and the like, and by any other reading. In half precision
+`scan="rough"` reads many at a time all the same and tells the error it sees: to rank heads, and no more. `scan="plain"` reads one by one
+always, and `effects.attrs["scan"]` says which way it was. Held against the plain way to 1e-5 on eleven architectures and nine kinds of
+`HookedTransformer`: tests/measures/test_scanning.py.
 """
 
 _AFTER = """
@@ -91,7 +93,7 @@ matrices are two thirds to four fifths; at the last row of the prompt a third is
 
 
 _CAPTURE = ("capture-256", "capture-1024", "capture-4096", "streaming", "writing")
-_SCANS = ("last-row", "all-rows", "all-rows-apart", "gradients")
+_SCANS = ("last-row", "all-rows", "all-rows-apart", "gradients", "last-row-hooked", "all-rows-hooked")
 
 
 def written() -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 import rim_lens as rl
 from rim_lens.chat import SpanBatch
 from rim_lens.lens import Head, Model, hook_name, model_facts, verify
+from rim_lens.lens.loading import Family
 from rim_lens.measures.refusal.openers import opener_ids
 from rim_lens.measures.refusal.score import log_odds
 from tests.benchmarks.timing import cpu
@@ -173,25 +174,30 @@ def prefilter(model: Model, batch: SpanBatch, n_confirm: int, goal: float, sampl
 
 
 @functools.cache
-def _prepared(n_prompts: int) -> tuple[Model, SpanBatch]:
+def _prepared(n_prompts: int, family: Family = "auto") -> tuple[Model, SpanBatch]:
     """The model, proven for edits of heads (once per model and process, before any scan), and prompts."""
-    model = rl.load_model("smollm2")
+    model = rl.load_model("smollm2", family=family)
     verify(model, reads=["pattern"], edits=["z"])
     return model, of_all_lengths(rl.ChatFormat.from_model(model), n_prompts)
 
 
-def last_row(n_prompts: int) -> Iterator[dict[str, Any]]:
+def _on(family: Family) -> str:
+    return " on a HookedTransformer" if family == "hooked" else ""
+
+
+def last_row(n_prompts: int, family: Family = "auto") -> Iterator[dict[str, Any]]:
     """Ablation at the last row of the prompt, every head."""
-    model, batch = _prepared(n_prompts)
-    yield scan(model, batch, "last row of the prompt", 80, "prompt_last", model_facts(model).heads(), 2)
+    model, batch = _prepared(n_prompts, family)
+    name = f"last row of the prompt{_on(family)}"
+    yield scan(model, batch, name, 80, "prompt_last", model_facts(model).heads(), 2)
 
 
-def all_rows(n_prompts: int) -> Iterator[dict[str, Any]]:
+def all_rows(n_prompts: int, family: Family = "auto") -> Iterator[dict[str, Any]]:
     """Ablation at all rows, of one head of each layer: about as many as share a pass without edits and a check."""
-    model, batch = _prepared(n_prompts)
+    model, batch = _prepared(n_prompts, family)
     facts = model_facts(model)
     some = spread(facts.heads(), facts.n_layers, facts.n_layers)
-    yield scan(model, batch, "all rows, half of them shared", 6, "all", some, 2)
+    yield scan(model, batch, f"all rows, half of them shared{_on(family)}", 6, "all", some, 2)
 
 
 def all_rows_apart(n_prompts: int) -> Iterator[dict[str, Any]]:

@@ -26,8 +26,9 @@ from rim_lens.hooks import (
     reference,
 )
 from rim_lens.lens import hooked, model_facts, wrap_hf
-from rim_lens.lens.bare import BareModel
-from rim_lens.lens.loading import bridge_class
+from rim_lens.lens.bare_bridge import BareBridge
+from rim_lens.lens.bare_hooked import BareHooked
+from rim_lens.lens.loading import bridge_class, hooked_class
 from rim_lens.measures import marching, scanning
 from rim_lens.measures.edits import set_effects
 from rim_lens.measures.heads.effects import head_effects
@@ -35,10 +36,11 @@ from rim_lens.measures.readings import Reading, refusal_reading
 from rim_lens.measures.refusal import first_word
 from rim_lens.measures.scanning import Scan, packed_readings
 from rim_lens.organisms.toy.host import toy_tokenizer
-from tests.families import fill, hf_model
+from tests.families import FAMILIES, fill, hf_model
 from tests.speaking import REQUESTS, speaker
 
-pytestmark = pytest.mark.skipif(bridge_class() is None, reason="scans need a TransformerBridge")
+pytestmark = pytest.mark.family_contract
+on_the_bridge = pytest.mark.skipif(bridge_class() is None, reason="a TransformerBridge is taken apart")
 
 VOCABULARY = 71
 # Of unequal length, and with a beginning that they share.
@@ -98,18 +100,77 @@ def hf_of(architecture: str) -> Any:
     return model.eval()
 
 
-ARCHITECTURES = (
+ROTARY: dict[str, Any] = {"positional_embedding_type": "rotary", "rotary_dim": 8}
+# What our loader does not convert, but a HookedTransformer can be
+NATIVE: dict[str, dict[str, Any]] = {
+    # Gemma 2: windows shorter than the prompts, caps that bite, norms on both sides, grouped queries
+    "windows": {
+        **ROTARY,
+        "normalization_type": "RMS",
+        "use_local_attn": True,
+        "window_size": 5,
+        "attn_types": ["local", "global", "local"],
+        "attn_scores_soft_cap": 2.0,
+        "output_logits_soft_cap": 3.0,
+        "use_normalization_before_and_after": True,
+        "n_key_value_heads": 2,
+        "gated_mlp": True,
+    },
+    # GPT-NeoX: attention and MLP beside one another, part of each head rotated
+    "parallel": {**ROTARY, "rotary_dim": 4, "normalization_type": "LN", "parallel_attn_mlp": True},
+    "folded": {
+        "positional_embedding_type": "standard",
+        "normalization_type": "LNPre",
+        "use_attn_scale": False,
+    },
+    "no_norms": {"positional_embedding_type": "standard", "normalization_type": None},
+    "alibi": {"positional_embedding_type": "alibi", "normalization_type": "LN"},
+}
+BRIDGED = (
     *("gpt2_relu", "gpt2_gelu", "llama", "qwen3"),
     *("gemma2", "gemma3", "mistral", "qwen2", "phi3", "neox", "mixtral"),
 )
+HOOKED = ("gpt2_relu", "gpt2_gelu", "llama", "qwen3", "qwen2", "windows", "parallel", "folded", "no_norms")
+KINDS = [
+    (architecture, family)
+    for family, architectures in (("bridge", BRIDGED), ("hooked", HOOKED))
+    for architecture in architectures
+    if family in FAMILIES
+]
+
+
+def native(**options: Any) -> Any:
+    """A HookedTransformer of its own, of random weights; in float64, as nothing keeps its numbers small."""
+    from transformer_lens import HookedTransformerConfig
+
+    made: Any = hooked_class()
+    cfg = HookedTransformerConfig(
+        n_layers=3,
+        d_model=32,
+        n_heads=4,
+        d_head=8,
+        d_mlp=40,
+        n_ctx=128,
+        d_vocab=VOCABULARY,
+        act_fn="gelu",
+        dtype=torch.float64,
+        **options,
+    )
+    model = made(cfg)
+    model.tokenizer = toy_tokenizer()
+    fill(model)
+    return model.eval()
 
 
 @functools.cache
-def told(architecture: str) -> tuple[Any, SpanBatch]:
-    hf = hf_of(architecture)
-    if not architecture.startswith("gpt2"):
-        hf.config.max_position_embeddings = 128
-    model = wrap_hf(hf, toy_tokenizer(), family="bridge")
+def told(architecture: str, family: str = FAMILIES[0]) -> tuple[Any, SpanBatch]:
+    if architecture in NATIVE:
+        model = native(**NATIVE[architecture])
+    else:
+        hf = hf_of(architecture)
+        if not architecture.startswith("gpt2"):
+            hf.config.max_position_embeddings = 128
+        model = wrap_hf(hf, toy_tokenizer(), family=family)  # type: ignore[arg-type]
     return model, ChatFormat.from_model(model).render(PROMPTS, think="off")
 
 
@@ -143,9 +204,9 @@ def differ(reading: Reading, components: Sequence[Any]) -> float:
 
 
 @pytest.mark.parametrize("positions", ["all", "prompt_last", "request", "mask"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_fast_is_slow(architecture: str, positions: str) -> None:
-    model, batch = told(architecture)
+@pytest.mark.parametrize(("architecture", "family"), KINDS)
+def test_fast_is_slow(architecture: str, family: str, positions: str) -> None:
+    model, batch = told(architecture, family)
     assert len(set(batch.lengths.tolist())) > 2
     asked: Any = positions
     if positions == "mask":
@@ -177,9 +238,14 @@ def editors_by_row(model: Any, batch: SpanBatch, positions: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("positions", ["all", "prompt_last", "request", "mask"])
-@pytest.mark.parametrize("architecture", ["gpt2_gelu", "llama", "gemma3", "mixtral"])
-def test_fast_is_slow_where_each_prompt_has_values_of_its_own(architecture: str, positions: str) -> None:
-    model, batch = told(architecture)
+@pytest.mark.parametrize(
+    ("architecture", "family"),
+    [kind for kind in KINDS if kind[0] in ("gpt2_gelu", "llama", "gemma3", "mixtral", "windows")],
+)
+def test_fast_is_slow_where_each_prompt_has_values_of_its_own(
+    architecture: str, family: str, positions: str
+) -> None:
+    model, batch = told(architecture, family)
     asked: Any = positions
     if positions == "mask":
         asked = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(4)) < 0.4
@@ -377,7 +443,7 @@ def test_half_precision_ranks_where_it_is_asked_to() -> None:
     exact, batch = told("llama")
     heads = model_facts(exact).heads()
     truth = head_effects(refusal_reading(exact, batch), heads)
-    model = wrap_hf(hf_of("llama").to(torch.bfloat16), toy_tokenizer(), family="bridge")
+    model = wrap_hf(hf_of("llama").to(torch.bfloat16), toy_tokenizer(), family=FAMILIES[0])  # type: ignore[arg-type]
     reading = refusal_reading(model, batch)
     with warnings.catch_warnings(action="error"):
         assert head_effects(reading, heads).attrs["scan"] == "plain (the weights are torch.bfloat16)"
@@ -405,20 +471,67 @@ def test_mistakes_are_told_as_on_the_plain_way() -> None:
         head_effects(refusal_reading(model, batch), [(0, 0)], scan="fast")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("family", ["bridge", "hooked"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gives_effects(family: str) -> None:
-    try:
-        spoken = speaker("qwen3", family)
-    except rl.errors.UnsupportedModel:
-        pytest.skip("not in this TransformerLens")
+    spoken = speaker("qwen3", family)
     batch = spoken.chat.render(PROMPTS, think="off")
     reading = refusal_reading(spoken.model, batch)
     heads = model_facts(spoken.model).heads()
     fast, plain = (head_effects(reading, heads, scan=by) for by in ("auto", "plain"))
     np.testing.assert_allclose(fast, plain, atol=1e-5)
-    assert fast.attrs["scan"].startswith("packed" if family == "bridge" else "plain (a HookedTransformer")
+    assert fast.attrs["scan"] == "packed"
 
 
+@pytest.mark.skipif(hooked_class() is None, reason="a HookedTransformer is taken apart")
+@pytest.mark.parametrize(
+    ("architecture", "switch", "told_why"),
+    [
+        ("alibi", None, "positions are alibi"),
+        ("gpt2_gelu", "use_attn_in", "use_attn_in is on"),
+        ("llama", "use_attn_result", "use_attn_result is on"),
+        ("llama", "use_split_qkv_input", "use_split_qkv_input is on"),
+    ],
+)
+def test_a_hooked_transformer_that_cannot_be_taken_apart_is_read_one_by_one(
+    architecture: str, switch: str | None, told_why: str
+) -> None:
+    model, batch = told(architecture, "hooked")
+    reading, heads = refusal_reading(model, batch), model_facts(model).heads()
+    if switch:
+        getattr(model, f"set_{switch}")(True)
+    try:
+        found = head_effects(reading, heads)
+    finally:
+        if switch:
+            getattr(model, f"set_{switch}")(False)
+    assert found.attrs["scan"] == f"plain ({told_why}.)"
+    assert head_effects(reading, heads).attrs["scan"] == ("packed" if switch else found.attrs["scan"])
+
+
+@pytest.mark.skipif(hooked_class() is None, reason="a HookedTransformer is taken apart")
+@pytest.mark.parametrize("architecture", ["windows", "folded"])
+def test_a_hooked_transformer_is_afterwards_as_before(architecture: str) -> None:
+    model, batch = told(architecture, "hooked")
+    reading = refusal_reading(model, batch)
+    scores = reading()
+
+    def state() -> list[Any]:
+        found: list[Any] = [(name, id(tensor)) for name, tensor in model.state_dict(keep_vars=True).items()]
+        for name, module in model.named_modules():
+            found.append((name, id(module), sorted(vars(module)), len(module._forward_hooks)))
+        return found
+
+    before = state()
+    bare = BareHooked(model)
+    shared = {parameter.data_ptr() for parameter in model.parameters()}
+    for block in bare.layers:
+        assert {parameter.data_ptr() for parameter in block.parameters()} <= shared
+    packed_readings(reading, [AblateHeads([(0, 0)])])
+    assert state() == before
+    np.testing.assert_array_equal(reading(), scores)
+
+
+@on_the_bridge
 def test_nothing_is_copied_and_nothing_stays() -> None:
     model, batch = told("gemma2")
     reading = refusal_reading(model, batch)
@@ -429,7 +542,7 @@ def test_nothing_is_copied_and_nothing_stays() -> None:
         return [[(name, id(parameter)) for name, parameter in model.named_parameters()], hooks]
 
     before = state()
-    bare = BareModel(model)
+    bare = BareBridge(model)
     shared = {parameter.data_ptr() for parameter in model.parameters()}
     assert {parameter.data_ptr() for parameter in bare.hf.parameters()} <= shared
     packed_readings(reading, [AblateHeads([(0, 0)])])
