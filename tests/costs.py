@@ -121,11 +121,11 @@ def packed_scan(shape: Shape, asked: Asked, layers: Iterable[int], last_row: boo
     top = shape.n_layers - 1
     attended = rows * shape.attention + looked * shape.per_pair
     finished = n * shape.mlp if rows > n else rows * shape.mlp
-    total, cost, in_group = 0.0, float(GROUP), GROUP
+    total, cost, in_group = trunk, float(GROUP), GROUP
     begun: set[int] = set()
     for layer in layers:
         if cost >= GROUP and in_group >= CHECKED:
-            total += trunk + CHECKED * reading(shape, Asked(1, asked.length))
+            total += CHECKED * reading(shape, Asked(1, asked.length))
             cost, in_group, begun = 0.0, 0, set()
         if layer not in begun:  # once for all edits that begin here
             total += attended

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeGuard, get_args
+from typing import Any, Literal, TypeAlias, TypeGuard, get_args
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -72,6 +72,7 @@ class Scan:
         self._waiting = {id(component): component for component in components}
         self._found: dict[int, Float[np.ndarray, " prompt"]] = {}
         self._baseline: Float[np.ndarray, " prompt"] | None = None
+        self._packed: _Packed | None = None
         self.plain_because = "it was asked for" if by == "plain" else _unserved(reading, by)
         if components and not self.plain_because and not any(map(served, components)):
             self.plain_because = "edits of this kind are read one by one"
@@ -150,7 +151,8 @@ class Scan:
         # The plain way first: what does not fit is refused before the long scan, and in the same words.
         expected = [plain(0, sorted({*longest, *shortest})), plain(1, longest)]
         try:
-            found = packed_readings(self.reading, group)
+            self._packed = self._packed or _Packed(self.reading)
+            found = self._packed.readings(group)
             last = len(found) - 1
             expected += [
                 plain(at, rows) for at, rows in {1 + len(found) // 2: shortest, last: longest}.items()
@@ -238,6 +240,10 @@ def packed_readings(reading: Reading, components: Sequence[RowEditor]) -> list[F
     return _Packed(reading).readings(components)
 
 
+# The pass without edits, what each prompt wrote before its first word, and the scores
+_Begun: TypeAlias = tuple[Trunk, list[list[int]], Float[np.ndarray, " prompt"]]
+
+
 class _Packed:
     def __init__(self, reading: Reading) -> None:
         assert reading.first_word is not None  # noqa: S101 - told to the type checker: the caller saw to it
@@ -257,6 +263,7 @@ class _Packed:
         width = self.batch.tokens.shape[1]
         self.start = [width - length for length in self.batch.lengths.tolist()]
         self.ids = [row[start:] for row, start in zip(self.batch.tokens.tolist(), self.start, strict=True)]
+        self._last: tuple[Any, _Begun] | None = None  # of the last group, where all prompts were in one pass
 
     def readings(self, components: Sequence[RowEditor]) -> list[Float[np.ndarray, " prompt"]]:
         for component in components:
@@ -268,7 +275,7 @@ class _Packed:
         scores: Float[np.ndarray, "edit prompt"] | None = None
         with torch.no_grad():
             for rows in micro_batches(self.batch.lengths.tolist(), max_tokens=most, max_rows=len(self.batch)):
-                trunk, written, baseline = self._trunk(rows, edited, components[0].by_row)
+                trunk, written, baseline = self._begun(rows, edited, components[0].by_row)
                 if scores is None:
                     # One by one: a mean over data takes passes of its own.
                     changes = (component.changes(self.model, self.bare.facts) for component in components)
@@ -293,9 +300,15 @@ class _Packed:
         more = [after] * (MAX_SKIP + len(self.forced))
         return [row[start:] + more for row, start in zip(chosen.tolist(), self.start, strict=True)]
 
-    def _trunk(
-        self, rows: list[int], edited: list[list[bool]], by_row: bool = False
-    ) -> tuple[Trunk, list[list[int]], Float[np.ndarray, " prompt"]]:
+    def _begun(self, rows: list[int], edited: list[list[bool]], by_row: bool) -> _Begun:
+        """The pass without edits; the last group's where that was the same."""
+        if len(rows) < len(self.batch):
+            return self._trunk(rows, edited, by_row)
+        if self._last is None or self._last[0] != (rows, edited, by_row):
+            self._last = (rows, edited, by_row), self._trunk(rows, edited, by_row)
+        return self._last[1]
+
+    def _trunk(self, rows: list[int], edited: list[list[bool]], by_row: bool = False) -> _Begun:
         """The pass without edits, once each prompt has come to its first word."""
         written: list[list[int]] = [list(self.forced) for _ in rows]
         width = max(

@@ -82,12 +82,12 @@ always, and `effects.attrs["scan"]` says which way it was. Held against the plai
 
 _AFTER = """
 A ratio is CPU-seconds of the rival over those of the figure; the rival is timed before and after it, so that both see the same
-machine. Where not all heads were run, both sides are scaled to all. The loop computes every row's logits, on padded prompts, as
+machine, and scaled to all heads. The loop computes every row's logits, on padded prompts, as
 code written by hand does. *Counted* is the same ratio of multiply-adds, the checks left in: where it is below a goal, no order of the same
 products reaches it on these prompts, and only faster products would. The largest difference is that of edited scores between the two sides, over the heads that both ran.
 
-The proof on first contact (one short pass per layer, about ten seconds here, once per model and process) came before. Each row holds its
-check against the plain way: five prompts' worth of passes, which weigh more the fewer prompts there are. Of what remains, products of
+The proof on first contact (one short pass per layer, about ten seconds here, once per model and process) came before. Heads are read in
+groups, each with its check against the plain way: five prompts' worth of passes, which weigh more the fewer prompts there are. Of what remains, products of
 matrices are two thirds to four fifths; at the last row of the prompt a third is the unembedding, which log-odds need whole.
 """
 

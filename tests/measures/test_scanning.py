@@ -315,10 +315,17 @@ def test_small_passes_and_small_groups(monkeypatch: pytest.MonkeyPatch, tokens: 
     assert differ(reading, editors(model, batch, "prompt_last")) < 1e-5
     monkeypatch.setattr(scanning, "_TRUNKS_PER_GROUP", 1)
     heads = model_facts(model).heads()
+    begun: list[int] = []
+    made = scanning.Trunk.__init__
+    monkeypatch.setattr(
+        scanning.Trunk, "__init__", lambda self, *args: (begun.append(len(args[1])), made(self, *args))[1]
+    )
     components = [AblateHeads([head]) for head in heads]
     assert 4 <= len(packed_readings(reading, components)) - 1 < len(heads)
     fast, plain = (head_effects(reading, heads, scan=by) for by in ("auto", "plain"))
     assert (fast.attrs["scan"], plain.attrs["scan"]) == ("packed", "plain (it was asked for)")
+    # What a group does not change is done once for all groups, where all prompts go in one pass.
+    assert (begun.count(len(batch)) == 2) == (tokens == 100)
     np.testing.assert_allclose(fast, plain, atol=1e-5)
 
 
