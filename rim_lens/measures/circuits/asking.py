@@ -26,7 +26,7 @@ from rim_lens.measures.circuits.nodes import (
 )
 from rim_lens.measures.controls import random_neurons_per_layer
 from rim_lens.measures.heads.result import RefusalHeads
-from rim_lens.measures.held_out import refuse_used
+from rim_lens.measures.held_out import ChosenHeads, refuse_used
 from rim_lens.measures.neurons.beside import neurons_to_edit
 from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.measures.removal_table import shuffled
@@ -141,7 +141,7 @@ class Question:
         )
         self.families = families_by_swap(self.evaluate.harmful, self.evaluate.harmless)
         asked = [*self.evaluate.harmful, *self.evaluate.harmless]
-        if isinstance(heads, RefusalHeads):
+        if isinstance(heads, RefusalHeads | ChosenHeads):
             refuse_used(heads.settings, asked, "heads")
             heads = heads.top()
         sets = dict(neurons) if isinstance(neurons, Mapping) else {"neurons": neurons}

@@ -20,7 +20,7 @@ from rim_lens.measures.circuits.keeping import Replacements
 from rim_lens.measures.circuits.settling import settled
 from rim_lens.measures.circuits.writing import recorded_spots
 from rim_lens.measures.gradients import GRADIENT_ROWS
-from rim_lens.measures.held_out import chosen_by
+from rim_lens.measures.held_out import ChosenHeads, chosen_by
 from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.measures.refusal.openers import opener_ids, opener_texts
 from rim_lens.measures.two_sides import paired, two_sides
@@ -35,12 +35,13 @@ class ProposedNodes:
     """Heads and neurons to hand to `circuit`; estimated, not tested.
 
     Attributes:
-        heads: The named ones first, then those with the largest estimates.
-        neurons: In few layers; knows the requests that chose it, so that it is not tested on them.
+        heads: The named ones first, then those with the largest estimates. Heads and neurons know the requests that chose them, and
+            are not tested on these.
+        neurons: In few layers.
         head_estimates: Mean over select requests (layer, head), nats: how the score would change with the twin's output.
     """
 
-    heads: list[Head]
+    heads: ChosenHeads
     neurons: NeuronSet
     head_estimates: xr.DataArray
 
@@ -139,6 +140,7 @@ def propose_nodes(
             found.append(product.sum(dim=1).mean(dim=0).numpy())
         return np.stack(found)
 
+    seen = chosen_by([*select.harmful, *select.harmless])
     by_head, by_neuron = estimate("z"), estimate("post")
     ranked = [divmod(int(place), facts.n_heads) for place in np.argsort(-np.abs(by_head), axis=None)]
     chosen = [*named, *(head for head in ranked if head not in set(named))][:n_heads]
@@ -156,7 +158,7 @@ def propose_nodes(
             "read_in": read_in,
             "n_neurons": n_neurons,
             "n_neuron_layers": layers,
-            **chosen_by([*select.harmful, *select.harmless]),
+            **seen,
         },
     )
     table = xr.DataArray(
@@ -166,4 +168,4 @@ def propose_nodes(
         name="head_estimate",
         attrs={"units": "nats", "sign": "estimate of the twin's output − its own"},
     )
-    return ProposedNodes(chosen, neurons, table)
+    return ProposedNodes(ChosenHeads(chosen, seen), neurons, table)

@@ -170,3 +170,18 @@ def test_what_is_written_after_replaced_prompts_runs_freely() -> None:
             else out.batch.tokens[row][out.batch.attention_mask[row].bool()][-n:]
         )
         assert written.tolist() == tokens[row, batch.tokens.shape[1] :][:n].tolist()
+
+
+def test_proposed_heads_are_not_tested_on_requests_that_chose_them() -> None:
+    """Nor where the sides are drawn anew."""
+    model = rl.load_model("toy")
+    chat, requests = rl.ChatFormat.from_model(model), toy_requests()
+    heads = rl.propose_nodes(model, chat, *requests, n_heads=2, n_neurons=0, limit=6).heads
+    search = rl.CircuitSearch(limit=6)
+    rl.plan_circuit(model, chat, heads, [], *requests, search=search)
+    other = {"select": "evaluate", "evaluate": "select"}
+    swapped = [
+        [replace(one, split=other[one.split]) for one in side if one.split in other] for side in requests
+    ]
+    with pytest.raises(StatisticsError, match="chose the heads"):
+        rl.plan_circuit(model, chat, heads, [], *swapped, search=search)
