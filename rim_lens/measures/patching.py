@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rim_lens.batching import MAX_ROWS
-from rim_lens.chat.spans import SpanBatch
+from rim_lens.chat.spans import SpanBatch, require_batch
 from rim_lens.errors import EmptySpan, NotEnoughData, ReferenceMismatch
 from rim_lens.hooks import Component, PatchHeads, PatchResidual, record
 from rim_lens.hooks.alignment import Align
@@ -209,6 +209,8 @@ def patching_table(effects: xr.Dataset, *, seed: int = 0) -> pd.DataFrame:
 
 def _same_order(target: SpanBatch, source: SpanBatch) -> None:
     """Refuse a source whose requests, or their twins, are the target's in another order."""
+    for batch in (target, source):
+        require_batch(batch, "patching")
     here = [prompt.id for prompt in target.prompts]
     twins = [prompt.twin for prompt in target.prompts]
     there = [prompt.id for prompt in source.prompts]
