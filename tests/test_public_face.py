@@ -106,3 +106,13 @@ def test_prompts_of_another_model_are_refused_before_any_pass(toy):
     finally:
         hook.remove()
     assert calls == []
+
+
+def test_a_name_or_a_plain_model_in_place_of_one_with_hooks_is_refused_with_advice(toy):
+    model, chat, harmful = toy
+    off = chat.render(harmful, think="off")
+    plain = getattr(model, "original_model", torch.nn.Linear(1, 1))
+    for given in ("toy", plain):
+        for ask in (rl.refusal_score, rl.generate, lambda *asked: rl.capture(*asked, rl.SpanAttention())):
+            with pytest.raises(rl.errors.ModelError, match=r"rl\.load_model\(name\).*rl\.wrap_hf"):
+                ask(given, off)
