@@ -116,3 +116,15 @@ def test_a_name_or_a_plain_model_in_place_of_one_with_hooks_is_refused_with_advi
         for ask in (rl.refusal_score, rl.generate, lambda *asked: rl.capture(*asked, rl.SpanAttention())):
             with pytest.raises(rl.errors.ModelError, match=r"rl\.load_model\(name\).*rl\.wrap_hf"):
                 ask(given, off)
+
+
+def test_a_registered_reader_whose_name_is_lost_is_taken_off_as_its_message_says(toy):
+    _, chat, harmful = toy
+    model = rl.load_model("toy")
+    few, many = chat.render(harmful[:2]), chat.render(harmful)
+    alone = rl.refusal_score(model, few)
+    rl.SpanAttention(spans=many.spans).register(model)
+    with pytest.raises(rl.errors.WrongHookShape, match=r"model\.reset_hooks\(\)"):
+        rl.refusal_score(model, few)
+    model.reset_hooks()
+    assert rl.refusal_score(model, few).equals(alone)
