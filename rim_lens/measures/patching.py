@@ -166,6 +166,9 @@ def span_patching(
 def patching_table(effects: xr.Dataset, *, seed: int = 0) -> pd.DataFrame:
     """Test patching effects: is the mean over requests zero, and how large is it?
 
+    `recovered` does not add up over cells, and what both runs have in common no patch can show. Patched into the run that does not
+    refuse, an effect says what is enough to bring refusal back; the other way round, what is enough to take it away.
+
     Args:
         effects: From `head_patching` or `span_patching`.
         seed: Of the permutations and the bootstrap.
