@@ -21,6 +21,7 @@ _HOME: dict[str, str] = {
     "ChatFormat": "chat",
     "SpanBatch": "chat",
     "Spans": "chat",
+    "FormatSpec": "chat",
     "register_format": "chat",
     "cot_sentences": "chat",
     "render_conditions": "chat",

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from rim_lens.batching import MAX_ROWS, MAX_TOKENS
 from rim_lens.capture_store import DiskStore, MemoryStore, labelled, open_capture
-from rim_lens.chat.spans import SpanBatch
+from rim_lens.chat.spans import SpanBatch, require_batch
 from rim_lens.errors import CaptureError, NotFinite
 from rim_lens.hooks.base import Component, attached, bound
 from rim_lens.hooks.readers import Reader, Variable
@@ -80,6 +80,7 @@ def capture(
     """
     if attention not in get_args(AttentionBy):
         raise ValueError(f"attention={attention!r} was asked for; there are 'auto', 'sdpa' and 'eager'.")
+    require_batch(batch, "capture")
     readers = [component for component in components if isinstance(component, Reader)]
     editors = [component for component in components if not isinstance(component, Reader)]
     facts = model_facts(model)

@@ -1,7 +1,8 @@
-"""Every exception rim_lens raises on purpose.
+"""The exceptions that rim_lens raises on purpose.
 
 Each message says what was asked, what was found, and what to do. All derive from `RimLensError`; those
-that are also a kind of a built-in error derive from that as well, so that ``except IndexError`` works.
+that are also a kind of a built-in error derive from that as well, so that ``except IndexError`` works. Only a setting that
+no such call takes (an unknown word for `method`, no checkpoint at all) is mostly a plain ValueError, with a message of that kind.
 """
 
 from __future__ import annotations

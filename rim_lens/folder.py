@@ -12,6 +12,8 @@ from rim_lens.errors import SharingError, StudyFolderError
 from rim_lens.sharing import agreed
 
 FORMAT_VERSION = 1
+# Each stands at the head of a folder of its own kind; their other files bear the same names.
+STUDIES = ("study.json", "neuron_study.json", "checkpoint_study.json")
 
 
 class ResultFolder:
@@ -28,7 +30,7 @@ class ResultFolder:
             name: The file it is kept in.
 
         Raises:
-            StudyFolderError: The folder was claimed for another question, or the file is corrupt.
+            StudyFolderError: The folder was claimed for another question or kind of study, or the file is corrupt.
             SharingError: Another process that shares the work asks something else, or of other weights.
         """
         first = agreed(name, lambda: design)
@@ -37,6 +39,14 @@ class ResultFolder:
             raise SharingError(
                 f"the processes that share the work ask different things (different: {differs}). Give all the same model, prompts"
                 " and settings."
+            )
+        kind = next(
+            (other for other in STUDIES if name in STUDIES and other != name and self.has(other)), None
+        )
+        if kind is not None:
+            raise StudyFolderError(
+                f"{self.path} holds {kind}, so it is the folder of another kind of study than {name}. Give an empty folder; what is"
+                " there stays untouched."
             )
         mine = {"format_version": FORMAT_VERSION, "design": design}
         if self.has(name):

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from rim_lens.batching import MAX_ROWS
 from rim_lens.chat import ChatFormat, SpanBatch
+from rim_lens.chat.spans import require_batch
 from rim_lens.errors import ConditionError, SpanError
 from rim_lens.hooks.base import Component, attached, bound
 from rim_lens.lens import Decoder, Model, model_facts, require_eval, require_finite
@@ -147,6 +148,7 @@ def generate(
     """
     facts = model_facts(model)
     require_eval(model)
+    require_batch(batch, "generate")
     chat = chat or ChatFormat.from_model(model)
     if batch.format != chat.name:
         raise SpanError(

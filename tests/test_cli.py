@@ -322,6 +322,11 @@ def test_a_model_goes_where_it_is_wanted_and_in_the_dtype_asked_for(tmp_path):
     assert "dtype=torch.bfloat16" in python(study)
     for wrong in (["--dtype", "int8"], ["--device", "nowhere"], ["--device", "cuda:99"]):
         assert run(cli.app, [*asked, *wrong]).exit_code == 2
+        for first in (["study", "toy"], ["demo"]):
+            result = run(cli.app, [*first, *SMALL, "--plan", *wrong])
+            assert result.exit_code == 2
+            assert wrong[0] in result.output
+            assert "No such option" not in result.output
     with pytest.raises(ValueError, match="it stays as it is"):
         rl.Study(rl.load_model("toy"), dtype=torch.bfloat16)
 

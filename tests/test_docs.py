@@ -62,18 +62,28 @@ def test_pages_are_in_the_contents():
 
 @pytest.mark.parametrize("page", HOW_TO, ids=lambda page: page.stem)
 def test_pages_with_python_run(page, tmp_path, monkeypatch):
-    """Their Python runs on the toy from top to bottom, and their commands are commands."""
-    import typer
-
+    """Their Python runs on the toy from top to bottom."""
     monkeypatch.chdir(tmp_path)
     text = page.read_text(encoding="utf-8")
     known: dict[str, object] = {"__name__": "page"}
     for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         exec(compile(block, page.name, "exec"), known)  # noqa: S102 - our own page
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_on_pages_are_commands(page):
+    """Also behind a launcher, and over several lines; their options are options."""
+    import typer
+
     commands = typer.main.get_command(cli.app).commands
-    for line in re.findall(r"^rim-lens (.*)$", text, re.MULTILINE):
-        words = re.split(r"\s+(?:#|>|\|)", line)[0].split()
-        commands[words[0]].make_context(words[0], words[1:])
+    for block in re.findall(
+        r"^```bash\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE
+    ):
+        for line in block.replace("\\\n", " ").splitlines():
+            found = re.search(r"(?:^|-m )rim[-_]lens (.*)", line)
+            if found:
+                words = re.split(r"\s+(?:#|>|\|)", found[1])[0].split()
+                commands[words[0]].make_context(words[0], words[1:])
 
 
 def test_a_notebook_becomes_a_page():

@@ -43,6 +43,16 @@ def test_a_folder_belongs_to_one_study(tmp_path):
         folder.claim({"model": "b", "seed": [1, 2]})
 
 
+def test_a_folder_belongs_to_one_kind_of_study(tmp_path):
+    """They keep files of the same names (gate.json, asked.json), which would be taken for each other's."""
+    ResultFolder(tmp_path).claim({"model": "a"})
+    for other in ("neuron_study.json", "checkpoint_study.json"):
+        with pytest.raises(StudyFolderError, match=r"holds study\.json.*another kind of study.*empty folder"):
+            ResultFolder(tmp_path).claim({"model": "a"}, other)
+        assert not (tmp_path / other).exists()
+    ResultFolder(tmp_path).claim({"model": "a"}, "neurons/neuron_study.json")  # below it is another folder
+
+
 @pytest.mark.parametrize(
     "tail", ['{"key": "c", "val', '{"key": "c", "value": 3}', "\x00\x00", '{"key": "c"}\n']
 )

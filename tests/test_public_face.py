@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -66,3 +68,63 @@ def test_a_study_shift_equals_the_function_on_the_captured_arrays(toy):
     plain = rl.reciprocal_activation_shift(*[np.asarray(array) for array in arrays])
     assert labelled.value == plain.value
     assert labelled.value > 0
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        rl.refusal_score,
+        rl.refusal_prefix_score,
+        rl.generate,
+        lambda model, given: rl.capture(model, given, rl.SpanAttention()),
+        lambda model, given: rl.record(model, given, ["z"]),
+        lambda model, given: rl.head_patching(model, given, given),
+        rl.refusal_reading,
+    ],
+)
+def test_requests_in_place_of_a_batch_are_refused_with_advice(toy, ask):
+    model, _, harmful = toy
+    for given in (harmful, [one.text for one in harmful], harmful[0].text):
+        with pytest.raises(rl.errors.ConditionError, match=r"chat\.render\(requests, think='off'\)"):
+            ask(model, given)
+
+
+def test_prompts_of_another_model_are_refused_before_any_pass(toy):
+    model, chat, harmful = toy
+    off = chat.render(harmful, think="off")
+    other = replace(
+        off, tokens=torch.where(off.tokens == off.tokens.max(), 500, off.tokens), format=off.format
+    )
+    calls = []
+    hook = model.unembed.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        for ask in (rl.refusal_score, rl.generate, lambda *given: rl.capture(*given, rl.SpanAttention())):
+            with pytest.raises(
+                rl.errors.ReferenceMismatch, match=r"token 500.*vocabulary ends at 70.*another model"
+            ):
+                ask(model, other)
+    finally:
+        hook.remove()
+    assert calls == []
+
+
+def test_a_name_or_a_plain_model_in_place_of_one_with_hooks_is_refused_with_advice(toy):
+    model, chat, harmful = toy
+    off = chat.render(harmful, think="off")
+    plain = getattr(model, "original_model", torch.nn.Linear(1, 1))
+    for given in ("toy", plain):
+        for ask in (rl.refusal_score, rl.generate, lambda *asked: rl.capture(*asked, rl.SpanAttention())):
+            with pytest.raises(rl.errors.ModelError, match=r"rl\.load_model\(name\).*rl\.wrap_hf"):
+                ask(given, off)
+
+
+def test_a_registered_reader_whose_name_is_lost_is_taken_off_as_its_message_says(toy):
+    _, chat, harmful = toy
+    model = rl.load_model("toy")
+    few, many = chat.render(harmful[:2]), chat.render(harmful)
+    alone = rl.refusal_score(model, few)
+    rl.SpanAttention(spans=many.spans).register(model)
+    with pytest.raises(rl.errors.WrongHookShape, match=r"model\.reset_hooks\(\)"):
+        rl.refusal_score(model, few)
+    model.reset_hooks()
+    assert rl.refusal_score(model, few).equals(alone)

@@ -10,6 +10,35 @@ from rim_lens.errors import ConditionError
 
 History = Sequence[Message] | Sequence[Sequence[Message]]
 KINDS_OF_COT = ("careful", "confirm", "deviate", "heuristic", "filler", "unrelated")
+# Words that stand for a condition with some other tool, and would else be rendered as a chain of thought of one word.
+_NO_TEXTS = (
+    "off",
+    "open",
+    "on",
+    "closed",
+    "close",
+    "empty",
+    "none",
+    "cot",
+    "think",
+    "no_think",
+    "true",
+    "false",
+)
+
+
+def check_think(think: object) -> None:
+    """Refuse what is neither a condition nor a text, and words that are meant for a condition.
+
+    Raises:
+        ConditionError: It is one of these.
+    """
+    word = isinstance(think, str) and think.strip().lower() in _NO_TEXTS
+    if think is None or isinstance(think, bool) or word:
+        raise ConditionError(
+            f"think={think!r} is no condition: there are think='off' (an empty block, closed), think='open' (the model writes its"
+            " chain of thought next), and a chain of thought, which is the text itself, or one for each request."
+        )
 
 
 def one_per_row(given: str | Sequence[str], n_rows: int, what: str) -> list[str]:
@@ -18,6 +47,8 @@ def one_per_row(given: str | Sequence[str], n_rows: int, what: str) -> list[str]
     Raises:
         ConditionError: There are more or fewer, or one is no text.
     """
+    if not isinstance(given, Iterable):
+        raise ConditionError(f"{what}={given!r} is no text; give one for all requests, or one each.")
     texts = [given] * n_rows if isinstance(given, str) else list(given)
     if len(texts) != n_rows:
         raise ConditionError(
@@ -39,6 +70,11 @@ def check_cot(cot: str, row: int) -> None:
         raise ConditionError(
             f"the chain of thought of row {row} is empty; an empty block is think='off', the generation prompt alone"
             " think='open'."
+        )
+    *_, kind, form = ("", "", *cot.split(":"))
+    if form in ("statement", "begun") and kind in KINDS_OF_COT:
+        raise ConditionError(
+            f"think={cot!r} is the name of a condition, not a text; write rl.render_conditions(chat, requests, [{cot!r}])."
         )
     if cot in KINDS_OF_COT:
         raise ConditionError(

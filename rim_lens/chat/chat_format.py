@@ -9,7 +9,14 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from rim_lens.chat.asking import History, check_cot, one_history_per_row, one_per_row, refuse_control
+from rim_lens.chat.asking import (
+    History,
+    check_cot,
+    check_think,
+    one_history_per_row,
+    one_per_row,
+    refuse_control,
+)
 from rim_lens.chat.fitting import fit
 from rim_lens.chat.formats import FormatSpec, find_format, named_format
 from rim_lens.chat.labelling import Segment, assign, character_ranges, check, joined, merge, without_holes
@@ -423,6 +430,7 @@ class ChatFormat:
             return "off", [""] * n_rows
         if think == "open":
             return "open", [""] * n_rows
+        check_think(think)
         cots = one_per_row(think, n_rows, "think")
         for row, cot in enumerate(cots):
             check_cot(cot, row)

@@ -85,6 +85,8 @@ def render_conditions(
     deviate        <think> SKIP 6 4 6 SKIP > 2 </think>
     deviate:begun  <think> SKIP
     """
+    if isinstance(conditions, str):
+        conditions = (conditions,)
     given = dict(conditions) if isinstance(conditions, Mapping) else dict.fromkeys(conditions)
     if not isinstance(conditions, Mapping) and len(given) < len(conditions):
         raise ConditionError(f"a condition was named twice in {list(conditions)}; name each once.")

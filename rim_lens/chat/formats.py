@@ -95,7 +95,8 @@ def register_format(spec: FormatSpec) -> None:
     Raises:
         DuplicateChatFormat: A format of that name exists already.
 
-    >>> register_format(FormatSpec(
+    >>> import rim_lens as rl
+    >>> rl.register_format(rl.FormatSpec(
     ...     name="zephyr-like", vocabulary=("<|user|>", "<|assistant|>"), user="<|user|>\n", turn_end="</s>", between="\n",
     ...     assistant=("", "<|assistant|>", "\n"), system=("<|system|>\n", "</s>\n"), answer_end="</s>", opener="added"))
     >>> format_names()[0]
@@ -141,8 +142,8 @@ def named_format(name: str) -> FormatSpec:
 
 
 HOW_TO_REGISTER = (
-    "Describe another with rim_lens.chat.FormatSpec(name=..., vocabulary=..., user=..., assistant=...) and pass it to"
-    " rim_lens.register_format."
+    "Describe another with rl.FormatSpec(name=..., vocabulary=..., user=..., assistant=...) and pass it to"
+    " rl.register_format."
 )
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from rim_lens.errors import EmptySpan, SpanError, UnknownSpan
+from rim_lens.errors import ConditionError, EmptySpan, SpanError, UnknownSpan
 from rim_lens.prompts.records import Prompt
 
 Condition = Literal["off", "open", "cot"]
@@ -201,6 +201,19 @@ class SpanBatch:
             cots=_take(self.cots, chosen),
             answers=_take(self.answers, chosen),
             finished_thinking=_take(self.finished_thinking, chosen),
+        )
+
+
+def require_batch(batch: object, what: str) -> None:
+    """Refuse requests that were not rendered, where prompts are to be read.
+
+    Raises:
+        ConditionError: It is no SpanBatch.
+    """
+    if not isinstance(batch, SpanBatch):
+        raise ConditionError(
+            f"{what} reads prompts that were rendered, and was given a {type(batch).__name__}. Render the requests first:"
+            " batch = chat.render(requests, think='off'), with chat = rl.ChatFormat.from_model(model)."
         )
 
 

@@ -60,6 +60,8 @@ def demo(
     requests: Requests = None,
     max_new_tokens: Tokens = 48,
     gate: Gate = True,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     plan: PlanOnly = False,
     out: Out = None,
     as_json: AsJson = False,
@@ -79,6 +81,8 @@ def demo(
         as_json=as_json,
         gate=gate,
         parts=("heads", "neurons") if toy else ("heads",),
+        device=read_device(device),
+        dtype=read_dtype(dtype),
     )
 
 
@@ -95,6 +99,8 @@ def study(
     requests: Requests = None,
     max_new_tokens: Tokens = 64,
     gate: Gate = True,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
     plan: PlanOnly = False,
     out: Out = None,
     as_json: AsJson = False,
@@ -115,6 +121,8 @@ def study(
         files={"harmful": harmful, "harmless": harmless, "reasoning": reasoning},
         both_kinds=prompts,
         parts=("heads", "probes", "neurons") if probes else ("heads", "neurons"),
+        device=read_device(device),
+        dtype=read_dtype(dtype),
     )
 
 

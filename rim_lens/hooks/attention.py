@@ -172,7 +172,8 @@ class SpanAttention(Reader):
         if masks["sink"].shape[0] != n_prompts or (offset == 0 and width != n_keys):
             raise WrongHookShape(
                 f"the spans describe {masks['sink'].shape[0]} prompts of {width} positions, but this pass has"
-                f" {n_prompts} of {n_keys}. Pass the spans of the batch that is really being read."
+                f" {n_prompts} of {n_keys}. Pass the spans of the batch that is really being read. A reader that was registered"
+                " before and not removed stays on the model: reader.remove(), or model.reset_hooks() where its name is lost."
             )
         queries = rows_to_read(self.query, self._batch, _real(masks), offset, n_prompts, seen.n_queries)
         if not queries.any():

@@ -69,6 +69,9 @@ class _AttentionEditor(Component):
         """Return the keys asked for; "later" rows come after the first of them. Override this."""
         raise NotImplementedError
 
+    def check_order(self, batch: SpanBatch) -> None:
+        """Refuse keys that no row of any prompt can see. Override this where that means that nothing is done."""
+
     @override
     def check_prompts(self, batch: SpanBatch) -> None:
         asked = self.key_positions()
@@ -76,6 +79,7 @@ class _AttentionEditor(Component):
             asked.append(self.query)
         for positions in asked:
             require_rows(positions, batch, type(self).__name__)
+        self.check_order(batch)
         found = self.needed(batch)
         if found is None:
             return
@@ -174,6 +178,7 @@ class BlockAttention(_AttentionEditor):
         ImpossibleEdit: While the model runs: a row would be left with nothing to attend to, because it sees no
             other key (the first token sees itself alone) or because all of its attention, to the last bit, is on
             the blocked ones. Padding rows are left alone where a batch is bound.
+            Before any pass: in every prompt all keys come after all rows, so that nothing would be blocked.
         EmptySpan: Some prompt has no token in the span.
 
     >>> import rim_lens as rl
@@ -198,6 +203,20 @@ class BlockAttention(_AttentionEditor):
     @override
     def key_positions(self) -> list[Positions]:
         return [self.key]
+
+    @override
+    def check_order(self, batch: SpanBatch) -> None:
+        if any(is_word(which, "generated") for which in (self.query, self.key)):
+            return  # such come later
+        real = batch.attention_mask.bool().cpu()
+        keys = _prompt_keys(self.key, batch) & real
+        rows = self.queries(batch, 0, len(batch), batch.tokens.shape[1]) & real
+        if rows.any() and not (rows & (keys.cumsum(dim=1) > 0)).any():
+            raise ImpossibleEdit(
+                f"BlockAttention: every key (key={told(self.key)}) comes after the rows that are to lose it (query={told(self.query)}),"
+                " in every prompt, and is not seen by them anyway. The order is BlockAttention(query, key): first who looks,"
+                " then at what."
+            )
 
     @override
     def needed(self, batch: SpanBatch) -> tuple[Bool[Tensor, "prompt key"], str] | None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rim_lens.chat.spans import SpanBatch
-from rim_lens.errors import CaptureError, ConditionError
-from rim_lens.lens import ComponentHook, Hook, Model, ModelFacts, Site, add_hooks, hooked, verify
+from rim_lens.errors import CaptureError, ConditionError, ReferenceMismatch
+from rim_lens.lens import ComponentHook, Hook, Model, ModelFacts, Site, add_hooks, hooked, model_facts, verify
 
 # tensor at a hook point → its replacement, or None to leave it
 Edit = Callable[[Tensor], Tensor | None]
@@ -131,9 +131,11 @@ def attached(
     Raises:
         CaptureError: A component was given twice, and would act twice.
         ConditionError: No token follows the prompts, and a component acts on such alone.
+        ReferenceMismatch: The prompts were rendered for another model.
     """
     if len({id(component) for component in components}) < len(components):
         raise CaptureError("the same component was given twice, and would act twice; give each once.")
+    check_vocabulary(model_facts(model), batch, "the batch")
     with ExitStack() as stack:
         for component in components:
             _check(component, batch)
@@ -146,6 +148,20 @@ def attached(
         for component in components:
             stack.enter_context(component.on(model))
         yield
+
+
+def check_vocabulary(facts: ModelFacts, batch: SpanBatch, what: str) -> None:
+    """Refuse prompts that were rendered for another model, where their tokens tell.
+
+    Raises:
+        ReferenceMismatch: A token lies outside this model's vocabulary.
+    """
+    top = int(batch.tokens.max())
+    if top >= facts.d_vocab:
+        raise ReferenceMismatch(
+            f"{what} holds token {top}, but this model's vocabulary ends at {facts.d_vocab - 1}: it was rendered for another"
+            " model. Render the prompts with this model's own format, rl.ChatFormat.from_model(model)."
+        )
 
 
 def _check(component: Component, batch: SpanBatch) -> None:

@@ -37,12 +37,18 @@ def require_rows(positions: Positions, batch: SpanBatch, what: str) -> None:
 
     Raises:
         EmptySpan: Some prompt has no such row.
+        SpanError: It is neither a word nor a mask.
         WrongHookShape: A mask is of another shape than the prompts.
     """
     if isinstance(positions, str):
         if positions not in ("all", "prompt_last", "generated"):
             batch.spans.require(positions)
         return
+    if not isinstance(positions, Tensor):
+        raise SpanError(
+            f"{what} was given {positions!r} for rows; give 'all', 'prompt_last', 'generated', the name of a span, or a mask"
+            " [prompt, pos] as a torch tensor, such as batch.spans['request'] | batch.spans['think']."
+        )
     if positions.shape != batch.tokens.shape:
         raise WrongHookShape(
             f"{what} was given a mask of shape {tuple(positions.shape)} and is to read prompts of shape"

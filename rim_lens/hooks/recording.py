@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rim_lens.batching import MAX_TOKENS, micro_batches
-from rim_lens.chat.spans import SpanBatch
+from rim_lens.chat.spans import SpanBatch, require_batch
 from rim_lens.errors import NotFinite, ReferenceMismatch, UnknownHead, UnknownLayer
-from rim_lens.hooks.reference import check_vocabulary
+from rim_lens.hooks.base import check_vocabulary
 from rim_lens.lens import Head, Model, ModelFacts, Site, hook_name, hooked, last_logits, quiet, verify
 from rim_lens.sharing import agreed, n_processes
 
@@ -146,8 +146,9 @@ def record(
     >>> recording.activations["z", 1].shape[:2] == off.tokens.shape
     True
     """
+    require_batch(batch, "record")
     facts = verify(model, reads=sites)
-    check_vocabulary(facts, batch)
+    check_vocabulary(facts, batch, "the batch")
     chosen = list(range(facts.n_layers)) if layers is None else sorted({facts.check_layer(i) for i in layers})
     named = tuple(sorted(facts.check_heads(heads)))
     if not chosen:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rim_lens.chat.spans import ATOMS, SpanBatch
 from rim_lens.errors import NotFinite, ReferenceMismatch
+from rim_lens.hooks.base import check_vocabulary
 from rim_lens.hooks.positions import Positions, chosen_rows, is_word, told
 from rim_lens.lens import Model, ModelFacts, Site, hook_name, hooked, last_logits, quiet
 from rim_lens.sharing import each, row_groups
@@ -37,20 +38,6 @@ def shared_means() -> Iterator[None]:
         yield
     finally:
         _sharing.known = before
-
-
-def check_vocabulary(facts: ModelFacts, batch: SpanBatch) -> None:
-    """Refuse prompts that were rendered for another model.
-
-    Raises:
-        ReferenceMismatch: A token lies outside this model's vocabulary.
-    """
-    top = int(batch.tokens.max())
-    if top >= facts.d_vocab:
-        raise ReferenceMismatch(
-            f"the reference set holds token {top}, but this model's vocabulary ends at {facts.d_vocab - 1}: it was"
-            " rendered for another model. Render the reference prompts with this model's ChatFormat."
-        )
 
 
 def slots(
@@ -124,7 +111,7 @@ def _means(
     per: Per,
     from_end: bool,
 ) -> dict[int, Tensor]:
-    check_vocabulary(facts, reference)
+    check_vocabulary(facts, reference, "the reference set")
     places = reference_slots(reference, positions, per, from_end)
     n_slots = int(places.max()) + 1
     counts = torch.bincount(places[places >= 0], minlength=n_slots)

@@ -140,6 +140,16 @@ def _pair(item: Any, n_first: int, n_second: int) -> tuple[int, int] | None:
     return None if checked[0] is None or checked[1] is None else (checked[0], checked[1])
 
 
+def require_hooks(model: Model) -> None:
+    """Raise ModelError unless it is a HookedTransformer or TransformerBridge."""
+    cfg = getattr(model, "cfg", None)
+    if cfg is None or not hasattr(model, "hook_dict") or not hasattr(cfg, "n_heads"):
+        raise ModelError(
+            f"a HookedTransformer or TransformerBridge is needed; {type(model).__name__} has no cfg and hook_dict."
+            " Load one by rl.load_model(name), or wrap a Hugging Face model: rl.wrap_hf(model, tokenizer)."
+        )
+
+
 def model_facts(model: Model) -> ModelFacts:
     """Read layers, heads, widths, kind, device and dtype of a model.
 
@@ -154,12 +164,8 @@ def model_facts(model: Model) -> ModelFacts:
     >>> facts.n_layers, facts.n_heads, facts.gated
     (2, 8, False)
     """
-    cfg = getattr(model, "cfg", None)
-    if cfg is None or not hasattr(model, "hook_dict") or not hasattr(cfg, "n_heads"):
-        raise ModelError(
-            f"a HookedTransformer or TransformerBridge is needed; {type(model).__name__} has no cfg and hook_dict."
-            " Wrap a Hugging Face model with rim_lens.lens.wrap_hf(model, tokenizer)."
-        )
+    require_hooks(model)
+    cfg = model.cfg
     family = "TransformerBridge" if hasattr(model, "original_model") else "HookedTransformer"
     parameter = next(model.parameters())
     block_mlp = getattr(model.blocks[0], "mlp", None)
@@ -201,7 +207,8 @@ def tokenizer_of(model: Model) -> Any:
 
 
 def require_eval(model: Model) -> None:
-    """Raise TrainingMode unless the model, with every module in it, is in eval mode."""
+    """Raise TrainingMode unless the model, with every module in it, is in eval mode; ModelError where it has no hooks."""
+    require_hooks(model)
     training = next((name for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise TrainingMode(

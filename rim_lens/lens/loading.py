@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from rim_lens.errors import UnknownModel, UnsupportedModel
+from rim_lens.errors import MissingTokenizer, ModelError, UnknownModel, UnsupportedModel
 from rim_lens.lens.adapters import adapter_base, is_adapter, merge_adapter, require_adapter
 from rim_lens.lens.facts import Model
 
@@ -79,14 +79,35 @@ def load_model(
         UnknownModel: Neither a known name, nor a folder, nor reachable at a hub; or the model of an adapter is not.
         AdapterMismatch: An adapter does not fit the model it names.
         MissingExtra: An adapter, and peft is not installed.
+        ModelError: A dtype or device that torch does not have here.
         CorruptWeights: An adapter whose weights are missing or damaged.
         UnsupportedModel: The family does not exist in the installed TransformerLens, or cannot hold this architecture; or
             an adapter that cannot be folded in, such as prompt tuning; or a device map where it cannot be used.
     """
+    _check_dtype(dtype)
     if isinstance(device, Mapping) or str(device) in SPREAD:
         return _spread(str(name), dtype, device, family)
+    _check_device(device)
     hf_model, tokenizer = _fetch(str(name), dtype)
     return wrap_hf(hf_model.to(device=device, dtype=dtype), tokenizer, family=family)
+
+
+def _check_dtype(dtype: object) -> None:
+    if not isinstance(dtype, torch.dtype):
+        meant = getattr(torch, str(dtype), None)
+        name = meant if isinstance(meant, torch.dtype) else "torch.float32 or torch.bfloat16"
+        raise ModelError(f"dtype={dtype!r} was asked for, which is no dtype of torch; give {name}.")
+
+
+def _check_device(device: str | torch.device) -> None:
+    """Try a device before any weights are read onto it."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ModelError(
+            f"device={str(device)!r} was asked for and cannot be used here ({str(error).splitlines()[0]}). Give 'cpu', 'cuda',"
+            " 'cuda:1', 'mps', or what else torch has on this machine."
+        ) from error
 
 
 def _spread(name: str, dtype: torch.dtype, device: Any, family: Family) -> Model:
@@ -182,11 +203,23 @@ def wrap_hf(hf_model: Any, tokenizer: Any, *, family: Family = "auto") -> Model:
         family: "bridge", "hooked", or "auto" (the bridge where the installed TransformerLens has it).
 
     Raises:
+        ModelError: It is no model of transformers.
+        MissingTokenizer: There is no tokenizer.
         UnsupportedModel: The installed TransformerLens lacks that family, or HookedTransformer has no weight
             conversion for this architecture, or one that gives other logits than the model itself.
     """
     if family not in get_args(Family):
         raise ValueError(f"family={family!r} was asked for; there are 'auto', 'bridge', 'hooked'.")
+    if not isinstance(hf_model, torch.nn.Module) or not hasattr(hf_model, "config"):
+        raise ModelError(
+            f"wrap_hf(hf_model, tokenizer) was given a {type(hf_model).__name__} for the model; a causal language model of"
+            " transformers is needed first, then its tokenizer."
+        )
+    if tokenizer is None:
+        raise MissingTokenizer(
+            "wrap_hf was given no tokenizer; spans and refusal openers are found by it. Pass the model's own:"
+            " transformers.AutoTokenizer.from_pretrained(name)."
+        )
     hf_model = hf_model.eval().requires_grad_(False)
     hf_model.config.architectures = [type(hf_model).__name__]
     has_bridge = bridge_class() is not None

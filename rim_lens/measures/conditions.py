@@ -110,6 +110,7 @@ def compare_conditions(
 
     records = as_prompts(requests)
     own = dict(texts or {})
+    conditions = (conditions,) if isinstance(conditions, str) else conditions
     if components and not isinstance(measure, str):
         raise ConditionError(
             "components were given beside a measure of your own, which runs the model itself: they would not be active."

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rim_lens.batching import MAX_ROWS
-from rim_lens.chat.spans import SpanBatch
+from rim_lens.chat.spans import SpanBatch, require_batch
 from rim_lens.errors import EmptySpan, NotEnoughData, ReferenceMismatch
 from rim_lens.hooks import Component, PatchHeads, PatchResidual, record
 from rim_lens.hooks.alignment import Align
@@ -166,6 +166,9 @@ def span_patching(
 def patching_table(effects: xr.Dataset, *, seed: int = 0) -> pd.DataFrame:
     """Test patching effects: is the mean over requests zero, and how large is it?
 
+    `recovered` does not add up over cells, and what both runs have in common no patch can show. Patched into the run that does not
+    refuse, an effect says what is enough to bring refusal back; the other way round, what is enough to take it away.
+
     Args:
         effects: From `head_patching` or `span_patching`.
         seed: Of the permutations and the bootstrap.
@@ -209,6 +212,8 @@ def patching_table(effects: xr.Dataset, *, seed: int = 0) -> pd.DataFrame:
 
 def _same_order(target: SpanBatch, source: SpanBatch) -> None:
     """Refuse a source whose requests, or their twins, are the target's in another order."""
+    for batch in (target, source):
+        require_batch(batch, "patching")
     here = [prompt.id for prompt in target.prompts]
     twins = [prompt.twin for prompt in target.prompts]
     there = [prompt.id for prompt in source.prompts]

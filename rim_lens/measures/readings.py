@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 
 from rim_lens.chat import ChatFormat, SpanBatch
+from rim_lens.chat.spans import require_batch
 from rim_lens.errors import AnswerError, StatisticsError
 from rim_lens.generation import generate
 from rim_lens.hooks.base import Component, describe
@@ -198,6 +199,7 @@ def _code(code: CodeType) -> list[str]:
 
 
 def _name(measure: str, batch: SpanBatch, settings: dict[str, Any]) -> str:
+    require_batch(batch, measure)
     told = [f"{name}={describe(value)}" for name, value in sorted(settings.items()) if name != "max_rows"]
     return f"{measure}({', '.join([f'{batch.name}, {describe(batch)}', *told])})"
 

@@ -83,6 +83,15 @@ def test_texts_of_ones_own_and_the_order_asked_for():
     assert batches["each"].name == "each"
 
 
+def test_one_name_alone_is_one_condition():
+    """A string is a sequence too, of letters."""
+    chat = ChatFormat.from_tokenizer(toy_tokenizer())
+    asked = rl.load_prompts("harmful", language="toy", split="select")[:2]
+    assert list(render_conditions(chat, asked, "careful")) == ["careful"]
+    with pytest.raises(ConditionError, match="no think condition is called 'carefull'"):
+        render_conditions(chat, asked, "carefull")
+
+
 @pytest.mark.parametrize(
     "conditions", [["careful", "careless"], ["off:statement"], ["filler:statement"], {"mine": None}]
 )

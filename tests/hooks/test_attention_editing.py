@@ -323,6 +323,20 @@ def test_a_row_that_sees_no_other_key_is_named_before_anything_is_run(case_gqa: 
         pass
 
 
+@pytest.mark.parametrize("mute", [False, True])
+def test_keys_that_all_come_after_their_rows_are_refused(case_gqa: Case, mute: bool) -> None:
+    """Query and key the other way round would block nothing, and an effect of 0 would be read."""
+    batch = case_gqa.batch
+    swapped = BlockAttention(batch.spans["sink"], "prompt_last", mute=mute)
+    with (
+        pytest.raises(ImpossibleEdit, match=r"every key .* comes after .*BlockAttention\(query, key\)"),
+        bound([swapped], batch),
+    ):
+        raise AssertionError("the prompts were not looked at")
+    with bound([BlockAttention("prompt_last", "sink", mute=mute)], batch):
+        pass
+
+
 def test_a_row_that_sees_no_other_key_is_named_where_no_batch_is_bound(case_gqa: Case) -> None:
     batch = case_gqa.batch.select([0])
     with (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -110,3 +111,10 @@ def test_rows_that_some_prompt_has_none_of_are_refused() -> None:
         require_rows("gap", batch, "It")
     with pytest.raises(WrongHookShape, match="2, 12"):
         require_rows(mask[:2], batch, "It")
+
+
+@pytest.mark.parametrize("positions", [-1, ["request"], None, torch.ones(2, dtype=torch.bool).numpy()])
+def test_what_names_no_rows_is_refused(positions: Any) -> None:
+    batch = random_batch(n_prompts=3, longest=12)
+    with pytest.raises(SpanError, match=r"'prompt_last'.*batch\.spans"):
+        require_rows(positions, batch, "It")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rim_lens.errors import UnknownModel, UnsupportedModel
+from rim_lens.errors import MissingTokenizer, ModelError, UnknownModel, UnsupportedModel
 from rim_lens.lens import (
     all_logits,
     known_sources,
@@ -71,6 +71,30 @@ def test_dtype_is_what_was_asked_for(tmp_path: Path, family: Any) -> None:
     assert model_facts(model).to_dict()["dtype"] == "torch.bfloat16"
     batch = random_batch(seed=6)
     assert torch.isfinite(all_logits(model, batch.tokens, batch.attention_mask).float()).all()
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"dtype": "bfloat16"}, r"dtype='bfloat16'.*torch\.bfloat16"),
+        ({"dtype": "bf16"}, r"dtype='bf16'.*torch\.float32"),
+        ({"device": "gpu"}, "device='gpu'.*cannot be used here"),
+        ({"device": "cuda:77"}, "device='cuda:77'.*cannot be used here"),
+    ],
+)
+def test_a_dtype_or_device_that_is_not_there_is_refused_before_weights_are_read(
+    monkeypatch: pytest.MonkeyPatch, asked: Any, told: str
+) -> None:
+    monkeypatch.setattr(loading, "_fetch", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(ModelError, match=told):
+        load_model("toy", **asked)
+
+
+def test_what_cannot_be_wrapped_is_refused() -> None:
+    with pytest.raises(MissingTokenizer, match="AutoTokenizer"):
+        wrap_hf(hf_model("llama"), None)
+    with pytest.raises(ModelError, match=r"wrap_hf\(hf_model, tokenizer\)"):
+        wrap_hf(tokenizer(), hf_model("llama"))
 
 
 def test_auto_prefers_the_bridge(tmp_path: Path) -> None:

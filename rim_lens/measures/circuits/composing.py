@@ -40,6 +40,9 @@ class _Map(NamedTuple):
 def composition(model: Model, senders: Iterable[Node], receivers: Iterable[Node]) -> pd.DataFrame:
     """Composition scores of heads and neurons.
 
+    Weights alone: how well one part's output fits another's input, whatever the prompt. It does not show that the one hears the
+    other on any prompt, or that it matters; `path_effects` measures that.
+
     Args:
         model: Any HookedTransformer or TransformerBridge.
         senders: Heads and nodes of neurons; other nodes have no weights and are left out.

@@ -68,6 +68,9 @@ def path_effects(
     Edges into the refusal score itself need no pass: final norm and unembedding are computed exactly, as `direct_effects`
     does. All others of one receiver run as one batch, with a row for each edge and prompt.
 
+    An edge shows that this receiver uses what this sender writes, by this input. It does not show ways through third parts, senders
+    that must speak together, or what the words mean; see docs/circuits.md.
+
     Args:
         model: Any HookedTransformer or TransformerBridge, in eval mode.
         batch: Prompts whose think block is closed.

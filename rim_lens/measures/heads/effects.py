@@ -59,6 +59,10 @@ def head_effects(
     they differ (by more than 1e-4 nats and 1e-5 of the score) a warning says so and each set is read by itself. Everything else takes one reading for
     each set and one for the baseline.
 
+    An effect says that the model needs this output here. It does not say what the output means, nor that it is about refusal
+    (twins and random sets tell that from damage), nor that a head without one does nothing: heads that stand in for each other
+    show nothing one by one, see `pair_interactions`.
+
     Args:
         reading: What effects are read by.
         sets: Heads, lists of heads, or both. A set named twice is measured once.

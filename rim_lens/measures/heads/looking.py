@@ -175,6 +175,8 @@ def mass_shift(first: xr.Dataset, second: xr.Dataset, span: str, other: str | No
     Positive where the head looks there more in the first. The unit is that of the datasets: a share, or a multiple of
     uniform attention.
 
+    It does not show that what is looked at is used; and a long span has much mass from its length alone.
+
     Args:
         first: From `rl.capture` with `rl.SpanAttention`, the span among those read.
         second: The same of the same requests in another condition.

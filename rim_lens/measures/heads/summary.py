@@ -27,6 +27,9 @@ def head_statistics(
 ) -> xr.Dataset:
     """Where each head looks in two conditions, averaged over the prompts of each kind.
 
+    Where a head looks does not show what it does: a decoy can look just as a head that carries refusal. `head_effects` measures
+    that.
+
     Args:
         first: From ``rl.capture(model, open_, rl.SpanAttention())``; harmful and harmless requests together, or of one
             kind only (join two with ``xr.concat([...], "kind")``).

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rim_lens.batching import micro_batches
 from rim_lens.chat.formats import format_names, named_format
-from rim_lens.chat.spans import SpanBatch
+from rim_lens.chat.spans import SpanBatch, require_batch
 from rim_lens.errors import ConditionError
 from rim_lens.hooks.base import Component, bound
 from rim_lens.lens import Decoder, Model, last_logits, model_facts, require_finite, tokenizer_of
@@ -48,8 +48,9 @@ def check_answer_is_next(batch: SpanBatch, what: str) -> None:
     """Refuse prompts whose next token does not open an answer.
 
     Raises:
-        ConditionError: The think block is open, or the prompts end with what the model wrote.
+        ConditionError: The think block is open, the prompts end with what the model wrote, or are not rendered.
     """
+    require_batch(batch, what)
     if batch.think == "open":
         raise ConditionError(
             f"{what} was asked at an open think block: the next token there is the CoT's, not the answer's. Use"
