@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 GROUP = 16  # passes without edits that a group of edits costs, see rim_lens.measures.scanning
-CHECKED = 4  # readings of one prompt that every group is held against; one more where lengths differ
+FEWEST = 4  # edits in a group
+CHECKED = 3  # readings of one prompt that every group is held against, and before the first group one of the longest and the shortest
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,11 @@ def packed_scan(shape: Shape, asked: Asked, layers: Iterable[int], last_row: boo
     top = shape.n_layers - 1
     attended = rows * shape.attention + looked * shape.per_pair
     finished = n * shape.mlp if rows > n else rows * shape.mlp
-    total, cost, in_group = trunk, float(GROUP), GROUP
+    baseline = reading(shape, Asked(1, asked.length))  # where all are as long
+    total, cost, in_group = trunk + baseline, float(GROUP), GROUP
     begun: set[int] = set()
     for layer in layers:
-        if cost >= GROUP and in_group >= CHECKED:
+        if cost >= GROUP and in_group >= FEWEST:
             total += CHECKED * reading(shape, Asked(1, asked.length))
             cost, in_group, begun = 0.0, 0, set()
         if layer not in begun:  # once for all edits that begin here

@@ -149,7 +149,9 @@ class Scan:
             return at, rows, plainly(self.reading, group[at - 1] if at else None, rows)
 
         # The plain way first: what does not fit is refused before the long scan, and in the same words.
-        expected = [plain(0, sorted({*longest, *shortest})), plain(1, longest)]
+        expected = [plain(1, longest)]
+        if self._baseline is None:
+            expected.append(plain(0, sorted({*longest, *shortest})))
         try:
             self._packed = self._packed or _Packed(self.reading)
             found = self._packed.readings(group)
@@ -172,7 +174,8 @@ class Scan:
             self._refuse(told, warn=True)
             return
         self.used = True
-        self._baseline = found[0]
+        if self._baseline is None:
+            self._baseline = found[0]
         for component, values in zip(group, found[1:], strict=False):
             del self._waiting[id(component)]
             self._found[id(component)] = values

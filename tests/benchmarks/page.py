@@ -87,7 +87,7 @@ code written by hand does. *Counted* is the same ratio of multiply-adds, the che
 products reaches it on these prompts, and only faster products would. The largest difference is that of edited scores between the two sides, over the heads that both ran.
 
 The proof on first contact (one short pass per layer, about ten seconds here, once per model and process) came before. Heads are read in
-groups, each with its check against the plain way: five prompts' worth of passes, which weigh more the fewer prompts there are. Of what remains, products of
+groups, each with its check against the plain way: three prompts' worth of passes, five in the first, which weigh more the fewer prompts there are. Of what remains, products of
 matrices are two thirds to four fifths; at the last row of the prompt a third is the unembedding, which log-odds need whole.
 """
 
