@@ -39,6 +39,7 @@ from rim_lens.organisms.toy.rows import (
     with_chain,
     without_chain,
 )
+from rim_lens.organisms.toy.shipped import load_toy
 from rim_lens.organisms.toy.truth import answers, find_heads, held_out, outcomes, own_chains, rate
 from rim_lens.prompts.toy import COT_KINDS, HAZARDS, REFUSE, Op, toy_cot
 from rim_lens.provenance import provenance
@@ -179,7 +180,7 @@ def one_thread() -> Iterator[None]:
 
 
 def evidence(seeds: Sequence[int], out_json: str | Path, *, progress: bool = False) -> dict[str, Any]:
-    """Train and measure every seed, and write what emerged, failures included; about 3 CPU-minutes a seed.
+    """Train and measure every seed, and write what emerged, failures included; about 3 CPU-minutes a seed. 0 is as shipped.
 
     All refusal rates are on 200 requests over the 20 conjunctions held out of safety tuning, by the likeliest
     first word of the answer, with the standard error between conjunctions. The file is rewritten after every
@@ -199,9 +200,7 @@ def evidence(seeds: Sequence[int], out_json: str | Path, *, progress: bool = Fal
     out_json = Path(out_json)
     out_json.parent.mkdir(parents=True, exist_ok=True)
     for seed in seeds:
-        helpful = train_helpful(seed, progress=progress)
-        base = train_toy(seed, "Z", helpful=helpful, progress=progress)
-        careful_too = train_toy(seed, "C", helpful=helpful, progress=progress)
+        base, careful_too, tuned = _made(seed, progress)
         with one_thread():
             found["seeds"][str(seed)] = {
                 "Z": behaviour(base),
@@ -209,7 +208,11 @@ def evidence(seeds: Sequence[int], out_json: str | Path, *, progress: bool = Fal
                 "heads": find_heads(base),
                 "tuned": {
                     op: {
-                        kind: _after_tuning(base, finetune_toy(base, kind, op, seed=seed, progress=progress))
+                        kind: _after_tuning(
+                            base,
+                            tuned.get((op, kind))
+                            or finetune_toy(base, kind, op, seed=seed, progress=progress),
+                        )
                         for kind in TUNED_KINDS
                     }
                     for op in ("-", "+")
@@ -217,6 +220,15 @@ def evidence(seeds: Sequence[int], out_json: str | Path, *, progress: bool = Fal
             }
         out_json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
+
+
+def _made(seed: int, progress: bool) -> tuple[Any, Any, dict[tuple[str, str], Any]]:
+    """Z, C, and what there is of Z fine-tuned: of seed 0 those that are shipped, as training does not come to the same on every processor."""
+    if seed == 0:
+        return load_toy("Z")[0], load_toy("C")[0], {("-", kind): load_toy(kind)[0] for kind in TUNED_KINDS}
+    helpful = train_helpful(seed, progress=progress)
+    base = train_toy(seed, "Z", helpful=helpful, progress=progress)
+    return base, train_toy(seed, "C", helpful=helpful, progress=progress), {}
 
 
 def behaviour(model: Any) -> dict[str, Any]:
