@@ -71,7 +71,7 @@ class DiskStore:
     """Rows in ``folder/capture.nc``. A row counts as stored only after all its numbers are.
 
     Raises:
-        CaptureError: The file holds another capture, or is corrupt.
+        CaptureError: The file holds another capture, or is corrupt; or the folder is a file.
     """
 
     def __init__(
@@ -79,6 +79,10 @@ class DiskStore:
     ) -> None:
         self.path = folder / FILE
         fingerprint = _fingerprint(variables, coords, attrs)
+        if folder.is_file():
+            raise CaptureError(
+                f"out={str(folder)!r} is a file; a capture is streamed into a folder. Name one."
+            )
         if not self.path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             _create(self.path, variables, coords, {**attrs, "fingerprint": fingerprint})

@@ -128,3 +128,23 @@ def test_a_registered_reader_whose_name_is_lost_is_taken_off_as_its_message_says
         rl.refusal_score(model, few)
     model.reset_hooks()
     assert rl.refusal_score(model, few).equals(alone)
+
+
+def test_a_batch_in_place_of_a_reading_or_of_replies_is_told(toy):
+    model, chat, harmful = toy
+    batch = chat.render(harmful[:2], think="off")
+    for call in (rl.head_effects, rl.pair_interactions):
+        with pytest.raises(rl.errors.ConditionError, match=r"rl\.refusal_reading\(model, batch\)"):
+            call(batch, [(0, 5), (0, 2)])
+    with pytest.raises(rl.errors.ConditionError, match=r"rl\.refusal_reading\(model, batch\)"):
+        rl.prefiltered(batch, model, batch, 3)
+    with pytest.raises(rl.errors.ConditionError, match=r"rl\.generate\(model, batch\)"):
+        rl.refusal_rate(batch)
+
+
+def test_a_capture_is_not_streamed_into_a_file(toy, tmp_path):
+    model, chat, harmful = toy
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(rl.errors.CaptureError, match="is a file"):
+        rl.capture(model, chat.render(harmful[:2]), rl.SpanAttention(), out=tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "mine"

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from rim_lens.chat import ChatFormat, SpanBatch
 from rim_lens.chat.spans import require_batch
-from rim_lens.errors import AnswerError, StatisticsError
+from rim_lens.errors import AnswerError, ConditionError, StatisticsError
 from rim_lens.generation import generate
 from rim_lens.hooks.base import Component, describe
 from rim_lens.lens import Model
@@ -77,6 +77,19 @@ class Reading:
 
     def __repr__(self) -> str:
         return f"Reading({self.name}, {self.units})"
+
+
+def require_reading(reading: object, what: str) -> None:
+    """Refuse anything else where a measure tied to prompts is asked for.
+
+    Raises:
+        ConditionError: It is no Reading.
+    """
+    if not isinstance(reading, Reading):
+        raise ConditionError(
+            f"{what} measures by a reading, and was given a {type(reading).__name__}. Make one of model and prompts first:"
+            " rl.refusal_reading(model, batch), or prefix_reading, refused_reading, accuracy_reading."
+        )
 
 
 def refusal_reading(model: Model, batch: SpanBatch, **settings: Any) -> Reading:

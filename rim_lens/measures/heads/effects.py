@@ -16,7 +16,7 @@ from rim_lens.hooks import AblateHeads
 from rim_lens.hooks.positions import Positions, told
 from rim_lens.lens import Head, model_facts
 from rim_lens.measures.edits import Editor, Remember, editor_name, scan_of, set_effects
-from rim_lens.measures.readings import Reading
+from rim_lens.measures.readings import Reading, require_reading
 from rim_lens.measures.refusal.rates import families_of
 from rim_lens.measures.scanning import ScanBy
 
@@ -99,6 +99,7 @@ def head_effects(
     """
     import xarray as xr
 
+    require_reading(reading, "head_effects")
     if scan == "rough" and remember is not None:
         raise ValueError(
             "scan='rough' was asked for with remember=; rough numbers would be taken for exact ones later. Leave one out."

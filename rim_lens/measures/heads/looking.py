@@ -288,8 +288,8 @@ def mass(data: xr.Dataset, span: str) -> xr.DataArray:
 
 
 def told(first: xr.Dataset, second: xr.Dataset) -> dict[str, str]:
-    """Which conditions were held side by side, for the attributes of a result."""
-    return {
-        name: str(data.attrs.get("condition", ""))
-        for name, data in zip(CONDITIONS, (first, second), strict=True)
-    }
+    """Which conditions were held side by side, for the attributes of a result; and which weights, where they are of two models."""
+    both = dict(zip(CONDITIONS, (first, second), strict=True))
+    found = {name: str(data.attrs.get("condition", "")) for name, data in both.items()}
+    weights = {f"{name}_weights": str(data.attrs.get("weights_digest", "")) for name, data in both.items()}
+    return found | weights if len(set(weights.values())) > 1 else found

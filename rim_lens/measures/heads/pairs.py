@@ -22,7 +22,7 @@ from rim_lens.hooks.positions import Positions
 from rim_lens.lens import Head, model_facts
 from rim_lens.measures.edits import Editor, Remember
 from rim_lens.measures.heads.effects import head_effects, head_name, set_name
-from rim_lens.measures.readings import Reading
+from rim_lens.measures.readings import Reading, require_reading
 from rim_lens.measures.stats import bootstrap_interval, family_index, sign_flip_test
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def pair_effects(
     """
     import xarray as xr
 
+    require_reading(reading, "pair_interactions")
     known = sorted(model_facts(reading.model).check_heads(heads))
     if len(known) < 2:
         raise NotEnoughData(f"pairs of {len(known)} head were asked for; give at least two heads.")

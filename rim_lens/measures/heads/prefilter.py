@@ -21,7 +21,7 @@ from rim_lens.lens import Head, Model, model_facts
 from rim_lens.measures.edits import Editor, Remember
 from rim_lens.measures.gradients import GRADIENT_ROWS, slopes
 from rim_lens.measures.heads.effects import head_effects, head_name
-from rim_lens.measures.readings import Reading
+from rim_lens.measures.readings import Reading, require_reading
 from rim_lens.measures.refusal.first_word import Skip
 from rim_lens.measures.refusal.rates import families_of
 
@@ -162,6 +162,7 @@ def prefiltered(
     """
     import xarray as xr
 
+    require_reading(reading, "prefiltered")
     ids, others = ([prompt.id for prompt in prompts.prompts] for prompts in (batch, reading.batch))
     if reading.model is not model or ids != others:
         what = "model" if ids == others else "prompts"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -49,6 +50,10 @@ class RefusalHeads:
     attention: xr.Dataset
     gate: dict[str, Any]
     settings: dict[str, Any]
+
+    def __iter__(self) -> Iterator[Head]:
+        """Those of `top`, so that an editor takes what was found: ``rl.AblateHeads(found)``."""
+        return iter(self.top())
 
     def top(self, k: int | None = None) -> list[Head]:
         """The heads that refusal needs: verdict *refusal*, removal lowers it; the one that lowers it most first.

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rim_lens.errors import NotEnoughData, StatisticsError
+from rim_lens.chat import SpanBatch
+from rim_lens.errors import ConditionError, NotEnoughData, StatisticsError
 from rim_lens.generation import Generation
 from rim_lens.measures.stats import (
     Families,
@@ -58,9 +59,14 @@ def refusal_rate(generated: Generation | Sequence[str]) -> Rate:
         generated: What `generate` gave, or its outcomes.
 
     Raises:
+        ConditionError: Prompts were given and no replies.
         NotEnoughData: No reply.
         ValueError: An outcome is none of refuse, comply and other.
     """
+    if isinstance(generated, SpanBatch):
+        raise ConditionError(
+            "refusal_rate counts replies, and was given prompts. Let the model write first: rl.generate(model, batch)."
+        )
     outcomes = list(generated.outcome if isinstance(generated, Generation) else generated)
     check_verdicts(outcomes)
     if not outcomes:

@@ -380,3 +380,22 @@ def test_masses_that_cannot_be_subtracted_are_refused(spoken_gqa: Spoken) -> Non
     relative = rl.capture(spoken_gqa.model, batches(spoken_gqa)["off"], reader)
     with pytest.raises(StatisticsError, match="normalise="):
         rl.mass_shift(data["open"], relative, "request")
+
+
+def test_a_shift_between_two_models_says_so() -> None:
+    one, other = (rl.load_model(name) for name in ("toy", "toy:careful"))
+    chat = rl.ChatFormat.from_model(one)
+    requests = rl.load_prompts("harmful", language="toy", split="evaluate")[:2]
+    off, careful = (rl.render_conditions(chat, requests, [name])[name] for name in ("off", "careful"))
+    before, thinking, after = (
+        rl.capture(model, batch, rl.SpanAttention(["request"]))
+        for model, batch in ((one, off), (one, careful), (other, off))
+    )
+    assert (
+        set(rl.mass_shift(before, thinking, "request").attrs) & {"first_weights", "second_weights"} == set()
+    )
+    told = rl.mass_shift(before, after, "request").attrs
+    assert (told["first_weights"], told["second_weights"]) == (
+        before.attrs["weights_digest"],
+        after.attrs["weights_digest"],
+    )

@@ -75,6 +75,7 @@ def test_what_was_planted_is_found_and_named(asked) -> None:
     assert found.set["percentile"] == 100
     assert found.gate == {"asked": True, "harmful": 1.0, "harmless": 0.0}
     assert found.top(1) == found.top()[:1]
+    assert repr(rl.AblateHeads(found)) == repr(rl.AblateHeads(found.top()))
     strongest = found.scan.sort_values("effect").iloc[0]
     assert (strongest["layer"], strongest["head"]) in truth.heads
 
