@@ -66,7 +66,7 @@ def pair_effects(
     """
     import xarray as xr
 
-    require_reading(reading, "pair_interactions")
+    require_reading(reading, "pair_effects")
     known = sorted(model_facts(reading.model).check_heads(heads))
     if len(known) < 2:
         raise NotEnoughData(f"pairs of {len(known)} head were asked for; give at least two heads.")
@@ -226,6 +226,7 @@ def redundant_pairs(
 
 
 def _n_families(reading: Reading) -> int:
+    require_reading(reading, "a test of pairs")
     prompts = reading.batch.prompts
     count = family_index([prompt.family for prompt in prompts], len(prompts))[1]
     if count < 2:
