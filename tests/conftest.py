@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 collect_ignore_glob = (
     [
         *("prompts/*", "training/*", "study/*", "views/*", "benchmarks/*", "measures/checkpoints/*"),
-        *("test_cli.py", "test_recipes.py", "organisms/test_toy_recipe.py"),
+        *("test_cli.py", "test_recipes.py", "organisms/test_toy_recipe.py", "organisms/test_toy_evidence.py"),
         *("test_calibration.py", "test_demos.py", "test_docs.py", "test_view_sizes.py", "test_*_verdicts.py"),
     ]
     if int(importlib.metadata.version("transformer-lens").split(".")[0]) < 4

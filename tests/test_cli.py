@@ -288,7 +288,9 @@ def test_circuit_plans_runs_and_goes_on(tmp_path):
     assert again.tests.equals(found.tests)
     other = run(cli.app, [*asked, "--n-heads", "4"])
     assert "another" in str(other.exception)
-    assert run(cli.app, ["circuit", "planted", "--heads", "five"]).exit_code == 2
+    nowhere = tmp_path / "nowhere"
+    assert run(cli.app, ["circuit", "planted", "--heads", "five", "--out", str(nowhere)]).exit_code == 2
+    assert not nowhere.exists()
     toy_model().save_pretrained(tmp_path / "model")
     toy_tokenizer().save_pretrained(tmp_path / "model")
     stopped = ["circuit", str(tmp_path / "model"), *asked[2:-1], str(tmp_path / "out")]

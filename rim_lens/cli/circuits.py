@@ -193,6 +193,7 @@ def circuit(
     if scope not in ("all", "heads"):
         raise typer.BadParameter(f"--scope {scope}: there are all and heads")
     of: Literal["all", "heads"] = "all" if scope == "all" else "heads"
+    named_heads = read_heads(heads)
     how: Literal["mean", "resample"] = "mean" if outside == "mean" else "resample"
     told = typed(
         model,
@@ -263,7 +264,7 @@ def circuit(
         n_heads=n_heads,
         n_neurons=n_neurons,
         n_neuron_layers=neuron_layers,
-        heads=read_heads(heads),
+        heads=named_heads,
         limit=requests,
         seed=seed,
     )

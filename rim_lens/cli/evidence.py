@@ -208,10 +208,10 @@ def organism_toy(
     as_json: AsJson = False,
 ) -> None:
     """Train the toy for several seeds and tabulate what emerges, failures included (minutes a seed)."""
-    from rim_lens.organisms.toy import recipe
+    from rim_lens.organisms.toy.evidence import evidence
 
     path = out / "toy_seeds.json"
-    recipe.evidence(read_seeds(seeds), path)
+    evidence(read_seeds(seeds), path)
     show_written([path], as_json)
 
 

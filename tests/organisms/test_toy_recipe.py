@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 from rim_lens.organisms.toy import load_toy, recipe
 from rim_lens.organisms.toy.truth import held_out, rate, refusal_rate
 from rim_lens.prompts.records import Prompt
-from rim_lens.prompts.toy import toy_prompts
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,32 +93,3 @@ def test_the_unit_of_a_rate_is_the_conjunction():
     found = rate([True, True, False, False], prompts)
     assert (found.value, found.n, found.families) == (0.5, 4, 2)
     assert found.se == pytest.approx(0.5)  # means 1 and 0: standard deviation 0.7071 over the root of 2
-
-
-def test_evidence_keeps_what_it_measured_when_interrupted(short, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "find_heads", lambda _: {})
-    monkeypatch.setattr(recipe, "held_out", lambda kind: toy_prompts(kind, split="select", draws=1))
-    trained = recipe.train_helpful
-
-    def second_fails(seed, **options):
-        if seed == 1:
-            raise KeyboardInterrupt
-        return trained(seed, **options)
-
-    monkeypatch.setattr(recipe, "train_helpful", second_fails)
-    with pytest.raises(KeyboardInterrupt):
-        recipe.evidence([0, 1], tmp_path / "new" / "toy.json")
-    found = json.loads((tmp_path / "new" / "toy.json").read_text())
-    assert list(found["seeds"]) == ["0"]
-    assert set(found["seeds"]["0"]["tuned"]["-"]) == {"careful", "confirm", "deviate"}
-    assert found["command"] == "rim-lens organism toy --seeds 0,1"
-
-
-def test_docs_show_the_committed_evidence_and_it_agrees_with_the_shipped_weights():
-    found = json.loads((ROOT / "docs" / "evidence" / "toy_seeds.json").read_text())
-    assert recipe.evidence_table(found) in (ROOT / "docs" / "toy.md").read_text()
-    recorded = found["seeds"]["0"]
-    model, _ = load_toy("Z")
-    measured = json.loads(json.dumps(recipe.behaviour(model)["harmful"]))
-    for condition, rates in recorded["Z"]["harmful"].items():
-        assert measured[condition]["refused"]["value"] == pytest.approx(rates["refused"]["value"], abs=0.02)
