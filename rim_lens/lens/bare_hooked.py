@@ -18,7 +18,7 @@ from rim_lens.errors import UnsupportedModel
 from rim_lens.lens.bare import AttentionStation, Bare, Places, Plan, copied, put
 from rim_lens.lens.facts import Model
 from rim_lens.lens.packing import Pack
-from rim_lens.lens.running import unembedded
+from rim_lens.lens.running import final_norm, softcapped
 
 _SWITCHES = ("use_attn_in", "use_split_qkv_input", "use_attn_result", "use_hook_mlp_in", "use_logn_attn")
 _POSITIONS = ("standard", "rotary", "none")
@@ -87,7 +87,9 @@ class BareHooked(Bare[_Rows]):
 
     @override
     def logits(self, hidden: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-        return unembedded(self._model, hidden[None])[0]
+        # Its own unembedding copies the whole matrix at each call, in TransformerLens 3.
+        normed, unembed = final_norm(self._model, hidden[None])[0], self._model.unembed
+        return softcapped(self._model, torch.addmm(unembed.b_U, normed, unembed.W_U))
 
     @override
     def _call(self, layer: int, hidden: Tensor, places: _Rows) -> Tensor:

@@ -70,16 +70,20 @@ def _last_row(model: Model, tokens: Tensor, attention_mask: Tensor, extra: dict[
             )
         return logits[:, -1]
     residual = model(tokens, attention_mask=attention_mask, stop_at_layer=model.cfg.n_layers, **extra)
-    return unembedded(model, residual[:, -1:])[:, -1]
+    return softcapped(model, model.unembed(final_norm(model, residual[:, -1:])))[:, -1]
 
 
-def unembedded(
+def final_norm(
     model: Model, residual: Float[Tensor, "prompt pos d_model"]
+) -> Float[Tensor, "prompt pos d_model"]:
+    """What a HookedTransformer unembeds."""
+    return residual if model.cfg.normalization_type is None else model.ln_final(residual)
+
+
+def softcapped(
+    model: Model, logits: Float[Tensor, "prompt pos d_vocab"]
 ) -> Float[Tensor, "prompt pos d_vocab"]:
-    """Logits of a HookedTransformer's last residual stream."""
-    if model.cfg.normalization_type is not None:
-        residual = model.ln_final(residual)
-    logits = model.unembed(residual)
+    """A HookedTransformer's logits as it gives them."""
     cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0  # Gemma 2; "none" is None, 0 or -1
     return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
