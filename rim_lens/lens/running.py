@@ -46,8 +46,7 @@ def last_logits(
         tokens: Whole prompts, padded on the left.
         attention_mask: 0 at padding.
         gradients: Keep the graph.
-        attention: "auto": a bridge keeps sdpa in passes of `LONG` tokens and more, where no hook needs whole patterns and no
-            graph is kept. "sdpa": it does in any; ask `why_not_sdpa` first. "eager": it does not.
+        attention: "auto": a bridge keeps sdpa in passes of `LONG` tokens and more, where no hook needs whole patterns. "sdpa": it does in any; ask `why_not_sdpa` first. "eager": it does not.
     """
     tokens, attention_mask = _to_device(model, tokens, attention_mask)
     with torch.set_grad_enabled(gradients), _attention(model, tokens, attention):
@@ -57,8 +56,8 @@ def last_logits(
 def _attention(model: Model, tokens: Tensor, by: AttentionBy) -> AbstractContextManager[None]:
     """How attention is computed in a pass with the hooks that are on the model now."""
     if by == "auto":
-        long = tokens.shape[1] >= LONG and not torch.is_grad_enabled()
-        by = "sdpa" if long and not why_not_sdpa(model) else "eager"
+        long = tokens.shape[1] >= LONG
+        by = "sdpa" if long and not why_not_sdpa(model, torch.is_grad_enabled()) else "eager"
     return sdpa_kept(model) if by == "sdpa" else nullcontext()
 
 

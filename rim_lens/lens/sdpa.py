@@ -52,10 +52,12 @@ class _Proof:
     Attributes:
         refusal: Why the model cannot be run so; "" where it can.
         dead: Hook points that do not fire then, or with other values.
+        no_gradients: Why gradients cannot be taken so; "" where they can.
     """
 
     refusal: str
     dead: tuple[tuple[str, weakref.ref[Any]], ...] = ()
+    no_gradients: str = ""
 
 
 class _Through:
@@ -96,8 +98,13 @@ class _Unhooked:
         return self._bridge.original_component(*args, **kwargs)
 
 
-def why_not_sdpa(model: Model) -> str:
-    """Why a pass over this model, with the hooks that are on it now, needs whole patterns; "" where sdpa can be kept."""
+def why_not_sdpa(model: Model, gradients: bool = False) -> str:
+    """Why a pass over this model, with the hooks that are on it now, needs whole patterns; "" where sdpa can be kept.
+
+    Args:
+        model: Any.
+        gradients: Whether the pass keeps a graph.
+    """
     facts = model_facts(model)
     if facts.family != "TransformerBridge":
         return f"a {facts.family} computes whole patterns"
@@ -106,8 +113,8 @@ def why_not_sdpa(model: Model) -> str:
     if proof is None or before != now:
         proof = _proven(model, facts)
         _proofs[model] = now, proof
-    if proof.refusal:
-        return proof.refusal
+    if proof.refusal or (gradients and proof.no_gradients):
+        return proof.refusal or proof.no_gradients
     for name, reference in proof.dead:
         point = reference()
         if point is None:
@@ -258,6 +265,7 @@ def _compared(model: Model, facts: ModelFacts) -> _Proof:
     }
     tolerance = 1e-4 if facts.dtype in (torch.float32, torch.float64) else 0.05
     dead: set[str] = set()
+    no_gradients = ""
     for mask in (whole, padded):
         eager = _seen(model, facts, tokens, mask, list(unique.values()))
         with sdpa_kept(model):
@@ -278,6 +286,7 @@ def _compared(model: Model, facts: ModelFacts) -> _Proof:
             )
             warnings.warn(f"{told}; whole patterns are computed instead.", RuntimeWarning, stacklevel=5)
             return _Proof(told)
+        no_gradients = no_gradients or _why_no_gradients(model, tokens, mask, 10 * tolerance)
         dead |= {name for name in eager.values if name not in fused.values}
         if mask is whole:  # what stands at padding differs, and means nothing
             dead |= {
@@ -285,7 +294,32 @@ def _compared(model: Model, facts: ModelFacts) -> _Proof:
                 for name, value in eager.values.items()
                 if name in fused.values and not _off(value, fused.values[name]) < 10 * tolerance
             }
-    return _Proof("", tuple((name, weakref.ref(points[name])) for name in unique.values() if name in dead))
+    lost = tuple((name, weakref.ref(points[name])) for name in unique.values() if name in dead)
+    return _Proof("", lost, no_gradients)
+
+
+def _why_no_gradients(model: Model, tokens: Tensor, mask: Tensor, tolerance: float) -> str:
+    real = mask.bool()
+    try:
+        slopes = _slopes(model, tokens, mask)
+        with sdpa_kept(model):
+            off = _off(slopes[real], _slopes(model, tokens, mask)[real])
+    except Exception as problem:  # passes without a graph may be kept all the same
+        return f"gradients cannot be taken by sdpa ({type(problem).__name__}: {problem})"
+    return "" if off < tolerance else f"gradients by sdpa are other ones (off by {off:.2g} of the largest)"
+
+
+def _slopes(model: Model, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Of the size of the last row's logits, with respect to the embedding: [prompt, pos, d_model]."""
+    embedded: list[Tensor] = []
+
+    def begin(value: Tensor, hook: Any) -> Tensor:  # noqa: ARG001
+        embedded.append(value.detach().requires_grad_())
+        return embedded[0]
+
+    with torch.inference_mode(False), torch.enable_grad(), hooked(model, [("hook_embed", begin)]):
+        logits = model(tokens.clone(), attention_mask=mask.clone(), return_type="logits")
+        return torch.autograd.grad(logits[:, -1].float().square().sum(), embedded)[0]
 
 
 def _off(one: Tensor, other: Tensor) -> float:

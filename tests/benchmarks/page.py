@@ -38,8 +38,8 @@ Afterwards the model is as it was, also after an exception. Held against pattern
 With `out=` rows are streamed to disk; what grows in memory with the number of prompts is their labels.
 
 **Not captures alone.** Whatever reads whole prompts of 256 tokens and more keeps sdpa under the same conditions: `refusal_score`, `generate` (its
-prompts, not its steps), `sentence_effects`, `entanglement`, probes, directions. Shorter ones win nothing by it (1 % at 60 tokens on
-SmolLM2-135M), and backward passes keep the step-by-step way.
+prompts, not its steps), `sentence_effects`, `entanglement`, probes, directions, and passes with gradients (`gradient_scores`), whose graph then
+holds no patterns; that gradients are the same is proven as well. Shorter ones win nothing by it.
 """
 
 _CAPTURE_AFTER = """

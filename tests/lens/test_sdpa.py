@@ -531,18 +531,69 @@ def test_long_passes_keep_sdpa_and_give_the_same(
     assert entered == []
 
 
-def test_steps_short_passes_and_graphs_do_not(entered: list[Any]) -> None:
+def test_steps_and_short_passes_do_not(entered: list[Any]) -> None:
     model, prompts = told("llama"), batch()
     decoder = Decoder(model)
     decoder.prefill(prompts.tokens, prompts.attention_mask)
     assert len(entered) == 1
     decoder.step(torch.arange(len(prompts)) + 7)
     last_logits(model, prompts.tokens[:, -7:], prompts.attention_mask[:, -7:])
-    last_logits(model, prompts.tokens, prompts.attention_mask, gradients=True)
     last_logits(model, prompts.tokens, prompts.attention_mask, attention="eager")
     assert len(entered) == 1
     last_logits(model, prompts.tokens[:, -7:], prompts.attention_mask[:, -7:], attention="sdpa")
     assert len(entered) == 2
+
+
+@pytest.mark.parametrize("architecture", SERVED)
+def test_gradients_of_long_passes_are_the_same(
+    architecture: str, entered: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompts = told(architecture), batch(n_prompts=6)
+    real = prompts.attention_mask.bool()
+    names = [
+        hook_name(site, layer) for layer in range(model_facts(model).n_layers) for site in ("z", "mlp_out")
+    ]
+
+    def slopes() -> list[Tensor]:
+        found: list[Tensor] = []
+
+        def track(value: Tensor, hook: Any) -> Tensor:
+            found.append(value if value.requires_grad else value.detach().requires_grad_())
+            return found[-1]
+
+        with hooked(model, [(name, track) for name in names]):
+            logits = last_logits(model, prompts.tokens, prompts.attention_mask, gradients=True)
+            return [slope[real] for slope in torch.autograd.grad(logits[:, 3].sum(), found)]
+
+    fused = slopes()
+    assert len(entered) == 1
+    monkeypatch.setattr(running, "LONG", 1000)
+    for one, other in zip(fused, slopes(), strict=True):
+        close(one / other.abs().max(), other / other.abs().max(), 5e-5)
+    assert len(entered) == 1
+
+
+@pytest.mark.parametrize("wrong", ["other", "broken"])
+def test_gradients_that_disagree_keep_the_eager_way(
+    wrong: str, entered: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes without a graph keep sdpa all the same."""
+    model, prompts = wrapped("llama", "bridge"), batch()
+    plain = sdpa_module._slopes
+
+    def slopes(model: Any, *given: Any) -> Tensor:
+        fused = "forward" in vars(model.blocks[0].attn)
+        if fused and wrong == "broken":
+            raise RuntimeError("no derivative")
+        return plain(model, *given) * (1.01 if fused else 1)
+
+    monkeypatch.setattr(sdpa_module, "_slopes", slopes)
+    assert why_not_sdpa(model) == ""
+    assert ("no derivative" if wrong == "broken" else "other ones") in why_not_sdpa(model, gradients=True)
+    last_logits(model, prompts.tokens, prompts.attention_mask, gradients=True)
+    assert entered == []
+    last_logits(model, prompts.tokens, prompts.attention_mask)
+    assert len(entered) == 1
 
 
 def test_a_hook_on_whole_patterns_is_seen_in_a_long_pass(entered: list[Any]) -> None:
