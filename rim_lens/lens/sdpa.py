@@ -5,7 +5,7 @@ numbers at a time. Who looks at chosen rows alone (`RowHook`) needs none of that
 model's own, of Hugging Face: its projections and norms, with all their hook points, its cache and its masks; what it calls last is
 `_attend`, which gives queries and keys to the row hooks and leaves the rest to sdpa. Afterwards everything is as it was.
 
-On first contact it is proven on this very model that both ways give the same logits and the same rows, with padding and
+On first contact it is proven on this very model that both ways give the same logits, rows and gradients, with padding and
 without, and noted which hook points fire in one way and not in the other: a pass with a hook on any of those keeps the
 step-by-step way. The proof is redone when the wiring changes.
 """

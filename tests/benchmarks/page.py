@@ -24,7 +24,7 @@ heads × pos² numbers of a layer at a time. Readers of chosen query rows (`Span
 pattern) need none of that, so each layer runs the model's own attention, and only the rows that are read are computed besides, from
 its queries, keys and mask.
 
-**When.** Llama, SmolLM2, Qwen2, Qwen3, Gemma, Gemma 3, Mistral, Mixtral, and what else calls attention in the way of `transformers`
+**When.** Llama, SmolLM2, Qwen2, Qwen3, Gemma, Gemma 3, Mistral, Mixtral, Qwen3's mixtures, and what else calls attention in the way of `transformers`
 from the projections the bridge hooks; sliding windows, padding, grouped queries and a key-value cache included, in float32 and bfloat16.
 On first contact it is proven on the model itself that both ways give the same logits and rows, with padding and without (1e-4 of
 the largest logit in float32). Not where scores are capped (Gemma 2), which sdpa does not do; nor with attention sinks (gpt-oss), whose
@@ -33,7 +33,7 @@ nor on a `HookedTransformer`, whose forward pass has no seam between scores and 
 `BlockAttention`, `MoveAttention`, `PatchAttention`, the explorers' pages of whole patterns, `rl.receiver_kurtosis`, or hooks of your own on patterns,
 scores or rotated queries and keys, which do not fire then. All other hook points fire and can be edited as ever, so ablations,
 patches and directions go with it. `data.attrs["attention"]` says which way it was and why; `attention="eager"` or `"sdpa"` asks for one.
-Afterwards the model is as it was, also after an exception. Held against patterns to 1e-5 in nine shapes of model: tests/lens/test_sdpa.py.
+Afterwards the model is as it was, also after an exception. Held against patterns to 1e-5 in ten shapes of model: tests/lens/test_sdpa.py.
 
 With `out=` rows are streamed to disk; what grows in memory with the number of prompts is their labels.
 
@@ -76,7 +76,7 @@ on one of the two. Where a number differs by more than 1e-4 nats and a hundred-t
 read one by one, as they are in half precision (whose error is larger than most effects), with hooks of your own on the model, on a
 `HookedTransformer` with alibi, attention sinks or `use_attn_result` and the like, and by any other reading. In half precision
 `scan="rough"` reads many at a time all the same and tells the error it sees: to rank heads, and no more. `scan="plain"` reads one by one
-always, and `effects.attrs["scan"]` says which way it was. Held against the plain way to 1e-5 on eleven architectures and nine kinds of
+always, and `effects.attrs["scan"]` says which way it was. Held against the plain way to 1e-5 on twelve architectures and nine kinds of
 `HookedTransformer`: tests/measures/test_scanning.py.
 """
 

@@ -54,7 +54,18 @@ from tests.measures.test_scanning import COMMON, GROUPED, hf_of
 pytestmark = pytest.mark.skipif(bridge_class() is None, reason="sdpa is kept on a TransformerBridge")
 
 TIGHT = 1e-5
-SERVED = ("llama", "smollm2", "qwen2", "qwen3", "gemma", "gemma2_uncapped", "gemma3", "mistral", "mixtral")
+SERVED = (
+    "llama",
+    "smollm2",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2_uncapped",
+    "gemma3",
+    "mistral",
+    "mixtral",
+    "qwen3_moe",
+)
 
 
 def hf(architecture: str) -> Any:

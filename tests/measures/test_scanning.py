@@ -91,6 +91,9 @@ def hf_of(architecture: str) -> Any:
             t.Phi3Config(**{name: value for name, value in GROUPED.items() if name != "head_dim"})
         ),
         "neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**COMMON)),
+        "qwen3_moe": lambda: t.Qwen3MoeForCausalLM(
+            t.Qwen3MoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+        ),
         "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**GROUPED, num_local_experts=4)),
     }
     if architecture not in made:
@@ -128,7 +131,7 @@ NATIVE: dict[str, dict[str, Any]] = {
 }
 BRIDGED = (
     *("gpt2_relu", "gpt2_gelu", "llama", "qwen3"),
-    *("gemma2", "gemma3", "mistral", "qwen2", "phi3", "neox", "mixtral"),
+    *("gemma2", "gemma3", "mistral", "qwen2", "phi3", "neox", "mixtral", "qwen3_moe"),
 )
 HOOKED = ("gpt2_relu", "gpt2_gelu", "llama", "qwen3", "qwen2", "windows", "parallel", "folded", "no_norms")
 KINDS = [
