@@ -9,10 +9,11 @@ from rim_lens.lens.facts import Model
 
 
 def weights_digest(model: Model) -> str:
-    """XXH3 over every parameter and buffer, whole tensors, names and shapes included.
+    """XXH3 over every tensor of the model's state_dict, whole, names and shapes included.
 
-    The two families name their parameters differently, so a digest compares models of one family. It tells models apart, and is no
-    seal: every call that names its model reads all weights, and XXH3 reads them about nine times faster than SHA-256.
+    The two families name their parameters differently, so a digest compares models of one family. It tells weights apart, and is no
+    seal: every call that names its model reads them all, and XXH3 reads faster than SHA-256. It does not show what a state_dict leaves
+    out: settings (the epsilon of norms) and buffers that are not saved (frequencies of rotary positions).
 
     Returns:
         The first 16 hexadecimal digits of 128 bits.

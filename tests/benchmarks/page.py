@@ -26,8 +26,8 @@ its queries, keys and mask.
 
 **When.** Llama, SmolLM2, Qwen2, Qwen3, Gemma, Gemma 3, Mistral, Mixtral, Qwen3's mixtures, and what else calls attention in the way of `transformers`
 from the projections the bridge hooks; sliding windows, padding, grouped queries and a key-value cache included, in float32 and bfloat16.
-On first contact it is proven on the model itself that both ways give the same logits and rows, with padding and without (1e-4 of
-the largest logit in float32). Not where scores are capped (Gemma 2), which sdpa does not do; nor with attention sinks (gpt-oss), whose
+On first contact it is proven on the model itself that both ways give the same logits, rows and gradients, with padding and without
+(1e-4 of the largest logit in float32). Not where scores are capped (Gemma 2), which sdpa does not do; nor with attention sinks (gpt-oss), whose
 rows do not sum to 1 and are refused either way; nor on GPT-2, GPT-NeoX and Phi 3, for which the bridge keeps projections of its own;
 nor on a `HookedTransformer`, whose forward pass has no seam between scores and pattern. And not while something works on whole patterns:
 `BlockAttention`, `MoveAttention`, `PatchAttention`, the explorers' pages of whole patterns, `rl.receiver_kurtosis`, or hooks of your own on patterns,
@@ -39,7 +39,13 @@ With `out=` rows are streamed to disk; what grows in memory with the number of p
 
 **Not captures alone.** Whatever reads whole prompts of 256 tokens and more keeps sdpa under the same conditions: `refusal_score`, `generate` (its
 prompts, not its steps), `sentence_effects`, `entanglement`, probes, directions, and passes with gradients (`gradient_scores`), whose graph then
-holds no patterns; that gradients are the same is proven as well. Shorter ones win nothing by it.
+holds no patterns. Shorter ones win nothing by it.
+
+**Known to be wrong.** Two models over one Hugging Face config, run in two threads at once: when one ends, queries of the other may see keys
+after them. Run one at a time. Hooks that PyTorch puts *before* a hook point (`register_forward_pre_hook`) are passed over where that point does not fire under
+sdpa. A proof made within another component's reference pass finds no rows, and that model keeps the step-by-step way from then on. Backward
+hooks of your own see the proof's gradients. A capture that is gone on with does not know which hooks were on the model before, nor settings
+and buffers that are no weights (`rim_lens.lens.weights_digest`).
 """
 
 _CAPTURE_AFTER = """
@@ -47,9 +53,8 @@ Time is CPU-seconds of the process, the median of runs in turns (A B A B); memor
 run in a process of its own. A first turn is not counted. All sides run the same tokens in the same batches of 4 096 tokens; forward passes return the last row's
 logits, as capture does, while `run_with_cache` returns all.
 
-A capture's time holds what a call costs once. Profiled on 16 prompts of 256 tokens, the forward pass took 96 % of the time, the digest
-of the whole weights 1.4 %, the readers 1.2 % and labels the rest. The digest is not remembered between calls: by anything less than all
-weights it would name the wrong model after an edit. Norms that nobody hooks are the model's own, as the bridge's take twice as long.
+A capture's time holds what a call costs once: the digest of the whole weights and labels. The digest is not remembered between calls: by
+anything less than all weights it would name the wrong model after an edit. Norms that nobody hooks are the model's own, as the bridge's take twice as long.
 """
 
 _BEFORE = """
@@ -78,6 +83,9 @@ read one by one, as they are in half precision (whose error is larger than most 
 `scan="rough"` reads many at a time all the same and tells the error it sees: to rank heads, and no more. `scan="plain"` reads one by one
 always, and `effects.attrs["scan"]` says which way it was. Held against the plain way to 1e-5 on twelve architectures and nine kinds of
 `HookedTransformer`: tests/measures/test_scanning.py.
+
+**Known to be wrong.** A hook that PyTorch put on a module (`register_forward_hook`, not `add_hook`) is not seen; where it acts on prompts alone that are not
+read the plain way, packed numbers are without it. Use `add_hook`, or `scan="plain"`.
 """
 
 _AFTER = """
