@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rim_lens.chat.spans import ATOMS, SpanBatch, Spans
 from rim_lens.lens import model_facts, wrap_hf
-from rim_lens.lens.loading import bridge_class, hooked_class
+from rim_lens.lens.loading import Family, bridge_class, hooked_class
 from rim_lens.prompts.records import Prompt
 from tests.oracles import How, saw
 
@@ -30,9 +30,8 @@ CONTEXT = 48
 TOLERANCE = 1e-5
 
 ARCHITECTURES = ("gpt2_relu", "gpt2_gelu", "llama", "qwen3")
-FAMILIES = tuple(
-    name for name, found in (("bridge", bridge_class()), ("hooked", hooked_class())) if found is not None
-)
+_CLASSES: tuple[tuple[Family, Any], ...] = (("bridge", bridge_class()), ("hooked", hooked_class()))
+FAMILIES = tuple(name for name, found in _CLASSES if found is not None)
 
 # TransformerLens reads a tokenizer again from where it came from, each time one is wrapped.
 _TOKENIZER_FOLDER = tempfile.TemporaryDirectory(prefix="rim_lens_tokenizer_")

@@ -72,7 +72,6 @@ class BareBridge(Bare[_Handed]):
 
     @override
     def places(self, pack: Pack) -> _Handed:
-        """Embed a pack, and note what the model would hand to its blocks for these tokens and positions."""
         for station in self._blocks:
             station.mode = "note"
         self._run(pack.tokens[None], pack.pos[None], logits_to_keep=1)
@@ -83,12 +82,10 @@ class BareBridge(Bare[_Handed]):
     def written(
         self, layer: int, z: Float[Tensor, "copy row head d_head"]
     ) -> Float[Tensor, "copy row d_attn"]:
-        """What attention gives to the block with these outputs of its heads."""
         return self._out[layer](z.flatten(2))
 
     @override
     def logits(self, hidden: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_vocab"]:
-        """Final norm and unembedding, of rows after the last block."""
         for station in self._blocks:
             station.mode = "pass"
         self._blocks[-1].supply = hidden[None]

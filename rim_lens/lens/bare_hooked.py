@@ -18,7 +18,7 @@ from rim_lens.errors import UnsupportedModel
 from rim_lens.lens.bare import AttentionStation, Bare, Places, Plan, copied, put
 from rim_lens.lens.facts import Model
 from rim_lens.lens.packing import Pack
-from rim_lens.lens.running import final_norm, softcapped
+from rim_lens.lens.running import final_norm, soft_cap, softcapped
 
 _SWITCHES = ("use_attn_in", "use_split_qkv_input", "use_attn_result", "use_hook_mlp_in", "use_logn_attn")
 _POSITIONS = ("standard", "rotary", "none")
@@ -27,9 +27,8 @@ _POSITIONS = ("standard", "rotary", "none")
 class _Rows(Places):
     """Positions of rows, as a padded prompt of one token each has them: TransformerLens counts positions by its mask."""
 
-    def __init__(self, embedded: Tensor, pos: Int[Tensor, " row"]) -> None:
-        self.embedded = embedded
-        self.mask, self.offset = _alone(pos)
+    def __init__(self, embedded: Tensor, mask: Int[Tensor, "row key"], offset: int) -> None:
+        self.embedded, self.mask, self.offset = embedded, mask, offset
 
 
 class BareHooked(Bare[_Rows]):
@@ -76,7 +75,7 @@ class BareHooked(Bare[_Rows]):
         embedded = self._model.embed(column)
         if self._cfg.positional_embedding_type == "standard":
             embedded = embedded + self._model.pos_embed(column, offset, mask)
-        return _Rows(embedded.transpose(0, 1), pack.pos)
+        return _Rows(embedded.transpose(0, 1), mask, offset)
 
     @override
     def written(
@@ -100,7 +99,7 @@ class BareHooked(Bare[_Rows]):
     def _without_pattern(self, attention: Any) -> None:
         seen: dict[str, Tensor] = {}
         own = type(attention).apply_rotary
-        cap = getattr(self._cfg, "attn_scores_soft_cap", None) or 0.0  # "none" is None, 0 or -1
+        cap = soft_cap(self._cfg, "attn_scores_soft_cap")
         window = self._cfg.window_size if attention.attn_type == "local" else None
 
         def rotated(x: Tensor, *_: Any) -> Tensor:
@@ -119,10 +118,7 @@ class BareHooked(Bare[_Rows]):
         def attended(value: Tensor, pattern: Tensor) -> Tensor:  # noqa: ARG001 - there is none
             # TransformerLens 2 scores in float32 where values are in half precision.
             query, key = (seen[name].to(value.dtype).transpose(1, 2) for name in ("query", "key"))
-            softcap = cap if cap > 0 else None
-            return self._plan.attend(
-                query, key, value.transpose(1, 2), 1 / attention.attn_scale, softcap, window
-            )
+            return self._plan.attend(query, key, value.transpose(1, 2), 1 / attention.attn_scale, cap, window)
 
         attention.__dict__ |= {
             "apply_rotary": rotated,

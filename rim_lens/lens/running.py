@@ -46,7 +46,8 @@ def last_logits(
         tokens: Whole prompts, padded on the left.
         attention_mask: 0 at padding.
         gradients: Keep the graph.
-        attention: "auto": a bridge keeps sdpa in passes of `LONG` tokens and more, where no hook needs whole patterns. "sdpa": it does in any; ask `why_not_sdpa` first. "eager": it does not.
+        attention: "auto": a bridge keeps sdpa in passes of `LONG` tokens and more, where no hook needs whole patterns. "sdpa": it
+            does in any; ask `why_not_sdpa` first. "eager": it does not.
     """
     tokens, attention_mask = _to_device(model, tokens, attention_mask)
     with torch.set_grad_enabled(gradients), _attention(model, tokens, attention):
@@ -83,8 +84,14 @@ def softcapped(
     model: Model, logits: Float[Tensor, "prompt pos d_vocab"]
 ) -> Float[Tensor, "prompt pos d_vocab"]:
     """A HookedTransformer's logits as it gives them."""
-    cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0  # Gemma 2; "none" is None, 0 or -1
-    return cap * torch.tanh(logits / cap) if cap > 0 else logits
+    cap = soft_cap(model.cfg, "output_logits_soft_cap")
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def soft_cap(cfg: Any, name: str) -> float | None:
+    """A soft cap of Gemma 2's kind in a HookedTransformer's settings, where "none" is None, 0 or -1."""
+    cap = getattr(cfg, name, None) or 0.0
+    return cap if cap > 0 else None
 
 
 @contextmanager

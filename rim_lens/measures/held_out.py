@@ -3,35 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rim_lens.errors import StatisticsError
-from rim_lens.lens import Head
 from rim_lens.prompts import Prompt, as_prompts
-
-
-class ChosenHeads(tuple[Head, ...]):
-    """Heads, and which requests chose them. A part of them (``heads[:3]``) is a plain tuple and does not know.
-
-    Attributes:
-        settings: See `chosen_by`.
-
-    >>> ChosenHeads([(0, 5), (1, 1)], chosen_by([Prompt("a", "Name a fruit.")])).top()
-    [(0, 5), (1, 1)]
-    """
-
-    settings: Mapping[str, Any]
-
-    def __new__(cls, heads: Iterable[Head], settings: Mapping[str, Any]) -> ChosenHeads:
-        """Hold both."""
-        made = super().__new__(cls, heads)
-        made.settings = settings
-        return made
-
-    def top(self) -> list[Head]:
-        """All of them, as `RefusalHeads.top`."""
-        return list(self)
 
 
 def text_digest(prompt: Prompt) -> str:

@@ -1,9 +1,9 @@
 """Many edits read at once, exactly: the fast way to what one forward pass per edit gives.
 
 It serves `refusal_score` under edits of heads' outputs or of neurons (zero, a mean over data, a factor, other runs' values), in
-float32 or float64. Everything else, and every model on which the two ways disagree, is read the plain
-way: one reading per edit. They are held against each other in each scan, on its own prompts: without an edit on the longest prompt
-and the shortest, and under three of the edits on one of the two.
+float32 or float64. Everything else, and every model on which the two ways disagree, is read the plain way: one reading per edit.
+They are held against each other in each scan, on its own prompts: without an edit on the longest prompt and the shortest, and in
+each group of edits under three of them on one of the two.
 """
 
 from __future__ import annotations
@@ -229,25 +229,17 @@ def _unserved(reading: Reading, by: ScanBy) -> str:
     return ""
 
 
-def packed_readings(reading: Reading, components: Sequence[RowEditor]) -> list[Float[np.ndarray, " prompt"]]:
-    """Refusal scores without an edit and under each of the first edits, as many as are worth one group.
-
-    Args:
-        reading: By `refusal_score`.
-        components: That change the same rows.
-
-    Raises:
-        UnsupportedModel: The model cannot be run so.
-        RimLensError: As the editors do where they do not fit model or prompts.
-    """
-    return _Packed(reading).readings(components)
-
-
 # The pass without edits, what each prompt wrote before its first word, and the scores
 _Begun: TypeAlias = tuple[Trunk, list[list[int]], Float[np.ndarray, " prompt"]]
 
 
 class _Packed:
+    """The model of a reading by refusal score, taken apart, and its prompts.
+
+    Raises:
+        UnsupportedModel: The model cannot be run so.
+    """
+
     def __init__(self, reading: Reading) -> None:
         assert reading.first_word is not None  # noqa: S101 - told to the type checker: the caller saw to it
         self.reading, self.batch, self.model = reading, reading.batch, reading.model
@@ -269,6 +261,15 @@ class _Packed:
         self._last: tuple[Any, _Begun] | None = None  # of the last group, where all prompts were in one pass
 
     def readings(self, components: Sequence[RowEditor]) -> list[Float[np.ndarray, " prompt"]]:
+        """Refusal scores without an edit and under each of the first edits, as many as are worth one group.
+
+        Args:
+            components: That change the same rows.
+
+        Raises:
+            UnsupportedModel: The model cannot be run so.
+            RimLensError: As the editors do where they do not fit model or prompts.
+        """
         for component in components:
             component.check_prompts(self.batch)
         edits: list[Changes] = []

@@ -28,9 +28,6 @@ SCANS: dict[str, Part] = {
     "all-rows": scans.all_rows,
     "all-rows-apart": scans.all_rows_apart,
     "gradients": scans.gradients,
-}
-# On TransformerLens 2 or 3
-HOOKED: dict[str, Part] = {
     "last-row-hooked": partial(scans.last_row, family="hooked"),
     "all-rows-hooked": partial(scans.all_rows, family="hooked"),
 }
@@ -39,8 +36,8 @@ PARTS: dict[str, Part] = {
     "streaming": streaming.streaming,
     "writing": writing.writing,
     **SCANS,
-    **HOOKED,
 }
+HOOKED = [name for name in PARTS if name.endswith("-hooked")]  # on TransformerLens 2 or 3
 
 
 def main(n_prompts: int, names: list[str]) -> None:
@@ -50,9 +47,7 @@ def main(n_prompts: int, names: list[str]) -> None:
             figures.append(figure)
             sys.stdout.write(f"{name}: {json.dumps(figure, ensure_ascii=False)}\n")
             sys.stdout.flush()
-        command = f"make bench PARTS={name}" + (
-            f" PROMPTS={n_prompts}" if name in {**SCANS, **HOOKED} else ""
-        )
+        command = f"make bench PARTS={name}" + (f" PROMPTS={n_prompts}" if name in SCANS else "")
         part = provenance(command, ("torch", "transformers", "transformer-lens")) | {
             "threads": torch.get_num_threads(),
             "load": os.getloadavg()[0],

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 import rim_lens as rl
 from rim_lens.lens import Model, model_facts
@@ -88,11 +88,7 @@ def recalls(
     found = []
     for draw in draws:
         truth = np.abs(effects[draw]).mean(0) if by == "size" else np.abs(effects[draw].mean(0))
-        strongest = np.argsort(-truth, axis=None, kind="stable")[:TOP]
-        kept = np.zeros(truth.shape, dtype=bool)
-        kept.flat[np.argsort(-np.abs(estimates[draw]).mean(0), axis=None, kind="stable")[:n_confirm]] = True
-        kept[:early] = True
-        found.append(kept.flat[strongest].mean())
+        found.append(_confirmed(estimates[draw], n_confirm, early).flat[_first(truth, TOP)].mean())
     return np.array(found)
 
 
@@ -111,15 +107,27 @@ def screened_recalls(
     """
     found = []
     for draw in draws:
-        truth = np.abs(effects[draw]).mean(0)
-        strongest = np.argsort(-truth, axis=None, kind="stable")[:TOP]
-        seen = np.zeros(truth.shape, dtype=bool)
-        seen.flat[np.argsort(-np.abs(estimates[draw]).mean(0), axis=None, kind="stable")[:SCREENED]] = True
-        seen[: EARLY[0]] = True
+        seen = _confirmed(estimates[draw], SCREENED, EARLY[0])
         few = np.where(seen, np.abs(effects[draw[:SCREENED_ON]]).mean(0), -1.0)
-        kept = np.argsort(-few, axis=None, kind="stable")[:THEN_CONFIRMED]
-        found.append(np.isin(strongest, kept).mean())
+        strongest = _first(np.abs(effects[draw]).mean(0), TOP)
+        found.append(np.isin(strongest, _first(few, THEN_CONFIRMED)).mean())
     return np.array(found)
+
+
+def _first(sizes: Float[np.ndarray, "layer head"], count: int) -> np.ndarray:
+    """Places of the largest."""
+    return np.argsort(-sizes, axis=None, kind="stable")[:count]
+
+
+def _confirmed(
+    estimates: Float[np.ndarray, "prompt layer head"], count: int, early: int
+) -> Bool[np.ndarray, "layer head"]:
+    """The first of the ranking, and the early layers."""
+    sizes = np.abs(estimates).mean(0)
+    kept = np.zeros(sizes.shape, dtype=bool)
+    kept.flat[_first(sizes, count)] = True
+    kept[:early] = True
+    return kept
 
 
 def measured(name: str) -> dict[str, Any]:

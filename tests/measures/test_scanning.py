@@ -28,19 +28,20 @@ from rim_lens.hooks import (
 from rim_lens.lens import hooked, model_facts, wrap_hf
 from rim_lens.lens.bare_bridge import BareBridge
 from rim_lens.lens.bare_hooked import BareHooked
-from rim_lens.lens.loading import bridge_class, hooked_class
+from rim_lens.lens.loading import Family, bridge_class, hooked_class
 from rim_lens.measures import marching, scanning
 from rim_lens.measures.edits import set_effects
 from rim_lens.measures.heads.effects import head_effects
 from rim_lens.measures.readings import Reading, refusal_reading
 from rim_lens.measures.refusal import first_word
-from rim_lens.measures.scanning import Scan, packed_readings
+from rim_lens.measures.scanning import Scan
 from rim_lens.organisms.toy.host import toy_tokenizer
 from tests.families import FAMILIES, fill, hf_model
 from tests.speaking import REQUESTS, speaker
 
 pytestmark = pytest.mark.family_contract
 on_the_bridge = pytest.mark.skipif(bridge_class() is None, reason="a TransformerBridge is taken apart")
+on_hooked = pytest.mark.skipif(hooked_class() is None, reason="a HookedTransformer is taken apart")
 
 VOCABULARY = 71
 # Of unequal length, and with a beginning that they share.
@@ -166,14 +167,14 @@ def native(**options: Any) -> Any:
 
 
 @functools.cache
-def told(architecture: str, family: str = FAMILIES[0]) -> tuple[Any, SpanBatch]:
+def told(architecture: str, family: Family = FAMILIES[0]) -> tuple[Any, SpanBatch]:
     if architecture in NATIVE:
         model = native(**NATIVE[architecture])
     else:
         hf = hf_of(architecture)
         if not architecture.startswith("gpt2"):
             hf.config.max_position_embeddings = 128
-        model = wrap_hf(hf, toy_tokenizer(), family=family)  # type: ignore[arg-type]
+        model = wrap_hf(hf, toy_tokenizer(), family=family)
     return model, ChatFormat.from_model(model).render(PROMPTS, think="off")
 
 
@@ -194,6 +195,10 @@ def editors(model: Any, batch: SpanBatch, positions: Any) -> list[Any]:
             ScaleNeurons([(1, neuron) for neuron in range(20)], -1.0, positions=positions),
         ]
     return found
+
+
+def packed_readings(reading: Reading, components: Sequence[Any]) -> list[np.ndarray]:
+    return scanning._Packed(reading).readings(components)
 
 
 def differ(reading: Reading, components: Sequence[Any]) -> float:
@@ -453,7 +458,7 @@ def test_half_precision_ranks_where_it_is_asked_to() -> None:
     exact, batch = told("llama")
     heads = model_facts(exact).heads()
     truth = head_effects(refusal_reading(exact, batch), heads)
-    model = wrap_hf(hf_of("llama").to(torch.bfloat16), toy_tokenizer(), family=FAMILIES[0])  # type: ignore[arg-type]
+    model = wrap_hf(hf_of("llama").to(torch.bfloat16), toy_tokenizer(), family=FAMILIES[0])
     reading = refusal_reading(model, batch)
     with warnings.catch_warnings(action="error"):
         assert head_effects(reading, heads).attrs["scan"] == "plain (the weights are torch.bfloat16)"
@@ -492,7 +497,7 @@ def test_every_family_gives_effects(family: str) -> None:
     assert fast.attrs["scan"] == "packed"
 
 
-@pytest.mark.skipif(hooked_class() is None, reason="a HookedTransformer is taken apart")
+@on_hooked
 @pytest.mark.parametrize(
     ("architecture", "switch", "told_why"),
     [
@@ -518,7 +523,7 @@ def test_a_hooked_transformer_that_cannot_be_taken_apart_is_read_one_by_one(
     assert head_effects(reading, heads).attrs["scan"] == ("packed" if switch else found.attrs["scan"])
 
 
-@pytest.mark.skipif(hooked_class() is None, reason="a HookedTransformer is taken apart")
+@on_hooked
 @pytest.mark.parametrize("architecture", ["windows", "folded"])
 def test_a_hooked_transformer_is_afterwards_as_before(architecture: str) -> None:
     model, batch = told(architecture, "hooked")

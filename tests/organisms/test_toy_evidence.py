@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from rim_lens.organisms.toy import evidence, load_toy, recipe
+from rim_lens.organisms.toy import evidence, load_toy
 from rim_lens.prompts.toy import toy_prompts
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """Recipes of a few steps."""
-    for name in ("HELPFUL", "SAFE", "FINE_TUNE"):
-        monkeypatch.setattr(recipe, name, replace(getattr(recipe, name), steps=3))
 
 
 def test_evidence_keeps_what_it_measured_when_interrupted(short, tmp_path, monkeypatch):

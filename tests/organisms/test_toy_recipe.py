@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,6 @@ from rim_lens.organisms.toy.truth import held_out, rate, refusal_rate
 from rim_lens.prompts.records import Prompt
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """Recipes of a few steps: enough to see what is drawn and what depends on what."""
-    for name in ("HELPFUL", "SAFE", "FINE_TUNE"):
-        monkeypatch.setattr(recipe, name, replace(getattr(recipe, name), steps=3))
 
 
 def same(one, other):

@@ -25,8 +25,8 @@ from rim_lens.measures.circuits.nodes import (
     span_node,
 )
 from rim_lens.measures.controls import random_neurons_per_layer
+from rim_lens.measures.heads.held_out import heads_to_ask
 from rim_lens.measures.heads.result import RefusalHeads
-from rim_lens.measures.held_out import ChosenHeads, refuse_used
 from rim_lens.measures.neurons.beside import neurons_to_edit
 from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.measures.removal_table import shuffled
@@ -141,9 +141,7 @@ class Question:
         )
         self.families = families_by_swap(self.evaluate.harmful, self.evaluate.harmless)
         asked = [*self.evaluate.harmful, *self.evaluate.harmless]
-        if isinstance(heads, RefusalHeads | ChosenHeads):
-            refuse_used(heads.settings, asked, "heads")
-            heads = heads.top()
+        heads = heads_to_ask(heads, asked)
         sets = dict(neurons) if isinstance(neurons, Mapping) else {"neurons": neurons}
         self.nodes = checked_nodes(
             [

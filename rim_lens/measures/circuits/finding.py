@@ -80,7 +80,8 @@ def circuit(
     Args:
         model: Any HookedTransformer or TransformerBridge, in eval mode.
         chat: Its chat format.
-        heads: (layer, head) pairs, or what `refusal_heads` found (its `top()`) or `propose_nodes`, which are not tested on what chose them.
+        heads: (layer, head) pairs, or what `refusal_heads` found (its `top()`) or `propose_nodes`, which are not tested on what
+            chose them.
         neurons: A `NeuronSet` or (layer, neuron) pairs, one node for each layer; or several by name.
         harmful: Requests that should be refused.
         harmless: Their twins, by the records' ids or, for plain strings, in the same order.

@@ -18,8 +18,8 @@ from rim_lens.lens import Head, Model, model_facts, require_source
 from rim_lens.measures.checkpoints.relating import correlations
 from rim_lens.measures.circuits.nodes import Neuron
 from rim_lens.measures.entanglement.entangling import opened
+from rim_lens.measures.heads.held_out import heads_to_ask
 from rim_lens.measures.heads.result import RefusalHeads
-from rim_lens.measures.held_out import ChosenHeads, refuse_used
 from rim_lens.measures.neurons.beside import neurons_to_edit
 from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.measures.readings import refusal_reading
@@ -108,9 +108,7 @@ def halves_at_checkpoints(
     for one in (base, *(one for run in runs.values() for one in run)):
         if isinstance(one, str | Path):
             require_source(one)
-    if isinstance(heads, RefusalHeads | ChosenHeads):
-        refuse_used(heads.settings, asked, "heads")
-        heads = heads.top()
+    heads = heads_to_ask(heads, asked)
     batch = chat.render(asked, think="off")
     with opened(base) as model:
         facts = model_facts(model)

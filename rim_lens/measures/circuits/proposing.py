@@ -20,7 +20,8 @@ from rim_lens.measures.circuits.keeping import Replacements
 from rim_lens.measures.circuits.settling import settled
 from rim_lens.measures.circuits.writing import recorded_spots
 from rim_lens.measures.gradients import GRADIENT_ROWS
-from rim_lens.measures.held_out import ChosenHeads, chosen_by
+from rim_lens.measures.heads.held_out import ChosenHeads
+from rim_lens.measures.held_out import chosen_by
 from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.measures.refusal.openers import opener_ids, opener_texts
 from rim_lens.measures.two_sides import paired, two_sides
@@ -35,8 +36,8 @@ class ProposedNodes:
     """Heads and neurons to hand to `circuit`; estimated, not tested.
 
     Attributes:
-        heads: The named ones first, then those with the largest estimates. Heads and neurons know the requests that chose them, and
-            are not tested on these.
+        heads: The named ones first, then those with the largest estimates. Heads and neurons know the requests that chose them, on
+            which no circuit is tested.
         neurons: In few layers.
         head_estimates: Mean over select requests (layer, head), nats: how the score would change with the twin's output.
     """

@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rim_lens.errors import StatisticsError, UnknownHead
 from rim_lens.lens import Head, ModelFacts
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.held_out import refuse_used
 from rim_lens.prompts import Prompt
+
+
+class ChosenHeads(tuple[Head, ...]):
+    """Heads, and which requests chose them. A part of them (``heads[:3]``) is a plain tuple and does not know.
+
+    Attributes:
+        settings: See `chosen_by`.
+
+    >>> from rim_lens.measures.held_out import chosen_by
+    >>> ChosenHeads([(0, 5), (1, 1)], chosen_by([Prompt("a", "Name a fruit.")])).top()
+    [(0, 5), (1, 1)]
+    """
+
+    settings: Mapping[str, Any]
+
+    def __new__(cls, heads: Iterable[Head], settings: Mapping[str, Any]) -> ChosenHeads:
+        """Hold both."""
+        made = super().__new__(cls, heads)
+        made.settings = settings
+        return made
+
+    def top(self) -> list[Head]:
+        """All of them, as `RefusalHeads.top`."""
+        return list(self)
+
+
+def heads_to_ask(heads: RefusalHeads | Iterable[Head], requests: Sequence[Prompt | str]) -> Iterable[Head]:
+    """Return the heads that are meant, where these requests did not choose them: of `RefusalHeads` its `top`.
+
+    Raises:
+        StatisticsError: Some request, or its family, chose the heads.
+    """
+    if isinstance(heads, RefusalHeads | ChosenHeads):
+        refuse_used(heads.settings, requests, "heads")
+        return heads.top()
+    return heads
 
 
 def heads_to_edit(
