@@ -158,12 +158,14 @@ def alone(model: Model) -> Iterator[None]:
     """Within this context nobody's hooks act: a proof is about the model itself, and its probes are nobody's data."""
     points = {id(point): point for point in model.hook_dict.values()}.values()
     before = [(point, dict(point._forward_hooks)) for point in points if point.fwd_hooks]
+    was_quiet, _quiet.on = is_quiet(), False  # a proof's own components look, also within a reference pass
     try:
         for point, _ in before:
             for handle in point.fwd_hooks:
                 point._forward_hooks.pop(handle.hook.id, None)
         yield
     finally:
+        _quiet.on = was_quiet
         for point, hooks in before:
             point._forward_hooks.clear()
             point._forward_hooks.update(hooks)

@@ -45,7 +45,7 @@ from rim_lens.lens import (
     wrap_hf,
 )
 from rim_lens.lens import sdpa as sdpa_module
-from rim_lens.lens.attaching import wiring
+from rim_lens.lens.attaching import is_quiet, wiring
 from rim_lens.lens.attention import Attention, Pattern, QueriesAndKeys
 from rim_lens.lens.loading import bridge_class
 from tests.families import close, fill, random_batch, tokenizer, wrapped
@@ -469,6 +469,15 @@ def test_within_quiet_nothing_is_looked_at() -> None:
     model, prompts = told("llama"), batch()
     with sdpa_kept(model), quiet():
         assert rows_seen(model, lambda: last_logits(model, prompts.tokens, prompts.attention_mask)) == {}
+
+
+def test_a_proof_within_quiet_is_a_proof() -> None:
+    """Reference passes are quiet, and may be the first long ones: what they find is kept for all later passes."""
+    model = wrapped("llama", "bridge")
+    with quiet():
+        assert why_not_sdpa(model) == ""
+        assert is_quiet()
+    assert why_not_sdpa(model, gradients=True) == ""
 
 
 def test_a_capture_cut_short_goes_on_in_the_same_way_alone(tmp_path: Any) -> None:
