@@ -157,18 +157,26 @@ def verify(model: Model, reads: Sequence[Site] = (), edits: Sequence[Site] = ())
 def alone(model: Model) -> Iterator[None]:
     """Within this context nobody's hooks act: a proof is about the model itself, and its probes are nobody's data."""
     points = {id(point): point for point in model.hook_dict.values()}.values()
-    before = [(point, dict(point._forward_hooks)) for point in points if point.fwd_hooks]
+    both = [
+        (hooks, dict(hooks), handles)
+        for point in points
+        for hooks, handles in (
+            (point._forward_hooks, point.fwd_hooks),
+            (point._backward_hooks, point.bwd_hooks),
+        )
+        if handles
+    ]
     was_quiet, _quiet.on = is_quiet(), False  # a proof's own components look, also within a reference pass
     try:
-        for point, _ in before:
-            for handle in point.fwd_hooks:
-                point._forward_hooks.pop(handle.hook.id, None)
+        for hooks, _, handles in both:
+            for handle in handles:
+                hooks.pop(handle.hook.id, None)
         yield
     finally:
         _quiet.on = was_quiet
-        for point, hooks in before:
-            point._forward_hooks.clear()
-            point._forward_hooks.update(hooks)
+        for hooks, before, _ in both:
+            hooks.clear()
+            hooks.update(before)
 
 
 def wiring(model: Model) -> tuple[Any, ...]:

@@ -480,6 +480,19 @@ def test_a_proof_within_quiet_is_a_proof() -> None:
     assert why_not_sdpa(model, gradients=True) == ""
 
 
+def test_a_proof_leaves_backward_hooks_alone() -> None:
+    """Its gradients are nobody's data; afterwards the hook is there as before."""
+    model, prompts = wrapped("llama", "bridge"), batch()
+    seen: list[Any] = []
+    point = model.hook_dict[hook_name("z", 0)]
+    point.add_hook(lambda gradient, hook: seen.append(gradient.shape), dir="bwd")
+    assert why_not_sdpa(model, gradients=True) == ""
+    assert seen == []
+    with hooked(model, [("hook_embed", lambda value, hook: value.detach().requires_grad_())]):
+        model(prompts.tokens, attention_mask=prompts.attention_mask).sum().backward()
+    assert seen == [(*prompts.tokens.shape, 4, 8)]
+
+
 def test_a_capture_cut_short_goes_on_in_the_same_way_alone(tmp_path: Any) -> None:
     model, prompts = told("llama"), batch()
     rl.capture(model, prompts, SpanAttention(), out=tmp_path).close()
