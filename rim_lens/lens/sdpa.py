@@ -93,7 +93,7 @@ class _Unhooked:
         setattr(self, SWITCHED, True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if any(point._forward_hooks or point._backward_hooks for point in self._points):
+        if any(point._forward_hooks or _other_hooks(point) for point in self._points):
             return type(self._bridge).forward(self._bridge, *args, **kwargs)
         return self._bridge.original_component(*args, **kwargs)
 
@@ -119,7 +119,7 @@ def why_not_sdpa(model: Model, gradients: bool = False) -> str:
         point = reference()
         if point is None:
             continue
-        for hook in [*hooks_at(point), *point._backward_hooks.values()]:
+        for hook in [*hooks_at(point), *_other_hooks(point)]:
             if isinstance(hook, ComponentHook) and isinstance(hook.edit, RowHook):
                 continue
             if isinstance(hook, ComponentHook):
@@ -128,6 +128,15 @@ def why_not_sdpa(model: Model, gradients: bool = False) -> str:
                 )
             return f"there is a hook on {name}"
     return ""
+
+
+def _other_hooks(point: Any) -> list[Any]:
+    """All that is on a hook point but forward hooks; PyTorch's own ways to add one count, too."""
+    return [
+        *point._backward_hooks.values(),
+        *point._forward_pre_hooks.values(),
+        *point._backward_pre_hooks.values(),
+    ]
 
 
 @contextmanager

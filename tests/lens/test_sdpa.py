@@ -471,6 +471,31 @@ def test_within_quiet_nothing_is_looked_at() -> None:
         assert rows_seen(model, lambda: last_logits(model, prompts.tokens, prompts.attention_mask)) == {}
 
 
+@pytest.mark.parametrize("kind", ["register_forward_pre_hook", "register_full_backward_pre_hook"])
+def test_a_hook_before_what_does_not_fire_takes_the_eager_way(kind: str) -> None:
+    """PyTorch's own hooks on a hook point, which TransformerLens does not list."""
+    model = told("llama")
+    assert why_not_sdpa(model) == ""
+    handle = getattr(model.hook_dict[hook_name("pattern", 1)], kind)(lambda *_: None)
+    try:
+        assert "there is a hook on blocks.1.attn.hook_pattern" in why_not_sdpa(model)
+    finally:
+        handle.remove()
+    assert why_not_sdpa(model) == ""
+
+
+@pytest.mark.parametrize("point", ["hook_normalized", "hook_scale"])
+def test_a_hook_before_a_norms_point_fires(point: str) -> None:
+    model, prompts = told("llama"), batch()
+    fired: list[Any] = []
+    handle = model.hook_dict[f"blocks.1.ln1.{point}"].register_forward_pre_hook(lambda *_: fired.append(1))
+    try:
+        last_logits(model, prompts.tokens, prompts.attention_mask, attention="sdpa")
+    finally:
+        handle.remove()
+    assert fired == [1]
+
+
 def test_a_proof_within_quiet_is_a_proof() -> None:
     """Reference passes are quiet, and may be the first long ones: what they find is kept for all later passes."""
     model = wrapped("llama", "bridge")
