@@ -12,8 +12,10 @@ step-by-step way. The proof is redone when the wiring changes.
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -43,6 +45,8 @@ _ADDED = {
 _PROBE_LENGTH, _PROBE_PADS = 7, 3
 _points: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # Hugging Face attention → the bridge's hook point
 _proofs: WeakKeyDictionary[Any, tuple[tuple[Any, ...], _Proof]] = WeakKeyDictionary()
+_wanted: Counter[int] = Counter()  # by a config's id: how many have switched it
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -159,10 +163,27 @@ def sdpa_kept(model: Model) -> Iterator[None]:
             inner = bridge.original_component
             _put(stack, vars(bridge), "forward", _Through(bridge))
             _put(stack, _points, inner, points[hook_name("pattern", layer)])
-            if vars(inner.config)[_INTERNAL] != _NAME:
-                _put(stack, vars(inner.config), SWITCHED, vars(inner.config)[_INTERNAL])
-                _put(stack, vars(inner.config), _INTERNAL, _NAME)
+            stack.enter_context(_switched(inner.config))
         yield
+
+
+@contextmanager
+def _switched(config: Any) -> Iterator[None]:
+    """Let a config name our attention until the last who wants it leaves: models may share one, and threads end in any order."""
+    settings, key = vars(config), id(config)
+    with _lock:
+        _wanted[key] += 1
+        if _wanted[key] == 1:
+            settings[SWITCHED] = settings[_INTERNAL]
+            settings[_INTERNAL] = _NAME
+    try:
+        yield
+    finally:
+        with _lock:
+            _wanted[key] -= 1
+            if not _wanted[key]:
+                del _wanted[key]
+                settings[_INTERNAL] = settings.pop(SWITCHED)
 
 
 def _put(stack: ExitStack, where: Any, key: Any, value: Any) -> None:

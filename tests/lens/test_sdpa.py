@@ -48,7 +48,7 @@ from rim_lens.lens import sdpa as sdpa_module
 from rim_lens.lens.attaching import is_quiet, wiring
 from rim_lens.lens.attention import Attention, Pattern, QueriesAndKeys
 from rim_lens.lens.loading import bridge_class
-from tests.families import close, fill, random_batch, tokenizer, wrapped
+from tests.families import close, fill, hf_model, random_batch, tokenizer, wrapped
 from tests.measures.test_scanning import COMMON, GROUPED, hf_of
 
 pytestmark = pytest.mark.skipif(bridge_class() is None, reason="sdpa is kept on a TransformerBridge")
@@ -463,6 +463,35 @@ def test_another_model_of_the_same_config_is_left_alone() -> None:
     plain = all_logits(other, prompts.tokens, prompts.attention_mask)
     with sdpa_kept(one):
         assert torch.equal(all_logits(other, prompts.tokens, prompts.attention_mask), plain)
+
+
+def test_models_of_one_config_keep_sdpa_independently() -> None:
+    """As two threads do: the one that began first ends first, and the other's passes still see no key after the query."""
+    one = wrapped("llama", "bridge")
+    plain_hf = hf_model("llama", seed=1)
+    for module in plain_hf.modules():
+        if hasattr(module, "config"):
+            module.config = one.original_model.config
+    other = wrap_hf(plain_hf, tokenizer(), family="bridge")
+    tokens = torch.arange(2, 14)[None]
+    plain = all_logits(other, tokens, torch.ones_like(tokens))
+    assert why_not_sdpa(one) == why_not_sdpa(other) == ""
+    before = state(one), state(other)
+    seen: list[Tensor] = []
+
+    def first_ends(value: Tensor, hook: Any) -> None:
+        if first is not None:
+            first.__exit__(None, None, None)
+
+    first: Any = sdpa_kept(one)
+    first.__enter__()
+    with sdpa_kept(other), hooked(other, [("blocks.0.hook_resid_pre", first_ends)]):
+        close(all_logits(other, tokens, torch.ones_like(tokens)), plain, TIGHT)
+        first = None
+        rows = rows_seen(other, lambda: seen.append(all_logits(other, tokens, torch.ones_like(tokens))))
+    assert set(rows) == {0, 1, 2}
+    close(seen[0], plain, TIGHT)
+    assert (state(one), state(other)) == before
 
 
 def test_within_quiet_nothing_is_looked_at() -> None:
