@@ -224,9 +224,21 @@ def _unserved(reading: Reading, by: ScanBy) -> str:
     before, why = _refused.get(reading.model, (None, ""))
     if why and before == wiring(reading.model):
         return why
-    if any(point.fwd_hooks for point in reading.model.hook_dict.values()):
+    if _is_hooked(reading.model):
         return "there are hooks on the model"
     return ""
+
+
+def _is_hooked(model: Any) -> bool:
+    """Whether anything but the bridge itself, which listens in on its norms, has put hooks on any module.
+
+    PyTorch's own ways count, too: a hook may act on those prompts alone that are not checked.
+    """
+    return any(
+        not str(getattr(hook, "__module__", "")).startswith("transformer_lens.model_bridge.")
+        for module in model.modules()
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    )
 
 
 # The pass without edits, what each prompt wrote before its first word, and the scores

@@ -565,3 +565,40 @@ def test_nothing_is_copied_and_nothing_stays() -> None:
     assert state() == before
     assert not any(point.fwd_hooks for point in model.hook_dict.values())
     np.testing.assert_array_equal(reading(), scores)
+
+
+@pytest.mark.parametrize("way", ["point", "component", "before"])
+def test_hooks_of_pytorchs_own_are_seen_wherever_they_act(way: str) -> None:
+    """One acts on a single prompt, on which the two ways are not held against each other."""
+    model = rl.load_model("toy")
+    chat = ChatFormat.from_model(model)
+    batch = chat.render(rl.load_prompts("harmful", language="toy", split="select")[:8], think="off")
+    reading = refusal_reading(model, batch)
+    heads = [(layer, head) for layer in range(2) for head in range(4)]
+    lengths = batch.lengths.tolist()
+    checked = {lengths.index(max(lengths)), lengths.index(min(lengths))}
+    alone = next(row for row in range(len(batch)) if row not in checked)
+    words = batch.tokens[alone][batch.attention_mask[alone].bool()]
+    read: list[torch.Tensor] = []
+
+    def halved(value: torch.Tensor) -> torch.Tensor:
+        mine = torch.tensor([torch.equal(row[-len(words) :], words) for row in read[-1]])
+        return torch.where(mine[:, None, None], value * 0.3, value)
+
+    noting = model.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    mlp, point = model.blocks[1].mlp, model.hook_dict["blocks.1.hook_mlp_out"]
+    if way == "before":
+        handle = point.register_forward_pre_hook(lambda module, args: (halved(args[0]),))
+    else:
+        target = mlp if way == "component" else point
+        handle = target.register_forward_hook(lambda module, args, value: halved(value))
+    try:
+        found = head_effects(reading, heads)
+        plain = np.stack([reading([AblateHeads([head])]) for head in heads], 1) - reading([])[:, None]
+    finally:
+        handle.remove()
+        noting.remove()
+    assert found.attrs["scan"] == "plain (there are hooks on the model)"
+    np.testing.assert_allclose(found.values, plain, atol=1e-5)
+    assert abs(plain[alone] - head_effects(reading, heads).values[alone]).max() > 1e-2
+    assert head_effects(reading, heads).attrs["scan"] == "packed"
