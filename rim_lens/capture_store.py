@@ -89,8 +89,8 @@ class DiskStore:
         self._stored, found = _look(self.path)
         if found != fingerprint:
             raise CaptureError(
-                f"{self.path} holds another capture (other prompts, readers, editors, weights, versions, or way of computing"
-                " attention). Give an empty folder, or delete that file."
+                f"{self.path} holds another capture (other prompts, readers, editors, hooks on the model, weights, versions, or"
+                " way of computing attention). Give an empty folder, or delete that file."
             )
         # A finished file is not opened for writing: a dataset opened from it earlier may still be in use.
         self._file = None if self._stored.all() else _open_to_write(self.path)

@@ -24,6 +24,7 @@ from rim_lens.lens import (
     ModelFacts,
     last_logits,
     model_facts,
+    standing,
     weights_digest,
     why_not_sdpa,
 )
@@ -69,8 +70,8 @@ def capture(
 
     Returns:
         Dataset with dimension ``prompt`` (ids) first and coordinates category, family, kind, n_tokens; attributes
-        record model, dtype, digest of the weights, condition and versions, and as ``attention`` which way it was and,
-        where eager, why.
+        record model, dtype, digest of the weights, condition and versions, as ``on_the_model`` the hooks that stood on it
+        already, where there were some, and as ``attention`` which way it was and, where eager, why.
 
     Raises:
         CaptureError: No reader, two readers give the same variable, duplicate prompt ids, `out` holds another capture, or
@@ -174,7 +175,9 @@ def _attributes(
 ) -> dict[str, Any]:
     from rim_lens import __version__
 
+    others = standing(model)  # components of this call are not on it yet
     return {
+        **({"on_the_model": json.dumps(others)} if others else {}),
         "format_version": FORMAT_VERSION,
         "rim_lens": __version__,
         "transformer_lens": importlib.metadata.version("transformer-lens"),

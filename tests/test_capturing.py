@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from rim_lens.hooks import (
     ResidualStream,
     SpanAttention,
 )
-from rim_lens.lens import Model, ModelFacts, hook_name
+from rim_lens.lens import Model, ModelFacts, hook_name, hooked
 from rim_lens.prompts.records import Prompt
 from tests.families import FAMILIES, Case, close, random_batch
 from tests.speaking import REQUESTS, Spoken, fresh, ids_of, speaker
@@ -497,6 +498,31 @@ def test_another_capture_in_the_same_folder_is_refused(
     assert len(passes) == n_passes
     with run(**plain) as data:  # and nothing was lost
         assert np.array_equal(data["attention_mass"].values, before)
+
+
+@pytest.mark.parametrize("then", ["none", "other heads", "own hook"])
+def test_what_stood_on_the_model_is_part_of_a_capture(case_gqa: Case, tmp_path: Path, then: str) -> None:
+    """An editor that was registered acts in every pass: rows read under it and without it do not stand in one file."""
+    batch, model, stop = some(), case_gqa.model, StopsAt()
+    own = (hook_name("z", 0), lambda value, hook: value * 0)
+    now = {
+        "none": nullcontext(),
+        "other heads": AblateHeads([(0, 2)]).on(model),
+        "own hook": hooked(model, [own]),
+    }[then]
+    with AblateHeads([(0, 1)]).on(model):
+        edited = rl.capture(model, batch, SpanAttention(), max_rows=2)
+        cut = stop.arm(3, raises(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            rl.capture(model, batch, SpanAttention(), cut, out=tmp_path, max_rows=2)
+    with now, pytest.raises(CaptureError, match="another capture"):
+        rl.capture(model, batch, SpanAttention(), stop.disarm(), out=tmp_path, max_rows=2)
+    with AblateHeads([(0, 1)]).on(model):  # in the way it was begun it goes on
+        data = rl.capture(model, batch, SpanAttention(), stop, out=tmp_path, max_rows=2).load()
+    data.close()
+    assert np.allclose(data["attention_mass"], edited["attention_mass"], atol=1e-6)
+    assert "AblateHeads([(0, 1)]" in data.attrs["on_the_model"]
+    assert "on_the_model" not in rl.capture(model, batch, SpanAttention()).attrs
 
 
 def test_a_mean_over_other_prompts_is_another_capture(case_gqa: Case, tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ class Component:
         """
         reads, edits = self.sites()
         facts = verify(model, reads=reads, edits=edits)
-        return [(name, ComponentHook(edit, type(self).__name__)) for name, edit in self.hooks(model, facts)]
+        kind, what = type(self).__name__, repr(self)
+        return [(name, ComponentHook(edit, kind, what)) for name, edit in self.hooks(model, facts)]
 
     @contextmanager
     def on(self, model: Model) -> Iterator[Self]:

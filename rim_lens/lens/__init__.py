@@ -1,7 +1,7 @@
 """The only room that knows TransformerLens: facts, loading, attaching and its proof, running."""
 
 from rim_lens.lens.adapters import adapter_base, is_adapter, merge_adapter
-from rim_lens.lens.attaching import ComponentHook, add_hooks, hooked, is_quiet, quiet, verify
+from rim_lens.lens.attaching import ComponentHook, add_hooks, hooked, is_quiet, quiet, standing, verify
 from rim_lens.lens.attention import Attention, RowHook
 from rim_lens.lens.digest import weights_digest
 from rim_lens.lens.facts import Head, Hook, Model, ModelFacts, model_facts, require_eval, tokenizer_of
@@ -44,6 +44,7 @@ __all__ = [
     "same_source",
     "sdpa_kept",
     "source_digest",
+    "standing",
     "tokenizer_of",
     "verify",
     "weights_digest",

@@ -61,10 +61,12 @@ class ComponentHook:
     Attributes:
         edit: Gets the activation, returns its replacement or None.
         by: The component's kind, for messages.
+        what: The component with its settings, for records.
     """
 
     edit: Callable[[Any], Tensor | None]
     by: str
+    what: str = ""
 
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor | None:  # noqa: ARG002
         """Act as a hook of TransformerLens."""
@@ -75,6 +77,16 @@ def hooks_at(point: Any) -> list[Hook | None]:
     """Forward hooks on a hook point, in order; None for each that was not added by `add_hooks`."""
     ours = {handle.hook.id: _added.get(handle.hook) for handle in point.fwd_hooks}
     return [ours.get(number) for number in point._forward_hooks]
+
+
+def standing(model: Model) -> list[str]:
+    """What is on a model's hook points now: the name of each, and what hooks it, as far as that can be told."""
+    points = {id(point): (name, point) for name, point in model.hook_dict.items()}.values()
+    return [
+        f"{name}: {(hook.what or hook.by) if isinstance(hook, ComponentHook) else 'a hook'}"
+        for name, point in points
+        for hook in hooks_at(point)
+    ]
 
 
 def add_hooks(model: Model, hooks: Sequence[tuple[str, Hook]]) -> Callable[[], None]:
