@@ -206,7 +206,8 @@ def wrap_hf(hf_model: Any, tokenizer: Any, *, family: Family = "auto") -> Model:
         ModelError: It is no model of transformers.
         MissingTokenizer: There is no tokenizer.
         UnsupportedModel: The installed TransformerLens lacks that family, or HookedTransformer has no weight
-            conversion for this architecture, or one that gives other logits than the model itself.
+            conversion for this architecture, or one that gives other logits than the model itself; or weights are on no
+            device, as where they are offloaded.
     """
     if family not in get_args(Family):
         raise ValueError(f"family={family!r} was asked for; there are 'auto', 'bridge', 'hooked'.")
@@ -220,6 +221,7 @@ def wrap_hf(hf_model: Any, tokenizer: Any, *, family: Family = "auto") -> Model:
             "wrap_hf was given no tokenizer; spans and refusal openers are found by it. Pass the model's own:"
             " transformers.AutoTokenizer.from_pretrained(name)."
         )
+    _require_weights(hf_model)
     hf_model = hf_model.eval().requires_grad_(False)
     hf_model.config.architectures = [type(hf_model).__name__]
     has_bridge = bridge_class() is not None
@@ -227,6 +229,16 @@ def wrap_hf(hf_model: Any, tokenizer: Any, *, family: Family = "auto") -> Model:
     own = _own_tokenizer(tokenizer)
     model = _to_bridge(hf_model, own) if chosen == "bridge" else _to_hooked(hf_model, own)
     return model.eval().requires_grad_(False)
+
+
+def _require_weights(hf_model: torch.nn.Module) -> None:
+    """Weights that are fetched for each pass are nowhere in between, when proofs, digests and measures read them."""
+    absent = next((name for name, weight in hf_model.named_parameters() if weight.is_meta), None)
+    if absent is not None:
+        raise UnsupportedModel(
+            f"a model with weights on each device was needed; {absent} is on none (meta): it was offloaded for want of memory, or never"
+            " loaded. Lay the model over more accelerators (device='balanced'), choose a smaller dtype, or load it on the CPU."
+        )
 
 
 def _own_tokenizer(tokenizer: Any) -> Any:

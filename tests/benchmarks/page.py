@@ -40,12 +40,6 @@ With `out=` rows are streamed to disk; what grows in memory with the number of p
 **Not captures alone.** Whatever reads whole prompts of 256 tokens and more keeps sdpa under the same conditions: `refusal_score`, `generate` (its
 prompts, not its steps), `sentence_effects`, `entanglement`, probes, directions, and passes with gradients (`gradient_scores`), whose graph then
 holds no patterns. Shorter ones win nothing by it.
-
-**Known to be wrong.** Two models over one Hugging Face config, run in two threads at once: when one ends, queries of the other may see keys
-after them. Run one at a time. Hooks that PyTorch puts *before* a hook point (`register_forward_pre_hook`) are passed over where that point does not fire under
-sdpa. A proof made within another component's reference pass finds no rows, and that model keeps the step-by-step way from then on. Backward
-hooks of your own see the proof's gradients. A capture that is gone on with does not know which hooks were on the model before, nor settings
-and buffers that are no weights (`rim_lens.lens.weights_digest`).
 """
 
 _CAPTURE_AFTER = """
@@ -78,14 +72,12 @@ edits of heads' outputs or neurons to zero, to a mean over data, by a factor, or
 resampling). The model's own code runs, without its hooks: norms, projections, rotations, MLPs; attention alone is done here, softcaps and
 sliding windows included. In every scan the baseline is read the plain way as well on the longest prompt and the shortest, and three edits
 on one of the two. Where a number differs by more than 1e-4 nats and a hundred-thousandth of the score a warning says so and all edits are
-read one by one, as they are in half precision (whose error is larger than most effects), with hooks of your own on the model, on a
+read one by one, as they are in half precision (whose error is larger than most effects), with hooks of your own on the model (PyTorch's own on a module
+count, too), on a
 `HookedTransformer` with alibi, attention sinks or `use_attn_result` and the like, and by any other reading. In half precision
 `scan="rough"` reads many at a time all the same and tells the error it sees: to rank heads, and no more. `scan="plain"` reads one by one
 always, and `effects.attrs["scan"]` says which way it was. Held against the plain way to 1e-5 on twelve architectures and nine kinds of
 `HookedTransformer`: tests/measures/test_scanning.py.
-
-**Known to be wrong.** A hook that PyTorch put on a module (`register_forward_hook`, not `add_hook`) is not seen; where it acts on prompts alone that are not
-read the plain way, packed numbers are without it. Use `add_hook`, or `scan="plain"`.
 """
 
 _AFTER = """

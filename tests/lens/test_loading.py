@@ -330,3 +330,13 @@ def test_a_device_map_is_refused_where_it_cannot_be_used(name: str, device: Any,
 def test_hooked_transformer_takes_no_device_map() -> None:
     with pytest.raises(UnsupportedModel, match="takes no device map"):
         load_model("any", family="hooked", device="balanced")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offloaded_weights_are_refused(family: Any) -> None:
+    """They are on no device between passes, when proofs and digests read them."""
+    from accelerate import cpu_offload
+
+    offloaded = cpu_offload(hf_model("llama"), execution_device="cpu")
+    with pytest.raises(UnsupportedModel, match=r"model\.embed_tokens\.weight is on none"):
+        wrap_hf(offloaded, tokenizer(), family=family)
