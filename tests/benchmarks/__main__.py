@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from rim_lens.provenance import provenance
-from tests.benchmarks import capture, scans, streaming, writing
+from tests.benchmarks import capture, profiles, scans, streaming, writing
 from tests.benchmarks.page import EVIDENCE, PAGE, written
 
 # By name: the figures of a part, given the number of prompts, which the scans alone ask about
@@ -30,6 +30,7 @@ SCANS: dict[str, Part] = {
     "gradients": scans.gradients,
     "last-row-hooked": partial(scans.last_row, family="hooked"),
     "all-rows-hooked": partial(scans.all_rows, family="hooked"),
+    "profiles": profiles.profiles,
 }
 PARTS: dict[str, Part] = {
     **{f"capture-{length}": partial(capture.at, length) for length in capture.LENGTHS},

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks import recall
+from tests.benchmarks.profiles import ALL_KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIDENCE = ROOT / "docs" / "evidence" / "bench.json"
@@ -87,8 +88,18 @@ code written by hand does. *Counted* is the same ratio of multiply-adds, the che
 products reaches it on these prompts, and only faster products would. The largest difference is that of edited scores between the two sides, over the heads that both ran.
 
 The proof on first contact (one short pass per layer, about ten seconds here, once per model and process) came before. Heads are read in
-groups, each with its check against the plain way: three prompts' worth of passes, five in the first, which weigh more the fewer prompts there are. Of what remains, products of
-matrices are two thirds to four fifths; at the last row of the prompt a third is the unembedding, which log-odds need whole.
+groups, each with its check against the plain way: three prompts' worth of passes, five in the first, which weigh more the fewer prompts there are.
+"""
+
+_PROFILES = """
+**Where the time goes.** The same model and prompts under PyTorch's profiler, one run each after those above it.
+"""
+
+_PROFILES_AFTER = """
+*Rate*: counted multiply-adds, in billions, by CPU-seconds of products of matrices. Two thirds of either side's time are products, and a scan has
+fewer of them; but it works in smaller pieces (rows of one prompt, heads of one layer), whose products run a little slower, and norms, activations, copies and
+Python weigh a little more beside them. That is the gap between a ratio and what is counted; a goal above what is counted is out of reach
+of any order of the same products. Gradients miss theirs by the number of heads that must be confirmed (next section).
 """
 
 
@@ -135,7 +146,27 @@ def _timed(found: dict[str, Any]) -> str:
                 f" {figure['rival_cpu_seconds']:.0f} | {figure['against']} | {figure['prompts']} | {figure['measured']} |"
                 f" {'–' if largest is None else f'{largest:.0e}'} |"
             )
-    return "\n".join([*lines, _AFTER])
+    return "\n".join([*lines, _AFTER, *_profiled(parts.get("profiles"))])
+
+
+def _profiled(part: dict[str, Any] | None) -> list[str]:
+    """Shares of a run by kind, of the loop and of scans."""
+    if part is None:
+        return []
+    lines = [
+        _PROFILES,
+        *_told([part]),
+        "",
+        f"| Run | CPU-seconds | {' | '.join(ALL_KINDS)} | Rate |",
+        f"| --- | ---: | {' | '.join('---:' for _ in ALL_KINDS)} | ---: |",
+    ]
+    for figure in part["figures"]:
+        seconds = figure["cpu_seconds"]
+        whole = sum(seconds.values())
+        shares = " | ".join(f"{100 * seconds[kind] / whole:.0f} %" for kind in ALL_KINDS)
+        rate = figure["multiply_adds"] / seconds["products of matrices"] / 1e9
+        lines.append(f"| {figure['name']} | {whole:.1f} | {shares} | {rate:.0f} |")
+    return [*lines, _PROFILES_AFTER]
 
 
 def _told(parts: Sequence[dict[str, Any]]) -> list[str]:

@@ -96,11 +96,16 @@ def different_from_the_first(batch: SpanBatch) -> SpanBatch:
 SHAPE = Shape("SmolLM2-135M", 30, 576, 9, 3, 64, 1536, 49152, tied=True)
 
 
-def counted(batch: SpanBatch, layers: Sequence[int], last_row: bool) -> float:
-    """Multiply-adds of the loop over those of a packed scan, for edits of one head in each of these layers."""
-    n, length, longest = len(batch), round(float(batch.lengths.float().mean())), int(batch.lengths.max())
-    loop = reading(SHAPE, Asked(n, longest)) + n * (longest - 1) * SHAPE.word
-    return len(layers) * loop / packed_scan(SHAPE, Asked(n, length, n_shared(batch)), layers, last_row)
+def counted_loop(batch: SpanBatch) -> float:
+    """Multiply-adds of the loop on one head: prompts padded to the longest, every row unembedded."""
+    n, longest = len(batch), int(batch.lengths.max())
+    return reading(SHAPE, Asked(n, longest)) + n * (longest - 1) * SHAPE.word
+
+
+def counted_scan(batch: SpanBatch, layers: Sequence[int], last_row: bool) -> float:
+    """Multiply-adds of a packed scan, for edits of one head in each of these layers."""
+    length = round(float(batch.lengths.float().mean()))
+    return packed_scan(SHAPE, Asked(len(batch), length, n_shared(batch)), layers, last_row)
 
 
 def scan(model: Model, batch: SpanBatch, name: str, goal: float, positions: str) -> dict[str, Any]:
@@ -124,7 +129,9 @@ def scan(model: Model, batch: SpanBatch, name: str, goal: float, positions: str)
     shared = n_shared(batch)
     layers = [layer for layer, _ in heads]
     return {
-        "counted": counted(batch, layers, positions == "prompt_last"),
+        "counted": len(layers)
+        * counted_loop(batch)
+        / counted_scan(batch, layers, last_row=positions == "prompt_last"),
         "name": name,
         "goal": f"≥ {goal:g} ×",
         "ratio": rival / seconds,
@@ -169,7 +176,7 @@ def prefilter(model: Model, batch: SpanBatch, n_confirm: int, goal: float) -> di
 
 
 @functools.cache
-def _prepared(n_prompts: int, family: Family = "auto") -> tuple[Model, SpanBatch]:
+def prepared(n_prompts: int, family: Family = "auto") -> tuple[Model, SpanBatch]:
     """The model, proven for edits of heads (once per model and process, before any scan), and prompts."""
     model = rl.load_model("smollm2", family=family)
     verify(model, reads=["pattern"], edits=["z"])
@@ -182,25 +189,25 @@ def _on(family: Family) -> str:
 
 def last_row(n_prompts: int, family: Family = "auto") -> Iterator[dict[str, Any]]:
     """Ablation at the last row of the prompt, every head."""
-    model, batch = _prepared(n_prompts, family)
+    model, batch = prepared(n_prompts, family)
     name = f"last row of the prompt{_on(family)}"
     yield scan(model, batch, name, 80, "prompt_last")
 
 
 def all_rows(n_prompts: int, family: Family = "auto") -> Iterator[dict[str, Any]]:
     """Ablation at all rows, every head."""
-    model, batch = _prepared(n_prompts, family)
+    model, batch = prepared(n_prompts, family)
     name = f"all rows, half of them shared{_on(family)}"
     yield scan(model, batch, name, 6, "all")
 
 
 def all_rows_apart(n_prompts: int) -> Iterator[dict[str, Any]]:
     """The same where prompts share nothing."""
-    model, batch = _prepared(n_prompts)
+    model, batch = prepared(n_prompts)
     yield scan(model, different_from_the_first(batch), "all rows, nothing shared", 3, "all")
 
 
 def gradients(n_prompts: int) -> Iterator[dict[str, Any]]:
     """Gradients first, then the heads they rank highest."""
-    model, batch = _prepared(n_prompts)
+    model, batch = prepared(n_prompts)
     yield prefilter(model, batch, N_CONFIRM, 25)
