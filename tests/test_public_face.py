@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import rim_lens as rl
+from tests.families import random_batch, wrapped
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,35 @@ def test_prompts_of_another_model_are_refused_before_any_pass(toy):
     finally:
         hook.remove()
     assert calls == []
+
+
+def test_ids_that_are_other_words_to_a_model_are_refused_before_any_pass(toy):
+    """The vocabulary is large enough, so that only words tell."""
+    _, chat, harmful = toy
+    off = chat.render(harmful, think="off")
+    other = wrapped("llama", "auto")
+    asked = {
+        "generate": lambda *given: rl.generate(*given, chat=chat, max_new_tokens=1),
+        "capture": lambda *given: rl.capture(*given, rl.SpanAttention()),
+        "record": lambda *given: rl.record(*given, ["z"]),
+        "reference": lambda model, reference: rl.capture(
+            model,
+            random_batch(seed=0),
+            rl.SpanAttention(),
+            rl.AblateHeads([(0, 0)], "mean", reference=reference),
+        ),
+        "refusal_reading": lambda *given: rl.refusal_reading(*given, openers=["w5"])(
+            [rl.AblateHeads([(0, 0)])]
+        ),
+    }
+    for ask in asked.values():
+        with pytest.raises(
+            rl.errors.ReferenceMismatch, match=r"another tokenizer than this model's.*from_model"
+        ):
+            ask(other, off)
+    assert off.vocabulary
+    assert off.select([1, 0]).vocabulary == off.vocabulary
+    rl.capture(other, replace(off, vocabulary=""), rl.SpanAttention())  # made by hand: nobody knows the words
 
 
 def test_a_name_or_a_plain_model_in_place_of_one_with_hooks_is_refused_with_advice(toy):

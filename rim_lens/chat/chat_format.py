@@ -23,6 +23,7 @@ from rim_lens.chat.labelling import Segment, assign, character_ranges, check, jo
 from rim_lens.chat.reading import Reader
 from rim_lens.chat.rendering import Default, Rendering
 from rim_lens.chat.spans import ATOMS, Condition, SpanBatch, Spans
+from rim_lens.chat.vocabulary import vocabulary_digest
 from rim_lens.errors import ConditionError, MissingPadToken, MissingTokenizer, SpanError
 from rim_lens.prompts.records import Prompt, as_prompts
 
@@ -520,7 +521,13 @@ class ChatFormat:
             labels[row, start:] = torch.tensor([ATOMS.index(atom) for atom in ("sink", *row_atoms[1:])])
         spans = Spans({atom: labels == number for number, atom in enumerate(ATOMS)})
         return SpanBatch(
-            tokens=tokens, attention_mask=mask, spans=spans, format=self.name, pad_token_id=pad, **facts
+            tokens=tokens,
+            attention_mask=mask,
+            spans=spans,
+            format=self.name,
+            pad_token_id=pad,
+            vocabulary=vocabulary_digest(self.tokenizer),
+            **facts,
         )
 
     # --- tokens to text ------------------------------------------------------------------------------

@@ -110,6 +110,7 @@ class SpanBatch:
         answers: What the assistant's turn says outside think blocks, stripped; "" where nothing is said (yet).
         finished_thinking: Per row, whether no think block is left open and either one was closed or an answer began.
         label: A free name for the condition, used as a label in results ("off", "careful", "filler" …).
+        vocabulary: Digest of the words that the ids stand for; "" where that is not known. A model of other words is refused.
     """
 
     tokens: Int[Tensor, "prompt pos"]
@@ -125,6 +126,7 @@ class SpanBatch:
     answers: tuple[str, ...] = ()
     finished_thinking: tuple[bool, ...] = ()
     label: str = ""
+    vocabulary: str = ""
 
     def __post_init__(self) -> None:
         n_prompts = self.tokens.shape[0]

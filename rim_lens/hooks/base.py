@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rim_lens.chat.spans import SpanBatch
+from rim_lens.chat.vocabulary import vocabulary_digest
 from rim_lens.errors import CaptureError, ConditionError, ReferenceMismatch
 from rim_lens.lens import ComponentHook, Hook, Model, ModelFacts, Site, add_hooks, hooked, model_facts, verify
 
@@ -136,7 +137,7 @@ def attached(
     """
     if len({id(component) for component in components}) < len(components):
         raise CaptureError("the same component was given twice, and would act twice; give each once.")
-    check_vocabulary(model_facts(model), batch, "the batch")
+    check_vocabulary(model, batch, "the batch")
     with ExitStack() as stack:
         for component in components:
             _check(component, batch)
@@ -151,17 +152,23 @@ def attached(
         yield
 
 
-def check_vocabulary(facts: ModelFacts, batch: SpanBatch, what: str) -> None:
-    """Refuse prompts that were rendered for another model, where their tokens tell.
+def check_vocabulary(model: Model, batch: SpanBatch, what: str) -> None:
+    """Refuse prompts that were rendered for a model with another vocabulary.
 
     Raises:
-        ReferenceMismatch: A token lies outside this model's vocabulary.
+        ReferenceMismatch: A token lies outside this model's vocabulary, or stands for another word in it.
     """
-    top = int(batch.tokens.max())
-    if top >= facts.d_vocab:
+    top, size = int(batch.tokens.max()), model_facts(model).d_vocab
+    advice = "Render the prompts with this model's own format, rl.ChatFormat.from_model(model)."
+    if top >= size:
         raise ReferenceMismatch(
-            f"{what} holds token {top}, but this model's vocabulary ends at {facts.d_vocab - 1}: it was rendered for another"
-            " model. Render the prompts with this model's own format, rl.ChatFormat.from_model(model)."
+            f"{what} holds token {top}, but this model's vocabulary ends at {size - 1}: it was rendered for another model. {advice}"
+        )
+    own = vocabulary_digest(getattr(model, "tokenizer", None))
+    if own and batch.vocabulary and own != batch.vocabulary:
+        raise ReferenceMismatch(
+            f"{what} was rendered in the words of another tokenizer than this model's (vocabularies {batch.vocabulary} and {own}):"
+            f" its ids stand for other words here. {advice}"
         )
 
 

@@ -148,7 +148,7 @@ def record(
     """
     require_batch(batch, "record")
     facts = verify(model, reads=sites)
-    check_vocabulary(facts, batch, "the batch")
+    check_vocabulary(model, batch, "the batch")
     chosen = list(range(facts.n_layers)) if layers is None else sorted({facts.check_layer(i) for i in layers})
     named = tuple(sorted(facts.check_heads(heads)))
     if not chosen:

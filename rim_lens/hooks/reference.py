@@ -111,7 +111,7 @@ def _means(
     per: Per,
     from_end: bool,
 ) -> dict[int, Tensor]:
-    check_vocabulary(facts, reference, "the reference set")
+    check_vocabulary(model, reference, "the reference set")
     places = reference_slots(reference, positions, per, from_end)
     n_slots = int(places.max()) + 1
     counts = torch.bincount(places[places >= 0], minlength=n_slots)

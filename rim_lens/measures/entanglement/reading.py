@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -15,6 +14,7 @@ import numpy as np
 from rim_lens.batching import MAX_ROWS
 from rim_lens.capturing import capture
 from rim_lens.chat import ChatFormat, SpanBatch, render_conditions
+from rim_lens.chat.vocabulary import vocabulary_digest
 from rim_lens.errors import (
     ConditionError,
     NotEnoughData,
@@ -247,7 +247,7 @@ def read_model(
         "twins": twins_of(asked["harmful"], asked.get("harmless", [])),
         "chat_format": chat.name,
         "model": facts.to_dict(),
-        "vocabulary": vocabulary_digest(model),
+        "vocabulary": vocabulary_digest(tokenizer_of(model)),
         "weights_digest": weights_digest(model),
         "against": None if against is None else against.settings["weights_digest"],
     }
@@ -410,14 +410,6 @@ def check_comparable(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> None:
                 else f"{name} is {ours!r} in the base's reading and {theirs!r} in the tuned model's"
             )
             raise ReferenceMismatch(f"the two readings do not compare: {said}. Read both alike.")
-
-
-def vocabulary_digest(model: Model) -> str:
-    """16 hexadecimal digits of a tokenizer's words and their numbers."""
-    import hashlib
-
-    words = sorted(tokenizer_of(model).get_vocab().items())
-    return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
 
 
 def _with_response(

@@ -30,7 +30,7 @@ from rim_lens.measures.entanglement.reading import (
 )
 from rim_lens.organisms.toy.host import toy_model, toy_tokenizer
 from rim_lens.organisms.toy.shipped import load_toy
-from tests.families import hf_model, tokenizer, wrapped
+from tests.families import hf_model, wrapped
 
 NEURONS = [(0, 3), (1, 7), (1, 40)]
 
@@ -323,9 +323,3 @@ def test_kl_over_another_vocabulary_is_refused(chat, toys, asked, tmp_path):
     hf.resize_token_embeddings(80)
     with pytest.raises(ReferenceMismatch, match="vocabulary"):
         divergence_from(tmp_path, wrap_hf(hf.eval(), toy_tokenizer()))
-
-
-def test_the_plain_tokenizer_of_tiny_models_has_a_digest():
-    assert reading_file.vocabulary_digest(wrapped("llama", "auto")) == reading_file.vocabulary_digest(
-        wrap_hf(hf_model("qwen3"), tokenizer())
-    )
