@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rim_lens.batching import MAX_ROWS, MAX_TOKENS, micro_batches
+from rim_lens.errors import ConditionError
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=60)
 
@@ -48,3 +50,9 @@ def test_limits() -> None:
     assert micro_batches([MAX_TOKENS + 1, 1]) == [[0], [1]]  # a prompt longer than the limit runs alone
     assert [len(group) for group in micro_batches([1] * (2 * MAX_ROWS + 1))] == [MAX_ROWS, MAX_ROWS, 1]
     assert micro_batches([3, 9, 4, 8], max_tokens=18) == [[1, 3], [2, 0]]
+
+
+@pytest.mark.parametrize("limit", [0, -1, 2.0, "4", None])
+def test_what_is_no_limit_is_refused(limit: object) -> None:
+    with pytest.raises(ConditionError, match=r"max_rows=.*at least 1"):
+        micro_batches([3, 4], max_rows=limit)  # type: ignore[arg-type]

@@ -81,6 +81,7 @@ def test_a_study_shift_equals_the_function_on_the_captured_arrays(toy):
         lambda model, given: rl.record(model, given, ["z"]),
         lambda model, given: rl.head_patching(model, given, given),
         rl.refusal_reading,
+        rl.sentence_effects,
     ],
 )
 def test_requests_in_place_of_a_batch_are_refused_with_advice(toy, ask):

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from rim_lens.batching import MAX_ROWS
 from rim_lens.chat.chat_format import ChatFormat
 from rim_lens.chat.sentences import Sentences, Split, cot_sentences, split_sentences
-from rim_lens.chat.spans import SpanBatch
+from rim_lens.chat.spans import SpanBatch, require_batch
 from rim_lens.errors import ConditionError
 from rim_lens.hooks import BlockAttention, bound
 from rim_lens.hooks.base import attached
@@ -71,12 +71,13 @@ def sentence_effects(
 
     Raises:
         EmptySpan: Some row has no chain of thought.
-        ConditionError: `refusal` for prompts that hold an answer already, or an open think block.
+        ConditionError: `refusal` for prompts that hold an answer already, or an open think block; or prompts are not rendered.
         NotFinite: NaN or infinity in the logits.
     """
     import xarray as xr
 
     require_eval(model)
+    require_batch(batch, "sentence_effects")
     chat = chat or ChatFormat.from_model(model)
     if refusal and (batch.think == "open" or any(batch.n_generated) or any(batch.answers)):
         raise ConditionError(

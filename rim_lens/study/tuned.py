@@ -20,6 +20,7 @@ def by_name(tuned: Tuned) -> dict[str, Source]:
 
     Raises:
         ValueError: A name is no name of a folder, or means something else, or two models share one.
+        ModelError: One is neither a name nor a model.
         UnknownModel: One cannot be loaded, as far as that can be seen before.
 
     >>> by_name(["toy:careful", "me/ck-3"])
@@ -28,12 +29,20 @@ def by_name(tuned: Tuned) -> dict[str, Source]:
     if isinstance(tuned, Mapping):
         named = [(str(name), source) for name, source in tuned.items()]
     else:
-        given = [tuned] if isinstance(tuned, str) else tuned
+        given = [tuned] if isinstance(tuned, str | Path) else tuned
+        for source in given:
+            if not isinstance(source, str | Path):
+                raise ModelError(
+                    f"tuned= lists names or folders of fine-tuned models, and holds a {type(source).__name__}. Name a model that is"
+                    " loaded: tuned={'name': model}; give requests by keyword: harmful=, harmless=, reasoning=."
+                )
         named = [(own_name(source), source) for source in given]
     check_names([(name, str(source)) for name, source in named])
     for _, source in named:
         if isinstance(source, str | Path):
             require_source(source)
+        else:
+            model_facts(source)
     return dict(named)
 
 

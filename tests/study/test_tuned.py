@@ -36,6 +36,16 @@ def test_names_keep_their_order_and_a_single_one_is_a_list_of_one():
     assert by_name("toy:deviate") == {"toy_deviate": "toy:deviate"}
 
 
+def test_what_is_no_model_is_told():
+    """The second place is that of tuned models; requests put there are easily meant otherwise."""
+    requests = rl.load_prompts("harmful", language="toy", split="select")[:2]
+    for given in (requests, [wrapped("llama", FAMILIES[0])]):
+        with pytest.raises(ModelError, match=r"holds a .*give requests by keyword"):
+            rl.Study("toy", given)
+    with pytest.raises(ModelError, match="HookedTransformer or TransformerBridge"):
+        rl.Study("toy", {"a": requests})
+
+
 def test_a_model_of_another_shape_is_no_fine_tune():
     with pytest.raises(ModelError, match="not a fine-tune"):
         same_shape(rl.load_model("toy"), wrapped("llama", FAMILIES[0]), "other")

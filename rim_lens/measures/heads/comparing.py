@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from rim_lens.errors import NotEnoughData, ReferenceMismatch
+from rim_lens.errors import ConditionError, NotEnoughData, ReferenceMismatch
 from rim_lens.measures.frames import frame_from_json, frame_to_json
 from rim_lens.measures.heads.result import RefusalHeads
 from rim_lens.measures.kept import read_result, require_columns, with_nan, without_nan, write_result
@@ -133,6 +133,7 @@ def compare_heads(base: RefusalHeads, tuned: RefusalHeads, *, seed: int = 0) -> 
         `_tuned`. Largest change first.
 
     Raises:
+        ConditionError: One is no `RefusalHeads`.
         ReferenceMismatch: The two were measured on other requests, with another editor, rows or reading, or have
             other numbers of layers and heads.
         NotEnoughData: No head was tested in both; or requests of a single family.
@@ -209,6 +210,12 @@ def compare_heads(base: RefusalHeads, tuned: RefusalHeads, *, seed: int = 0) -> 
 
 
 def _require_same(base: RefusalHeads, tuned: RefusalHeads) -> None:
+    for found in (base, tuned):
+        if not isinstance(found, RefusalHeads):
+            raise ConditionError(
+                f"compare_heads compares two tables of heads, and was given a {type(found).__name__}. Measure both models first:"
+                " rl.refusal_heads(model, harmful, harmless), or load what was saved: rl.RefusalHeads.load(folder)."
+            )
     for name in SAME:
         first, second = base.settings.get(name), tuned.settings.get(name)
         if first != second:

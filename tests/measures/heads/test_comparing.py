@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rim_lens as rl
-from rim_lens.errors import NotEnoughData, ReferenceMismatch, StudyFolderError, UnknownHead
+from rim_lens.errors import ConditionError, NotEnoughData, ReferenceMismatch, StudyFolderError, UnknownHead
 from rim_lens.measures.heads.comparing import compare_heads, rank_correlation
 from rim_lens.measures.stats import bootstrap_interval, resampled_requests, sign_flip_test
 from rim_lens.organisms.planted import DECOY_HEAD, READER
@@ -249,3 +249,8 @@ def test_effects_of_both_models_have_intervals_of_their_own() -> None:
             alone = bootstrap_interval(values, FAMILIES, seed=3)
             assert table.loc[head, f"effect_{name}_low"] == pytest.approx(float(alone.low))
             assert table.loc[head, f"effect_{name}_high"] == pytest.approx(float(alone.high))
+
+
+def test_what_is_no_table_of_heads_is_told() -> None:
+    with pytest.raises(ConditionError, match=r"was given a str.*rl\.refusal_heads"):
+        compare_heads("base", measured(0, {}))  # type: ignore[arg-type]
