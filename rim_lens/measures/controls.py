@@ -150,6 +150,7 @@ def random_neurons_per_layer(
     n_sets: int = 100,
     rng: int | np.random.Generator = 0,
     activity: ArrayLike | None = None,
+    avoid: Iterable[Unit] = (),
 ) -> list[list[Unit]]:
     """Return control sets with as many neurons in each layer as the given set has there.
 
@@ -162,6 +163,7 @@ def random_neurons_per_layer(
         n_sets: How many control sets at most.
         rng: Generator or seed.
         activity: [layer, neuron] of any size that controls are to be alike in (mean pooled activation).
+        avoid: Neurons that no control holds either, where its layer has enough others.
 
     Raises:
         UnknownNeuron: A pair that the model cannot have.
@@ -172,7 +174,7 @@ def random_neurons_per_layer(
     >>> random_neurons_per_layer([(1, 0)], d_mlp=3)
     [[(1, 1)], [(1, 2)]]
     """
-    return _random_sets_per_layer(neurons, d_mlp, n_sets, rng, activity, "neuron", UnknownNeuron)
+    return _random_sets_per_layer(neurons, d_mlp, n_sets, rng, activity, "neuron", UnknownNeuron, avoid)
 
 
 def _random_sets_per_layer(
@@ -183,6 +185,7 @@ def _random_sets_per_layer(
     activity: ArrayLike | None,
     word: str,
     unknown: type[RimLensError],
+    avoid: Iterable[Unit] = (),
 ) -> list[list[Unit]]:
     given = sorted({(int(layer), int(place)) for layer, place in units})
     if not given:
@@ -201,9 +204,13 @@ def _random_sets_per_layer(
 
     alike = None if activity is None else _activity(activity, max(places), width, word)
     pools: dict[int, np.ndarray] = {}
+    shunned: dict[int, list[int]] = {}
+    for layer, place in avoid:
+        shunned.setdefault(int(layer), []).append(int(place))
     for layer, taken in places.items():
         others = np.setdiff1d(np.arange(width), taken)
-        pools[layer] = others if len(others) >= len(taken) else np.arange(width)
+        clear = np.setdiff1d(others, shunned.get(layer, []))
+        pools[layer] = next((pool for pool in (clear, others) if len(pool) >= len(taken)), np.arange(width))
     # The given set can come up only where no layer keeps clear of it.
     itself = all(len(pool) == width for pool in pools.values())
     total = math.prod(math.comb(len(pool), len(places[layer])) for layer, pool in pools.items()) - itself

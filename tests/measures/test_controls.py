@@ -169,6 +169,27 @@ def test_matching_by_activity_moves_controls_towards_the_set():
     assert np.mean([place for candidate in plain for _, place in candidate]) < 150
 
 
+def test_what_is_to_be_avoided_is_in_no_control_where_others_are_enough():
+    members, avoid = [(0, 1), (0, 2), (1, 5)], [(0, place) for place in range(3, 8)]
+    sets = random_neurons_per_layer(members, 12, n_sets=40, avoid=avoid)
+    drawn = {neuron for candidate in sets for neuron in candidate}
+    assert not drawn & {*members, *avoid}
+    assert drawn == {(0, place) for place in (0, 8, 9, 10, 11)} | {
+        (1, place) for place in range(12) if place != 5
+    }
+    # Of layer 0 too few are left: there it is as if nothing were to be avoided.
+    crowded = random_neurons_per_layer(members, 8, n_sets=200, avoid=[*avoid, (1, 0)])
+    assert {place for candidate in crowded for layer, place in candidate if layer == 0} == {
+        0,
+        3,
+        4,
+        5,
+        6,
+        7,
+    }
+    assert (1, 0) not in {neuron for candidate in crowded for neuron in candidate}
+
+
 def test_where_neighbours_allow_few_sets_those_come_and_no_more(monkeypatch):
     monkeypatch.setattr(controls, "NEAREST", 2)
     sets = random_neurons_per_layer([(0, 0)], 200, n_sets=50, activity=np.arange(200.0)[None])

@@ -192,10 +192,11 @@ class Question:
         return model, here, patched(there, source_model=None if other is model else other)
 
     def random_nodes(self) -> dict[Node, list[Node]]:
-        """For each head and node of neurons, others of its layer with as many members: heads that were not given, neurons not of that node."""
+        """For each head and node of neurons, others of its layer with as many members, none of them given where there are enough."""
         found: dict[Node, list[Node]] = {}
         count, seed = max(self.search.n_random_senders, self.search.n_random_receivers), self.search.seed
         taken = {head for node in self.nodes for head in node.heads}
+        held = [neuron for node in self.nodes for neuron in node.neurons]
         for node in self.nodes if count else []:
             if node.kind == "head":
                 layer = [(node.layer, head) for head in range(self.facts.n_heads)]
@@ -204,7 +205,7 @@ class Question:
                 others = [head_node(rest[place]) for place in order]
             else:
                 try:
-                    drawn = random_neurons_per_layer(node.neurons, self.facts.d_mlp, count, seed)
+                    drawn = random_neurons_per_layer(node.neurons, self.facts.d_mlp, count, seed, avoid=held)
                 except NotEnoughData:  # all neurons of its layer: no other set is as large
                     drawn = []
                 sets = shuffled(drawn, seed) if drawn else []

@@ -66,6 +66,8 @@ def heads_to_edit(
         StatisticsError: Some request, or its family, chose the heads; or it is not recorded which did.
     """
     if not isinstance(heads, RefusalHeads):
+        if isinstance(heads, ChosenHeads):
+            refuse_used(heads.settings, requests, "heads")
         chosen = sorted(set(facts.check_heads(list(heads))))
         if not chosen:
             raise UnknownHead("no head was given; give (layer, head) pairs, or what rl.refusal_heads found.")

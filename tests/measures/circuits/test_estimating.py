@@ -185,3 +185,6 @@ def test_proposed_heads_are_not_tested_on_requests_that_chose_them() -> None:
     ]
     with pytest.raises(StatisticsError, match="chose the heads"):
         rl.plan_circuit(model, chat, heads, [], *swapped, search=search)
+    for test in (rl.removal_effects, rl.restoring):  # nor edited on them
+        with pytest.raises(StatisticsError, match="chose the heads"):
+            test(model, chat, heads, *requests)

@@ -19,6 +19,7 @@ from rim_lens.errors import (
     UnknownHead,
 )
 from rim_lens.lens import model_facts, wrap_hf
+from rim_lens.measures.circuits.asking import Question
 from rim_lens.measures.circuits.instead import ablated
 from rim_lens.measures.circuits.keeping import Replacements, every_neuron, members
 from rim_lens.measures.circuits.nodes import END, edges_between, head_node
@@ -55,6 +56,30 @@ def counted() -> tuple[rl.Circuit, int]:
         model, chat, truth.heads, {"and": truth.neurons}, *toy_requests(), reasoning=questions, search=search
     )
     return found, read[0]
+
+
+def test_random_nodes_hold_nothing_that_was_given() -> None:
+    """Two sets of neurons in one layer: a node like the one may not hold the other's."""
+    model, truth = rl.load_model("planted"), planted_truth()
+    other = [(0, place) for place in range(8, 208) if (0, place) not in truth.neurons]
+    question = Question(
+        model,
+        rl.ChatFormat.from_model(model),
+        truth.heads,
+        {"and": truth.neurons, "other": other},
+        *toy_requests(),
+        reasoning=[],
+        spans=(),
+        contrasts=["twins"],
+        tuned=None,
+        read_in="off",
+        search=replace(FEW, n_random_senders=20),
+    )
+    given = {*truth.neurons, *other}
+    node = next(node for node in question.nodes if set(node.neurons) == set(truth.neurons))
+    drawn = {neuron for one in question.random_nodes()[node] for neuron in one.neurons}
+    assert len(drawn) > 30
+    assert not drawn & given
 
 
 @pytest.mark.parametrize("seed", [3, 11])
