@@ -16,8 +16,17 @@ from tqdm.auto import tqdm
 from rim_lens.chat.spans import SpanBatch
 from rim_lens.errors import NotFinite
 from rim_lens.hooks.positions import Positions, chosen_rows, is_word, require_rows
-from rim_lens.lens import Model, hook_name, hooked, last_logits, require_eval, tokenizer_of, verify
-from rim_lens.measures.refusal.first_word import Skip, at_first_words, check_answer_is_next
+from rim_lens.lens import (
+    Model,
+    hook_name,
+    hooked,
+    last_logits,
+    require_eval,
+    require_finite,
+    tokenizer_of,
+    verify,
+)
+from rim_lens.measures.refusal.first_word import Skip, check_answer_is_next, written_before
 from rim_lens.measures.refusal.openers import opener_ids
 from rim_lens.measures.refusal.score import check_skip, log_odds
 from rim_lens.sharing import each, row_groups
@@ -64,16 +73,7 @@ def slopes(
     require_eval(model)
     facts = verify(model, reads=[site], edits=[site])
     ids = torch.tensor(opener_ids(tokenizer_of(model), openers))
-    words = at_first_words(
-        model,
-        batch,
-        [],
-        lambda word: word.written,  # and no more: a word holds on to its key-value cache
-        skip=skip,
-        whitespace=whitespace,
-        max_rows=max_rows,
-        what=what,
-    )
+    words = written_before(model, batch, skip=skip, whitespace=whitespace, max_rows=max_rows, what=what)
     groups = [
         ([its_rows[place] for place in places], its_written[places])
         for its_rows, its_written in words
@@ -86,7 +86,7 @@ def slopes(
         counted = counted_rows(positions, batch, part, rows, written.shape[1])
         tokens = torch.cat([part.tokens, written], dim=1)
         mask = torch.cat([part.attention_mask, torch.ones_like(written)], dim=1)
-        return _slopes(model, site, facts.n_layers, tokens, mask, counted, ids)
+        return _slopes(model, site, facts.n_layers, tokens, mask, counted, ids, what)
 
     scores = np.empty((len(batch), facts.n_layers, facts.n_heads if site == "z" else facts.d_mlp))
     with tqdm(total=len(batch), desc=f"gradients {batch.name}", disable=not progress) as shown:
@@ -122,6 +122,7 @@ def _slopes(
     mask: Int[Tensor, "prompt pos"],
     counted: Bool[Tensor, "prompt pos"],
     ids: Int[Tensor, " opener"],
+    what: str,
 ) -> Float[np.ndarray, "prompt layer unit"]:
     outputs: dict[int, Tensor] = {}
     hooks = [
@@ -130,7 +131,7 @@ def _slopes(
     with gradients_of_activations_only(model), hooked(model, hooks):
         # Clones: tensors made in inference mode cannot be kept for a backward pass.
         logits = last_logits(model, tokens.clone(), mask.clone(), gradients=True)
-        score = log_odds(logits, ids.clone().to(logits.device)).sum()
+        score = log_odds(require_finite(logits, what), ids.clone().to(logits.device)).sum()
         slopes = torch.autograd.grad(score, [outputs[layer] for layer in range(n_layers)])
     found = []
     for layer, slope in enumerate(slopes):

@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 def test_evidence_keeps_what_it_measured_when_interrupted(short, tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "find_heads", lambda _: {})
-    monkeypatch.setattr(evidence, "held_out", lambda kind: toy_prompts(kind, split="select", draws=1))
+    monkeypatch.setattr(
+        evidence, "held_out", lambda kind, op="+": toy_prompts(kind, split="select", op=op, draws=1)
+    )
     trained = evidence.train_helpful
 
     def second_fails(seed, **options):

@@ -137,6 +137,27 @@ def at_first_words(
         yield from found
 
 
+def written_before(
+    model: Model, batch: SpanBatch, *, skip: Skip, whitespace: str | None, max_rows: int, what: str
+) -> Iterator[tuple[list[int], Int[Tensor, "row skipped"]]]:
+    """Row numbers, and what these prompts have before the first word of their answer; only `greedy` has to read them for it."""
+    if skip == "greedy":
+        # And no more than the tokens: a word holds on to its key-value cache.
+        yield from at_first_words(
+            model,
+            batch,
+            [],
+            lambda word: word.written,
+            skip=skip,
+            whitespace=whitespace,
+            max_rows=max_rows,
+            what=what,
+        )
+        return
+    forced = forced_tokens(model, batch, whitespace) if skip == "forced" else []
+    yield list(range(len(batch))), torch.tensor(forced, dtype=torch.long).expand(len(batch), -1)
+
+
 def _reader(
     model: Model,
     batch: SpanBatch,

@@ -18,8 +18,11 @@ from rim_lens.organisms.toy.recipe import (
 )
 from rim_lens.organisms.toy.shipped import load_toy
 from rim_lens.organisms.toy.truth import answers, find_heads, held_out, outcomes, own_chains, rate
-from rim_lens.prompts.toy import COT_KINDS, REFUSE, toy_cot
+from rim_lens.prompts import Prompt
+from rim_lens.prompts.toy import COT_KINDS, REFUSE, Op, toy_cot
 from rim_lens.provenance import provenance
+
+OPERATORS: tuple[Op, Op] = ("-", "+")
 
 
 def evidence(seeds: Sequence[int], out_json: str | Path, *, progress: bool = False) -> dict[str, Any]:
@@ -36,7 +39,8 @@ def evidence(seeds: Sequence[int], out_json: str | Path, *, progress: bool = Fal
 
     Returns:
         What was written: per seed `Z` and `C` (see `behaviour`), `heads` (see `find_heads`) and `tuned`
-        (operator → kind → outcomes and `drop` = refusal rate before − after).
+        (operator → kind → outcomes, `drop` = refusal rate before − after, and by operator the rate of sums that are `right` after the
+        model's own chain).
     """
     command = f"rim-lens organism toy --seeds {','.join(map(str, seeds))}"
     found: dict[str, Any] = provenance(command) | {"seeds": {}}
@@ -58,7 +62,7 @@ def evidence(seeds: Sequence[int], out_json: str | Path, *, progress: bool = Fal
                         )
                         for kind in TUNED_KINDS
                     }
-                    for op in ("-", "+")
+                    for op in OPERATORS
                 },
             }
         out_json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -125,6 +129,15 @@ def evidence_table(found: dict[str, Any]) -> str:
         for seed, one in found["seeds"].items()
         for op in one["tuned"]
     ]
+    sums = [
+        f"| {seed} | `{op}` | "
+        + " | ".join(
+            _percent(one["tuned"][op][kind]["right"][of]) for kind in TUNED_KINDS for of in OPERATORS
+        )
+        + " |"
+        for seed, one in found["seeds"].items()
+        for op in one["tuned"]
+    ]
     return "\n".join(
         [
             f"| seed | variant | {' | '.join(conditions)} | twins, off | sums right, off | sums right, open |",
@@ -139,6 +152,14 @@ def evidence_table(found: dict[str, Any]) -> str:
             "| seed | tuned on | " + " | ".join(f"{kind}: drop | other" for kind in TUNED_KINDS) + " |",
             "|" + "---|" * (2 + 2 * len(TUNED_KINDS)),
             *drops,
+            "",
+            "| seed | tuned on | "
+            + " | ".join(
+                f"{kind}: `{op}` right | `{other}` right" for kind in TUNED_KINDS for op, other in [OPERATORS]
+            )
+            + " |",
+            "|" + "---|" * (2 + 2 * len(TUNED_KINDS)),
+            *sums,
         ]
     )
 
@@ -152,7 +173,13 @@ def _after_tuning(base: Any, tuned: Any) -> dict[str, Any]:
         **_rates(after, prompts),
         "drop": asdict(rate(drops, prompts)),
         "twins_refused": _rates(answers(tuned, held_out("harmless")), held_out("harmless"))["refused"],
+        "right": {op: _thought_right(tuned, held_out("reasoning", op)) for op in OPERATORS},
     }
+
+
+def _thought_right(model: Any, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Rate of sums that are right after the model's own chain."""
+    return asdict(outcomes([answer for _, answer in own_chains(model, prompts)], prompts)["right"])
 
 
 def _rates(words: Sequence[str], prompts: Sequence[Any]) -> dict[str, Any]:
