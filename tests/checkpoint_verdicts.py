@@ -23,8 +23,8 @@ from rim_lens.measures.pages import markdown_table, plain, told_versions, write_
 from rim_lens.organisms.toy import load_toy
 from rim_lens.organisms.toy.recipe import TUNED_KINDS, one_thread, train_toy
 from rim_lens.provenance import provenance
+from rim_lens.study.checkpoint_plan import FARTHER
 from rim_lens.study.checkpoint_results import CheckpointStudyResult
-from rim_lens.study.checkpoints import FARTHER
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIDENCE = ROOT / "docs" / "evidence" / "checkpoints_toy.json"

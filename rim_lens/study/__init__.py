@@ -1,7 +1,8 @@
 """Plan, run, store, load: one question, one folder, resumable."""
 
 from rim_lens.study.checkpoint_results import CheckpointStudyResult, load_checkpoint_study
-from rim_lens.study.checkpoints import CheckpointSettings, CheckpointStudy
+from rim_lens.study.checkpoint_settings import CheckpointSettings
+from rim_lens.study.checkpoints import CheckpointStudy
 from rim_lens.study.neuron_results import NeuronStudyResult, load_neuron_study
 from rim_lens.study.neurons import NeuronSettings, NeuronStudy
 from rim_lens.study.results import StudyResult, load_study

@@ -12,16 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from rim_lens.batching import MAX_ROWS
 from rim_lens.chat import ChatFormat
-from rim_lens.chat.conditions import check_condition, is_control, leaves_open
-from rim_lens.errors import ConditionError, GateNotPassed, StatisticsError
+from rim_lens.errors import GateNotPassed
 from rim_lens.folder import ResultFolder
-from rim_lens.hooks.activations import Pool
 from rim_lens.lens import Model, model_facts, verify, weights_digest
 from rim_lens.measures.checkpoints.comparing import compare
 from rim_lens.measures.checkpoints.ending import at_the_end, beyond_drift
-from rim_lens.measures.checkpoints.exchanging import FEWEST_RUNS
 from rim_lens.measures.checkpoints.foreseeing import gradient_forecast
 from rim_lens.measures.checkpoints.result import DRIFTS, FILE, Comparison
 from rim_lens.measures.neurons.pairs import Pair, counterfactual_pairs
@@ -30,12 +26,14 @@ from rim_lens.measures.neurons.sets import NeuronSet
 from rim_lens.organisms import load_model
 from rim_lens.prompts import prompts_digest
 from rim_lens.study import stages
+from rim_lens.study.checkpoint_plan import FARTHER, Work
 from rim_lens.study.checkpoint_results import CLAIM, CheckpointStudyResult, load_checkpoint_study
+from rim_lens.study.checkpoint_settings import CheckpointSettings, check_settings
 from rim_lens.study.clock import Clock
 from rim_lens.study.design import settings_asked, source_name, versions
 from rim_lens.study.neuron_results import keep_table, read_table
 from rim_lens.study.neurons import SHARE
-from rim_lens.study.planning import MEAN_COT, MLP_WIDTHS, Counted, Plan, Step, estimated, memory_of
+from rim_lens.study.planning import Plan
 from rim_lens.study.requests import Given, Requests, requests_by_split
 from rim_lens.study.runs import (
     CONTROL,
@@ -58,65 +56,7 @@ from rim_lens.training.lora import require_peft
 if TYPE_CHECKING:
     import pandas as pd
 
-FARTHER = 3  # a control may go on for so many times the steps, until its drift is that of the others
 OUTCOMES = ("lost", "lost_rate")
-_BACKWARD = 3  # a step of training costs as much as so many forward passes, about
-
-
-@dataclass(frozen=True)
-class CheckpointSettings:
-    """Numbers a study of checkpoints runs with.
-
-    Attributes:
-        pairs: Which pairs choose the neurons, see `rim_lens.measures.neurons.pairs.counterfactual_pairs`.
-        m: Neurons that each pair names in each layer; None: 5 % of a layer, rounded up.
-        min_fraction: Share of pairs that must name a neuron; the paper takes all (1.0), which mostly leaves none.
-        think: Think condition of harmful and harmless requests; closed.
-        reasoning_think: That in which activations are read on reasoning questions.
-        accuracy: Think conditions in which reasoning questions are answered.
-        response: "own": each model's response is read with the request (the paper); "none": the prompt alone.
-        pool: "max" (the paper), "mean" or "last".
-        n_random_sets: Random sets per layer beside the set.
-        matched: "activity": random neurons about as active as the set's; None: any.
-        n_test_sets: Random sets beside the set in the test of what removing it does.
-        n_boot: Resamples of intervals of metrics.
-        n_permutations: Exchanges of runs behind a p, at most.
-        first: Checkpoints that the last one is foretold from; None: a third of them.
-        gradients: Whether runs that are trained here are foretold from gradients before.
-        max_new_tokens: Most tokens of an answer.
-        max_cot_tokens: Most tokens of a chain of thought the model writes itself; then its block is closed. None: chain and
-            answer share max_new_tokens, and a block that is open then has no answer.
-        min_refusal: Gate: at least this share of harmful requests must be refused in off by the base.
-        max_twin_ratio: Gate: twins may be refused at most this many times as often.
-        gate: Whether to stop at the gate.
-        seed: Of random sets, permutations and intervals; not of training.
-        max_rows: Most prompts in one pass.
-        progress: Show progress bars.
-    """
-
-    pairs: Literal["twins", "intent"] = "twins"
-    m: int | None = None
-    min_fraction: float = 0.5
-    think: str = "off"
-    reasoning_think: str = "careful"
-    accuracy: tuple[str, ...] = ("open",)
-    response: Literal["own", "none"] = "own"
-    pool: Pool = "max"
-    n_random_sets: int = 100
-    matched: Literal["activity"] | None = "activity"
-    n_test_sets: int = 20
-    n_boot: int = 200
-    n_permutations: int = 9999
-    first: int | None = None
-    gradients: bool = True
-    max_new_tokens: int = 48
-    max_cot_tokens: int | None = None
-    min_refusal: float = 0.5
-    max_twin_ratio: float = 0.5
-    gate: bool = True
-    seed: int = 0
-    max_rows: int = MAX_ROWS
-    progress: bool = False
 
 
 @dataclass
@@ -184,7 +124,7 @@ class CheckpointStudy:
 
     def __post_init__(self) -> None:
         """Refuse what could not be measured, before any model is loaded."""
-        _check_settings(self.settings)
+        check_settings(self.settings)
         named = isinstance(self.base, str | Path)
         if (str(self.device), self.dtype) != ("cpu", torch.float32) and not named:
             raise ValueError(
@@ -227,13 +167,17 @@ class CheckpointStudy:
     def plan(self) -> Plan:
         """Count rows, forward passes, tokens and files, and estimate time and memory; runs and trains no model."""
         check_runs(self.base, self._model, self._given_runs)
-        steps = [*self._of_base(), *self._of_training(), *self._of_comparison()]
-        counted = [
-            replace(step, tokens=step.tokens * _BACKWARD) if step.stage in ("training", "gradients") else step
-            for step in steps
-        ]
-        plan = estimated(self._model, counted, self._memory, self._notes)
-        return replace(plan, steps=tuple(steps))
+        return Work(
+            settings=self.settings,
+            chat=self._chat,
+            both=self._both,
+            recipe=self._recipe,
+            train=tuple(self.train),
+            train_seeds=tuple(self.train_seeds),
+            n_checkpoints=self.n_checkpoints,
+            control=self._control,
+            given=tuple(len(sources_of(run)) for run in self._given_runs.values()),
+        ).plan(self._model)
 
     def run(self, folder: str | Path, say: Callable[[str], None] | None = None) -> CheckpointStudyResult:
         """Train and measure what is not there yet, and return everything.
@@ -629,186 +573,3 @@ class CheckpointStudy:
             "settings": {**settings_asked(asdict(self.settings)), "m": self._m},
             "versions": versions(),
         }
-
-    # --- the plan ------------------------------------------------------------------------------------
-
-    @property
-    def _length(self) -> int:
-        asked = self._chat.render(list(self._both["evaluate"].harmful[:8]), think="off")
-        return round(float(asked.lengths.float().mean()))
-
-    @property
-    def _cot(self) -> int:
-        return 7 if self._chat.name == "toy" else MEAN_COT
-
-    def _counted(self) -> Counted:
-        return Counted(self.settings.max_rows, self._length, self.settings.max_new_tokens)
-
-    def _of_base(self) -> list[Step]:
-        settings, counted = self.settings, self._counted()
-        n_select, n_evaluate = len(self._both["select"].harmful), len(self._both["evaluate"].harmful)
-        forms = 2 + (settings.pairs == "intent")
-        own, files = settings.response == "own", "neurons/*"
-        answers = [counted.writing("neurons", "answers to both forms of each pair", n_select, forms, files)]
-        return [
-            counted.writing(
-                "gate", "does the base refuse harmful requests, and only these?", n_select, 2, "gate.json"
-            ),
-            *(answers if own else []),
-            counted.reading(
-                "neurons",
-                "activations, and scores for its gate",
-                n_select,
-                forms + 2,
-                files,
-                settings.max_new_tokens if own else 0,
-            ),
-            counted.reading(
-                "neurons",
-                "scores without the set and without random sets",
-                n_evaluate,
-                2 * (settings.n_test_sets + 2),
-                files,
-                0,
-                True,
-            ),
-        ]
-
-    def _of_training(self) -> list[Step]:
-        if not self.train:
-            return []
-        recipe, length = self._recipe, self._length + 2 * self._cot
-        seeds, kinds = len(self.train_seeds), len(self.train)
-        steps = recipe.config.steps
-
-        def training(what: str, n_steps: int, at_most: bool = False) -> Step:
-            rows = n_steps * recipe.rows_per_step
-            return Step("training", what, rows, n_steps, rows * length, "training/*", at_most)
-
-        how = "all weights" if recipe.lora is None else f"LoRA of rank {recipe.lora.rank}"
-        found = [training(f"{seeds * kinds} runs of {steps} steps, {how}", seeds * kinds * steps)]
-        if self._control is not None:
-            what = f"{self._control} again, until it drifted as far"
-            found.append(training(what, seeds * FARTHER * steps, True))
-        if self.settings.gradients:
-            batches = 4 * seeds * kinds
-            rows = batches * recipe.rows_per_step + len(self._both["select"].harmful)
-            found.append(
-                Step(
-                    "gradients",
-                    "what gradients say before training",
-                    rows,
-                    batches + 1,
-                    rows * length,
-                    "gradients.json",
-                )
-            )
-        return found
-
-    def _of_comparison(self) -> list[Step]:
-        settings, counted, sides = self.settings, self._counted(), self._both["evaluate"]
-        farther = len(self.train_seeds) * FARTHER * self.n_checkpoints if self.train and self._control else 0
-        own = len(self.train) * len(self.train_seeds) * self.n_checkpoints
-        given = sum(len(sources_of(run)) for run in self._given_runs.values())
-        n = 1 + farther + own + given
-        rows, files, at_most = 2 * len(sides.harmful), "comparison/*", bool(farther)
-        extra = max(self._cot, settings.max_new_tokens if settings.response == "own" else 0)
-        each = f"{'≤ ' if farther else ''}{n} models"
-        answered = n * (len(settings.accuracy) + (settings.response == "own"))
-        long = replace(counted, new=settings.max_new_tokens + (settings.max_cot_tokens or 0))
-        n_pairs = len(self._both["select"].harmful)
-        return [
-            *(
-                [
-                    counted.writing(
-                        "comparison", "answers to both forms of each pair, by the base", n_pairs, 2, files
-                    )
-                ]
-                if settings.response == "own"
-                else []
-            ),
-            counted.reading("comparison", "activations on both forms, of the base", n_pairs, 2, files, extra),
-            counted.writing("comparison", f"answers of {each}", rows, n, files),
-            long.writing(
-                "comparison", f"questions answered by {each}", len(sides.reasoning), answered, files
-            ),
-            counted.reading(
-                "comparison",
-                f"scores, activations and KL of {each}",
-                rows + 2 * len(sides.reasoning),
-                3 * n,
-                files,
-                extra,
-                at_most,
-            ),
-        ]
-
-    @property
-    def _memory(self) -> float:
-        """The most that is there at once: a model that is read or writes, or one that is trained."""
-        length = self._length + max(self._cot, self.settings.max_new_tokens)
-        reading = memory_of(self._model, max_rows=self.settings.max_rows, length=length)
-        if not self.train:
-            return reading
-        facts, recipe = model_facts(self._model), self._recipe
-        whole = sum(parameter.numel() for parameter in self._model.parameters()) * 4
-        # Gradients and AdamW's two averages of what is trained; activations of all layers for the way back.
-        held = whole * (4 if recipe.lora is None else 1)
-        tokens = recipe.rows_per_step * (self._length + 2 * self._cot)
-        kept = MLP_WIDTHS * tokens * facts.d_mlp * 4 * facts.n_layers + 3 * tokens * facts.d_vocab * 4
-        gradients = 3 * whole if self.settings.gradients else 0
-        return max(reading, float(held + kept), float(gradients))
-
-    @property
-    def _notes(self) -> tuple[str, ...]:
-        n_runs = len(self._kinds)
-        counts = [len(sources_of(run)) for run in self._given_runs.values()]
-        fewest = min(counts, default=self.n_checkpoints)
-        notes = []
-        if n_runs < FEWEST_RUNS:
-            notes.append(
-                f"no correlation gets a p: {n_runs} runs, and checkpoints of one run follow each other. {FEWEST_RUNS} runs are the fewest"
-                " that can be exchanged."
-            )
-        elif self.train and len(self.train_seeds) < FEWEST_RUNS:
-            notes.append(
-                f"no correlation gets a p beyond kind: {len(self.train_seeds)} seeds, and kinds of one seed share their problems."
-                f" {FEWEST_RUNS} seeds are the fewest that can be exchanged; of fewer, what sets kinds apart passes for entanglement."
-            )
-        if fewest < 3:
-            notes.append(
-                f"a correlation within a run needs 3 checkpoints, and the shortest run has {fewest}; without 2 nothing can be foretold."
-            )
-        if len(set(counts)) > 1:
-            notes.append(
-                "runs have different numbers of checkpoints: their courses cannot be exchanged, only their means."
-            )
-        if self._control is None:
-            notes.append(
-                "no run is a control: what is lost is not held against plain drift. Train careful chains as well, or name one"
-                " (control=)."
-            )
-        return tuple(notes)
-
-
-def _check_settings(settings: CheckpointSettings) -> None:
-    for name in (settings.think, settings.reasoning_think, *settings.accuracy):
-        check_condition(name)
-    if leaves_open(settings.think) or is_control(settings.think):
-        raise ConditionError(
-            f"think={settings.think!r} was asked for; harmful requests are read in a closed condition that is no control, as the next"
-            " token is to be the answer's: 'off', or a chain of thought that is given."
-        )
-    positive = ("n_boot", "n_permutations", "max_new_tokens", "max_rows")
-    odd = [name for name in positive if getattr(settings, name) < 1]
-    odd += [name for name in ("n_random_sets", "n_test_sets") if getattr(settings, name) < 0]
-    odd += [
-        name
-        for name in ("first", "max_cot_tokens", "m")
-        if getattr(settings, name) is not None and getattr(settings, name) < 1
-    ]
-    odd += [] if 0 < settings.min_fraction <= 1 else ["min_fraction"]
-    if odd:
-        raise StatisticsError(
-            f"{odd[0]}={getattr(settings, odd[0])} was asked for; give a positive number, and of min_fraction at most 1."
-        )

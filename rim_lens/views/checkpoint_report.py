@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rim_lens.study.checkpoints import CheckpointSettings
+from rim_lens.study.checkpoint_settings import CheckpointSettings
 from rim_lens.study.runs import Recipe
 from rim_lens.views import checkpoint_tables, numbers, plots, tables
 from rim_lens.views.checkpoint_words import LIMITS, checkpoint_findings, checkpoint_question
