@@ -3,7 +3,7 @@
 from rim_lens.lens.adapters import adapter_base, is_adapter, merge_adapter
 from rim_lens.lens.attaching import ComponentHook, add_hooks, hooked, is_quiet, quiet, standing, verify
 from rim_lens.lens.attention import Attention, RowHook
-from rim_lens.lens.digest import weights_digest
+from rim_lens.lens.digest import known_by, weights_digest
 from rim_lens.lens.facts import Head, Hook, Model, ModelFacts, model_facts, require_eval, tokenizer_of
 from rim_lens.lens.loading import known_sources, load_model, load_plain, register_source, wrap_hf
 from rim_lens.lens.running import AttentionBy, Decoder, all_logits, last_logits, require_finite
@@ -30,6 +30,7 @@ __all__ = [
     "is_adapter",
     "is_path",
     "is_quiet",
+    "known_by",
     "known_sources",
     "last_logits",
     "load_model",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as every
 
 from rim_lens.errors import EditHadNoEffect, HookDidNotFire, NotFinite, UnsupportedModel, WrongHookShape
 from rim_lens.lens.facts import Hook, Model, ModelFacts, model_facts, require_eval
@@ -30,6 +31,9 @@ _PROBE_ROWS, _PROBE_LENGTH = 2, 6
 _proofs: WeakKeyDictionary[Any, tuple[tuple[Any, ...], set[_Claim]]] = WeakKeyDictionary()
 _quiet = threading.local()
 _added: WeakKeyDictionary[Any, Hook] = WeakKeyDictionary()  # by torch's handle
+# Hooks of these modules listen and change nothing: the bridge's on its norms, and those that transformers leaves for good on a
+# model that was asked once for hidden states or attentions, as `run_with_cache` does.
+_LISTENING = ("transformer_lens.model_bridge.", "transformers.utils.output_capturing")
 SWITCHED = (
     "rim_lens_switched"  # marks a forward pass that stands in for a module's own for a while: same wiring
 )
@@ -79,14 +83,32 @@ def hooks_at(point: Any) -> list[Hook | None]:
     return [ours.get(number) for number in point._forward_hooks]
 
 
-def standing(model: Model) -> list[str]:
-    """What is on a model's hook points now: the name of each, and what hooks it, as far as that can be told."""
-    points = {id(point): (name, point) for name, point in model.hook_dict.items()}.values()
+def acting(*tables: Mapping[int, Any]) -> list[int]:
+    """Of PyTorch's tables of hooks, the numbers of those that may change something."""
     return [
-        f"{name}: {(hook.what or hook.by) if isinstance(hook, ComponentHook) else 'a hook'}"
-        for name, point in points
-        for hook in hooks_at(point)
+        number
+        for table in tables
+        for number, hook in table.items()
+        if not str(getattr(hook, "__module__", "")).startswith(_LISTENING)
     ]
+
+
+def standing(model: Model) -> list[str]:
+    """What hooks a forward pass of a model now: the name of each place, and what is there, as far as that can be told.
+
+    PyTorch's own ways to put a hook on a module, or on all modules, count as well.
+    """
+    places = {id(module): (name, module) for name, module in model.named_modules()}
+    places |= {id(point): (name, point) for name, point in model.hook_dict.items()}
+    found = []
+    for name, module in places.values():
+        ours = {handle.hook.id: _added.get(handle.hook) for handle in getattr(module, "fwd_hooks", ())}
+        for number in acting(module._forward_pre_hooks, module._forward_hooks):
+            hook = ours.get(number)
+            what = (hook.what or hook.by) if isinstance(hook, ComponentHook) else "a hook"
+            found.append(f"{name}: {what}")
+    everywhere = acting(every._global_forward_pre_hooks, every._global_forward_hooks)
+    return found + ["every module: a hook"] * len(everywhere)
 
 
 def add_hooks(model: Model, hooks: Sequence[tuple[str, Hook]]) -> Callable[[], None]:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rim_lens.errors import UnsupportedModel
+from rim_lens.lens.attaching import acting
 from rim_lens.lens.facts import Model, model_facts
 from rim_lens.lens.packing import Pack, Past
 
@@ -240,7 +241,7 @@ def copied(module: nn.Module, seen: dict[int, nn.Module]) -> Any:
     made.__dict__.update(module.__dict__)
     for name, value in module.__dict__.items():
         if "_hooks" in name and isinstance(value, dict):
-            if value and name in ("_forward_hooks", "_forward_pre_hooks"):
+            if name in ("_forward_hooks", "_forward_pre_hooks") and acting(value):
                 raise UnsupportedModel(f"a {type(module).__name__} has hooks of its own.")
             made.__dict__[name] = OrderedDict()
     seen[id(module)] = made

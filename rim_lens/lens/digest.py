@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
 
+from rim_lens.lens.attaching import SWITCHED, standing
 from rim_lens.lens.facts import Model
 
 # What a configuration says that changes no number of a pass in eval mode. What is not listed here counts.
@@ -45,11 +47,19 @@ def weights_digest(model: Model) -> str:
     return digest.hexdigest()[:16]
 
 
+def known_by(model: Model) -> dict[str, Any]:
+    """What a result says of its model: the digest of its weights, and the hooks that stand on it, where there are some."""
+    hooks = standing(model)
+    return {"weights_digest": weights_digest(model), **({"on_the_model": hooks} if hooks else {})}
+
+
 def _tensors(model: Model, with_buffers: bool) -> Iterator[tuple[str, Tensor]]:
     found = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     if with_buffers:  # also those that are not saved
         found = dict(model.named_buffers()) | found
-    yield from sorted(found.items())
+    # A Hugging Face model that was wrapped before is wrapped again within that: the same model.
+    plain = [(name.replace("._original_component", ""), tensor) for name, tensor in sorted(found.items())]
+    yield from sorted(plain, key=itemgetter(0))
 
 
 def _settings(model: Model) -> str:
@@ -63,7 +73,7 @@ def _counting(told: Any) -> Any:
     """Also of the parts of a configuration that are configurations."""
     if not isinstance(told, dict):
         return told
-    idle = set(_IDLE.split())
+    idle = {*_IDLE.split(), SWITCHED}  # digests are also taken while another pass keeps sdpa
     return {
         str(name): _counting(value)
         for name, value in told.items()

@@ -24,7 +24,7 @@ from rim_lens.hooks.base import Component, attached, bound
 from rim_lens.hooks.editing import RowEditor
 from rim_lens.hooks.positions import chosen_rows, is_word
 from rim_lens.hooks.reference import shared_means
-from rim_lens.lens import require_eval, tokenizer_of
+from rim_lens.lens import require_eval, standing, tokenizer_of
 from rim_lens.lens.attaching import wiring
 from rim_lens.lens.taking_apart import taken_apart
 from rim_lens.measures.marching import Changes, Sequences, Trunk, march, read_logits
@@ -224,21 +224,12 @@ def _unserved(reading: Reading, by: ScanBy) -> str:
     before, why = _refused.get(reading.model, (None, ""))
     if why and before == wiring(reading.model):
         return why
-    if _is_hooked(reading.model):
+    # A hook may act on those prompts alone that are not checked.
+    if standing(reading.model):
         return "there are hooks on the model"
+    if "forward" in vars(reading.model):
+        return "the model's forward pass was replaced by another"
     return ""
-
-
-def _is_hooked(model: Any) -> bool:
-    """Whether anything but the bridge itself, which listens in on its norms, has put hooks on any module.
-
-    PyTorch's own ways count, too: a hook may act on those prompts alone that are not checked.
-    """
-    return any(
-        not str(getattr(hook, "__module__", "")).startswith("transformer_lens.model_bridge.")
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    )
 
 
 # The pass without edits, what each prompt wrote before its first word, and the scores

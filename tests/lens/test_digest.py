@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rim_lens as rl
-from rim_lens.lens import all_logits, verify, weights_digest, wrap_hf
+from rim_lens.lens import all_logits, known_by, sdpa_kept, verify, weights_digest, wrap_hf
 from tests.families import FAMILIES, hf_model, random_batch, tokenizer, wrapped
 
 
@@ -135,3 +135,29 @@ def test_where_a_model_lies_does_not_count(family: Any, tmp_path: Path) -> None:
     for toggle in ("set_use_attn_result", "set_use_split_qkv_input", "set_use_hook_mlp_in"):
         getattr(one, toggle, lambda on: None)(True)
     assert weights_digest(one) == before
+
+
+@pytest.mark.skipif("bridge" not in FAMILIES, reason="a Hugging Face model is wrapped in place")
+def test_wrapped_again_it_is_the_same_model() -> None:
+    hf = hf_model("llama")
+    before = weights_digest(wrap_hf(hf, tokenizer(), family="bridge"))
+    assert weights_digest(wrap_hf(hf, tokenizer(), family="bridge")) == before
+
+
+@pytest.mark.skipif("bridge" not in FAMILIES, reason="a bridge keeps sdpa")
+def test_while_another_pass_keeps_sdpa_it_is_the_same_model() -> None:
+    """Another thread's, or of another model over the same config."""
+    model = wrapped("llama", "bridge")
+    before = weights_digest(model)
+    with sdpa_kept(model):
+        assert weights_digest(model) == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_result_says_of_its_model(family: str) -> None:
+    model = wrapped("llama", family)
+    plain = {"weights_digest": weights_digest(model)}
+    with rl.AblateHeads([(0, 1)]).on(model):
+        (hook,) = known_by(model)["on_the_model"]
+    assert hook == "blocks.0.attn.hook_z: AblateHeads([(0, 1)], 'zero', positions='all')"
+    assert known_by(model) == plain

@@ -567,8 +567,20 @@ def test_nothing_is_copied_and_nothing_stays() -> None:
     np.testing.assert_array_equal(reading(), scores)
 
 
-@pytest.mark.parametrize("way", ["point", "component", "before"])
-def test_hooks_of_pytorchs_own_are_seen_wherever_they_act(way: str) -> None:
+@on_the_bridge
+def test_a_model_that_was_cached_once_is_read_in_packs() -> None:
+    """What transformers leaves on a model that was asked for hidden states or attentions listens, and changes nothing."""
+    model, batch = told("llama")
+    model.run_with_cache(batch.tokens, attention_mask=batch.attention_mask)
+    reading = refusal_reading(model, batch)
+    heads = [(layer, head) for layer in range(3) for head in range(4)]
+    found = head_effects(reading, heads)
+    assert found.attrs["scan"] == "packed"
+    np.testing.assert_allclose(found, head_effects(reading, heads, scan="plain"), atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["point", "component", "before", "every module"])
+def test_hooks_of_pytorchs_own_are_seen_wherever_they_act(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """One acts on a single prompt, on which the two ways are not held against each other."""
     model = rl.load_model("toy")
     chat = ChatFormat.from_model(model)
@@ -585,9 +597,21 @@ def test_hooks_of_pytorchs_own_are_seen_wherever_they_act(way: str) -> None:
         mine = torch.tensor([torch.equal(row[-len(words) :], words) for row in read[-1]])
         return torch.where(mine[:, None, None], value * 0.3, value)
 
-    noting = model.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    own = type(model).forward
+
+    def noting(self: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        read.append(tokens)
+        return own(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(
+        type(model), "forward", noting
+    )  # no hook: nothing but the one of this test is to be seen
     mlp, point = model.blocks[1].mlp, model.hook_dict["blocks.1.hook_mlp_out"]
-    if way == "before":
+    if way == "every module":
+        handle = torch.nn.modules.module.register_module_forward_hook(
+            lambda module, args, value: halved(value) if module is mlp else None
+        )
+    elif way == "before":
         handle = point.register_forward_pre_hook(lambda module, args: (halved(args[0]),))
     else:
         target = mlp if way == "component" else point
@@ -597,8 +621,19 @@ def test_hooks_of_pytorchs_own_are_seen_wherever_they_act(way: str) -> None:
         plain = np.stack([reading([AblateHeads([head])]) for head in heads], 1) - reading([])[:, None]
     finally:
         handle.remove()
-        noting.remove()
     assert found.attrs["scan"] == "plain (there are hooks on the model)"
     np.testing.assert_allclose(found.values, plain, atol=1e-5)
     assert abs(plain[alone] - head_effects(reading, heads).values[alone]).max() > 1e-2
+    assert head_effects(reading, heads).attrs["scan"] == "packed"
+
+
+def test_a_forward_pass_of_another_is_read_one_by_one() -> None:
+    """It may do something else to prompts that are not checked."""
+    model, batch = told("llama")
+    reading = refusal_reading(model, batch)
+    heads = [(layer, head) for layer in range(3) for head in range(4)]
+    own = model.forward
+    model.forward = own
+    assert "replaced" in head_effects(reading, heads).attrs["scan"]
+    del model.forward
     assert head_effects(reading, heads).attrs["scan"] == "packed"
