@@ -525,6 +525,31 @@ def test_what_stood_on_the_model_is_part_of_a_capture(case_gqa: Case, tmp_path: 
     assert "on_the_model" not in rl.capture(model, batch, SpanAttention()).attrs
 
 
+@pytest.mark.parametrize("way", ["module", "before", "every module"])
+def test_what_pytorch_put_on_a_model_is_part_of_a_capture(case_gqa: Case, tmp_path: Path, way: str) -> None:
+    """Rows read under it and without it do not stand in one file."""
+    batch, model, stop = some(), case_gqa.model, StopsAt()
+    mlp, point = model.blocks[0].mlp, model.hook_dict[hook_name("mlp_out", 0)]
+
+    def zero(module: Any, args: Any, value: Any) -> Any:
+        return value * 0 if module is mlp else None
+
+    put = {
+        "module": lambda: mlp.register_forward_hook(zero),
+        "before": lambda: point.register_forward_pre_hook(lambda module, args: (args[0] * 0,)),
+        "every module": lambda: torch.nn.modules.module.register_module_forward_hook(zero),
+    }[way]
+    handle = put()
+    try:
+        cut = stop.arm(3, raises(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            rl.capture(model, batch, SpanAttention(), cut, out=tmp_path, max_rows=2)
+    finally:
+        handle.remove()
+    with pytest.raises(CaptureError, match="another capture"):
+        rl.capture(model, batch, SpanAttention(), stop.disarm(), out=tmp_path, max_rows=2)
+
+
 def test_a_mean_over_other_prompts_is_another_capture(case_gqa: Case, tmp_path: Path) -> None:
     editors = [AblateHeads([(0, 1)], "mean", reference=some(seed)) for seed in (7, 8)]
     rl.capture(case_gqa.model, some(), SpanAttention(), editors[0], out=tmp_path).close()

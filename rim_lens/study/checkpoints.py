@@ -15,7 +15,7 @@ import torch
 from rim_lens.chat import ChatFormat
 from rim_lens.errors import GateNotPassed
 from rim_lens.folder import ResultFolder
-from rim_lens.lens import Model, model_facts, verify, weights_digest
+from rim_lens.lens import Model, known_by, model_facts, verify, weights_digest
 from rim_lens.measures.checkpoints.comparing import compare
 from rim_lens.measures.checkpoints.ending import at_the_end, beyond_drift
 from rim_lens.measures.checkpoints.foreseeing import gradient_forecast
@@ -549,7 +549,7 @@ class CheckpointStudy:
             "model": source_name(self.base, model),
             "given": not isinstance(self.base, str | Path),
             "facts": model_facts(model).to_dict(),
-            "weights_digest": weights_digest(model),
+            **known_by(model),
             "chat_format": self._chat.name,
             "runs": runs,
             "train": list(self.train),

@@ -17,7 +17,7 @@ from rim_lens.chat.conditions import Conditions, check_condition, is_control, le
 from rim_lens.errors import ConditionError, GateNotPassed
 from rim_lens.folder import ResultFolder
 from rim_lens.hooks.activations import Pool
-from rim_lens.lens import Model, model_facts, verify, weights_digest
+from rim_lens.lens import Model, known_by, model_facts, verify
 from rim_lens.measures.entanglement.entangling import entanglement
 from rim_lens.measures.entanglement.multiverse import multiverse
 from rim_lens.measures.neurons.beside import Matched
@@ -439,7 +439,7 @@ class NeuronStudy:
             "model": source_name(self.model, self._model),
             "given": not isinstance(self.model, str | Path),
             "facts": model_facts(self._model).to_dict(),
-            "weights_digest": weights_digest(self._model),
+            **known_by(self._model),
             "chat_format": self._chat.name,
             "n_requests": self.n_requests,
             "requests": {

@@ -14,7 +14,7 @@ from rim_lens.chat import ChatFormat
 from rim_lens.chat.conditions import check_condition
 from rim_lens.errors import ConditionError
 from rim_lens.folder import ResultFolder
-from rim_lens.lens import Model, model_facts, verify, weights_digest
+from rim_lens.lens import Model, known_by, model_facts, verify
 from rim_lens.organisms import load_model
 from rim_lens.prompts import prompts_digest
 from rim_lens.sharing import own_folder
@@ -264,7 +264,7 @@ class Study:
             "model": source_name(self.model, bench.model),
             "given": not isinstance(self.model, str | Path),
             "facts": model_facts(bench.model).to_dict(),
-            "weights_digest": weights_digest(bench.model),
+            **known_by(bench.model),
             "chat_format": bench.chat.name,
             "n_requests": self.n_requests,
             "requests": {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rim_lens.errors import ModelError, StudyFolderError
 from rim_lens.folder import ResultFolder
-from rim_lens.lens import Model, model_facts, require_source, weights_digest
+from rim_lens.lens import Model, known_by, model_facts, require_source
 
 Source = str | Path | Model
 Tuned = Sequence[str | Path] | Mapping[str, Source]
@@ -113,8 +113,14 @@ def same_weights(folder: ResultFolder, tuned: Model, name: str, results: Sequenc
             f"{folder.path / there[0]} was measured on a tuned model {name!r}, and {kept}, which would say on which weights, is"
             " missing. Give it another name, or an empty folder."
         )
-    now = {"name": model_facts(tuned).name, "weights_digest": weights_digest(tuned)}
+    now = {"name": model_facts(tuned).name, **known_by(tuned)}
     before = folder.once(kept, lambda: now)
+    if before.get("on_the_model") != now.get("on_the_model"):
+        raise StudyFolderError(
+            f"tuned model {name!r} has {now.get('on_the_model') or 'no hooks'} on it, and {folder.path} holds results of it with"
+            f" {before.get('on_the_model') or 'none'} under that name. Give it another name, or an empty folder; what is there"
+            " stays untouched."
+        )
     if before["weights_digest"] != now["weights_digest"]:
         raise StudyFolderError(
             f"tuned model {name!r} has weights {now['weights_digest']}, and {folder.path} holds results of one with weights"

@@ -202,6 +202,16 @@ def test_the_folder_of_another_study_is_refused(tmp_path):
         rl.Study(random_toy(1), n_requests=6, settings=FAST).run(tmp_path)
 
 
+def test_what_stood_on_the_model_is_part_of_a_study(tmp_path):
+    """A gate that was measured under an editor is not that of the model itself."""
+    model = random_toy(0)
+    with rl.AblateHeads([(0, 1)]).on(model):
+        rl.Study(model, n_requests=6, settings=FAST).run(tmp_path)
+    assert "AblateHeads" in json.loads((tmp_path / "study.json").read_text())["design"]["on_the_model"][0]
+    with pytest.raises(StudyFolderError, match="on_the_model"):
+        rl.Study(model, n_requests=6, settings=FAST).run(tmp_path)
+
+
 def test_how_it_is_run_is_not_part_of_what_is_asked(tmp_path):
     model = random_toy(0)
     rl.Study(model, n_requests=6, settings=FAST).run(tmp_path)
@@ -483,6 +493,8 @@ def test_a_tuned_model_of_other_weights_under_the_same_name_is_refused(tmp_path,
     before = contents(tmp_path)
     with pytest.raises(StudyFolderError, match="tuned model 'ft' has weights"):
         rl.Study("toy", tuned={"ft": deviate}, **asked).run(tmp_path)
+    with rl.AblateHeads([(0, 1)]).on(careful), pytest.raises(StudyFolderError, match="tuned model 'ft' has"):
+        rl.Study("toy", tuned={"ft": careful}, **asked).run(tmp_path)
     assert contents(tmp_path) == before
     assert rl.Study("toy", tuned={"ft": rl.load_model("toy:careful")}, **asked).run(tmp_path).measured
     (tmp_path / "tuned" / "ft" / "model.json").unlink()  # as an earlier version left it

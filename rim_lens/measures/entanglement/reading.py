@@ -27,7 +27,7 @@ from rim_lens.generation import generate
 from rim_lens.hooks import NeuronActivations, ResidualStream
 from rim_lens.hooks.activations import Pool
 from rim_lens.hooks.positions import Positions, told
-from rim_lens.lens import Model, model_facts, require_eval, tokenizer_of, weights_digest
+from rim_lens.lens import Model, known_by, model_facts, require_eval, tokenizer_of
 from rim_lens.measures.entanglement.divergence import divergence_from, keep_log_probs
 from rim_lens.measures.entanglement.drift import WeightDrift, keep_weights, weight_drift
 from rim_lens.measures.frames import frame_from_json, frame_to_json
@@ -248,7 +248,7 @@ def read_model(
         "chat_format": chat.name,
         "model": facts.to_dict(),
         "vocabulary": vocabulary_digest(tokenizer_of(model)),
-        "weights_digest": weights_digest(model),
+        **known_by(model),
         "against": None if against is None else against.settings["weights_digest"],
     }
     if against is not None:

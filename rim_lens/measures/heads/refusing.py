@@ -21,7 +21,7 @@ from rim_lens.errors import ConditionError, NotEnoughData, StatisticsError, Unkn
 from rim_lens.folder import ResultFolder
 from rim_lens.hooks import AblateHeads, SpanAttention
 from rim_lens.hooks.positions import Positions, told
-from rim_lens.lens import Head, Model, model_facts, verify, weights_digest
+from rim_lens.lens import Head, Model, known_by, model_facts, verify
 from rim_lens.measures.controls import control_p, percentile_among, random_heads_per_layer
 from rim_lens.measures.edits import Editor, Remember, editor_name
 from rim_lens.measures.gate import check_gate
@@ -194,7 +194,7 @@ def refusal_heads(
         "candidates": None if candidates is None else [list(head) for head in looked_among],
         "chat_format": chat.name,
         "model": facts.to_dict(),
-        "weights_digest": weights_digest(model),
+        **known_by(model),
     }
     with ExitStack() as stack:
         kept = ResultFolder(

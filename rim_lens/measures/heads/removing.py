@@ -13,7 +13,7 @@ from rim_lens.errors import StatisticsError
 from rim_lens.folder import ResultFolder
 from rim_lens.hooks import AblateHeads
 from rim_lens.hooks.positions import Positions, told
-from rim_lens.lens import Head, Model, verify, weights_digest
+from rim_lens.lens import Head, Model, known_by, verify
 from rim_lens.measures.controls import random_heads_per_layer
 from rim_lens.measures.edits import Editor, Remember, editor_name
 from rim_lens.measures.heads.effects import set_name
@@ -174,7 +174,7 @@ def removal_effects(
         "seed": seed,
         "chat_format": chat.name,
         "model": facts.to_dict(),
-        "weights_digest": weights_digest(model),
+        **known_by(model),
     }
     remember: Remember = {}
     if folder is not None:

@@ -13,7 +13,7 @@ from rim_lens.folder import ResultFolder
 from rim_lens.hooks import BlockAttention, MoveAttention, PatchHeads, record
 from rim_lens.hooks.alignment import Align
 from rim_lens.hooks.positions import Positions, told
-from rim_lens.lens import Head, Model, verify, weights_digest
+from rim_lens.lens import Head, Model, known_by, verify
 from rim_lens.measures.controls import random_heads_per_layer
 from rim_lens.measures.edits import Remember, measured
 from rim_lens.measures.heads.effects import set_name
@@ -177,7 +177,7 @@ def restoring(
         },
         "chat_format": chat.name,
         "model": facts.to_dict(),
-        "weights_digest": weights_digest(model),
+        **known_by(model),
     }
     remember: Remember = {}
     if folder is not None:

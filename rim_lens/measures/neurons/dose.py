@@ -18,7 +18,7 @@ from rim_lens.folder import ResultFolder
 from rim_lens.hooks import AblateNeurons
 from rim_lens.hooks.ablating import Method
 from rim_lens.hooks.positions import Positions, told
-from rim_lens.lens import Model, ModelFacts, verify, weights_digest
+from rim_lens.lens import Model, ModelFacts, known_by, verify
 from rim_lens.measures.edits import Remember, editor_name
 from rim_lens.measures.neurons.beside import (
     Matched,
@@ -160,7 +160,7 @@ def dose_curve(
         "seed": seed,
         "chat_format": chat.name,
         "model": facts.to_dict(),
-        "weights_digest": weights_digest(model),
+        **known_by(model),
     }
     remember: Remember = {}
     if folder is not None:

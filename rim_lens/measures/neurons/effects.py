@@ -19,7 +19,7 @@ from rim_lens.folder import ResultFolder
 from rim_lens.hooks import AblateNeurons
 from rim_lens.hooks.ablating import Method
 from rim_lens.hooks.positions import Positions, told
-from rim_lens.lens import Model, verify, weights_digest
+from rim_lens.lens import Model, known_by, verify
 from rim_lens.measures.edits import Remember, editor_name
 from rim_lens.measures.effect_tables import EffectTables
 from rim_lens.measures.heads.table import HeadRule
@@ -278,7 +278,7 @@ def neuron_effects(
         "seed": seed,
         "chat_format": chat.name,
         "model": facts.to_dict(),
-        "weights_digest": weights_digest(model),
+        **known_by(model),
     }
     remember: Remember = {}
     if folder is not None:

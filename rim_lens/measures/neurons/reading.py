@@ -23,7 +23,7 @@ from rim_lens.generation import Generation, generate
 from rim_lens.hooks import NeuronActivations
 from rim_lens.hooks.activations import Pool
 from rim_lens.hooks.positions import Positions
-from rim_lens.lens import Model, model_facts, verify, weights_digest
+from rim_lens.lens import Model, known_by, model_facts, verify
 from rim_lens.prompts import Prompt
 from rim_lens.prompts.records import as_prompts
 
@@ -128,7 +128,7 @@ def pooled_activations(
             "prompts_digest": batch.digest,
             "chat_format": chat.name,
             "model": facts.to_dict(),
-            "weights_digest": weights_digest(model),
+            **known_by(model),
         },
         "activations.json",
     )

@@ -19,7 +19,7 @@ from rim_lens.chat.conditions import check_condition, leaves_open
 from rim_lens.errors import GateNotPassed, NotEnoughData, StatisticsError, UnsupportedModel
 from rim_lens.folder import ResultFolder
 from rim_lens.hooks.activations import Pool
-from rim_lens.lens import Model, ModelFacts, verify, weights_digest
+from rim_lens.lens import Model, ModelFacts, known_by, verify
 from rim_lens.measures.gate import MIN_REFUSAL
 from rim_lens.measures.gradients import GRADIENT_ROWS
 from rim_lens.measures.held_out import chosen_by, refuse_used
@@ -214,7 +214,7 @@ def safety_neurons(
         "families": families_of([pair.more for pair in sides.select]),
         "chat_format": chat.name,
         "model": facts.to_dict(),
-        "weights_digest": weights_digest(model),
+        **known_by(model),
     }
     with ExitStack() as stack:
         kept = ResultFolder(folder or stack.enter_context(TemporaryDirectory(prefix="rim_lens_neurons_")))

@@ -17,7 +17,7 @@ from rim_lens.errors import NotEnoughData, StatisticsError
 from rim_lens.folder import ResultFolder
 from rim_lens.hooks import AblateNeurons
 from rim_lens.hooks.ablating import by_layer
-from rim_lens.lens import Model, verify, weights_digest
+from rim_lens.lens import Model, known_by, verify
 from rim_lens.measures.edits import Remember, set_effects
 from rim_lens.measures.ending import Ending, read_ending, require_close
 from rim_lens.measures.neurons.beside import neurons_to_edit, set_name
@@ -132,7 +132,7 @@ def direct_to_logits(
         "condition": prompts.name,
         "digest": prompts.digest,
         "model": facts.to_dict(),
-        "weights_digest": weights_digest(model),
+        **known_by(model),
     }
     remember: Remember = {}
     if folder is not None:
