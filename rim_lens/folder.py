@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,11 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write whole or not at all, over what is there; lines end in newlines on every system."""
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    os.replace(unfinished, path)
+    # Two runs may write the same result at once: each into a file of its own.
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        unfinished.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 
 import pytest
 
 from rim_lens.errors import StudyFolderError
-from rim_lens.folder import ResultFolder
+from rim_lens.folder import ResultFolder, write_whole
 
 
 def test_a_result_is_measured_once(tmp_path):
@@ -68,3 +70,22 @@ def test_lines_survive_a_write_cut_short(tmp_path, tail):
     again.get("d", lambda: 4)
     records = [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().splitlines()]
     assert records == [{"key": "a", "value": 1}, {"key": "b", "value": [2]}, {"key": "d", "value": 4}]
+
+
+def _writing(path, number, times):
+    for _ in range(times):
+        write_whole(path, json.dumps([number] * 20_000))
+        json.loads(path.read_text())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_two_runs_that_write_one_result_at_once_leave_it_whole(tmp_path):
+    context = multiprocessing.get_context("fork")
+    runs = [context.Process(target=_writing, args=(tmp_path / "a.json", number, 500)) for number in (1, 2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join(60)
+    assert [run.exitcode for run in runs] == [0, 0]
+    assert len(set(json.loads((tmp_path / "a.json").read_text()))) == 1
+    assert not list(tmp_path.glob("*.part"))
