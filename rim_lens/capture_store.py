@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,7 +190,8 @@ def _create(
     import h5netcdf
     import xarray as xr
 
-    unfinished = path.with_suffix(".part")
+    # Two runs may begin at once: each makes a file of its own, and the first that is there is that of both.
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     stored = ("prompt", np.zeros(len(coords["prompt"]), dtype="int8"))
     xr.Dataset({"stored": stored}, coords=coords, attrs=dict(attrs)).to_netcdf(unfinished, engine="h5netcdf")
     with h5netcdf.File(unfinished, "a") as file:
@@ -197,4 +200,10 @@ def _create(
             for key, value in variable.attrs.items():
                 array.attrs[key] = value
             array.attrs["coordinates"] = "category family kind n_tokens"
-    unfinished.rename(path)  # atomic: a file of this name always has all its variables
+    try:
+        os.link(unfinished, path)  # atomic: a file of this name always has all its variables
+    except FileExistsError:
+        pass
+    except OSError:  # no links on this file system
+        unfinished.rename(path)
+    unfinished.unlink(missing_ok=True)

@@ -24,7 +24,7 @@ import xarray as xr
 from torch import Tensor
 
 import rim_lens as rl
-from rim_lens import capturing
+from rim_lens import capture_store, capturing
 from rim_lens.chat import SpanBatch
 from rim_lens.chat.spans import Spans
 from rim_lens.errors import CaptureError, EmptySpan, NotFinite, TrainingMode
@@ -403,6 +403,31 @@ def test_killed_it_goes_on_where_it_stopped(tmp_path: Path, passes: list[list[in
     with rl.capture(model, batch, *readers(), stop.disarm(), out=tmp_path, max_rows=2) as data:
         same(data, whole)
     assert sum(map(len, passes)) == 3
+
+
+def test_two_runs_that_begin_at_once_share_a_file(
+    case_gqa: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another makes the same file while this one does, and has stored a row by then."""
+    create, write = capture_store._create, xr.Dataset.to_netcdf
+
+    def created(path: Path, *args: Any) -> None:
+        def written(dataset: xr.Dataset, *its: Any, **more: Any) -> None:
+            write(dataset, *its, **more)
+            monkeypatch.setattr(xr.Dataset, "to_netcdf", write)
+            create(path, *args)
+            with h5netcdf.File(path, "a") as file:
+                file.variables["attention_mass"][0] = 7.0
+                file.variables["stored"][0] = 1
+
+        monkeypatch.setattr(xr.Dataset, "to_netcdf", written)
+        create(path, *args)
+
+    monkeypatch.setattr(capture_store, "_create", created)
+    with rl.capture(case_gqa.model, some(), SpanAttention(), out=tmp_path) as found:
+        assert (found["attention_mass"][0] == 7.0).all()
+        assert (found["attention_mass"][1:] <= 1.0).all()
+    assert [file.name for file in tmp_path.iterdir()] == ["capture.nc"]
 
 
 def test_numbers_that_are_not_finite_stop_it_and_keep_what_was_stored(
