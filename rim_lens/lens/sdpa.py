@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rim_lens.errors import UnsupportedModel
-from rim_lens.lens.attaching import SWITCHED, ComponentHook, alone, hooked, hooks_at, is_quiet, wiring
+from rim_lens.lens.attaching import SWITCHED, ComponentHook, acting, alone, hooked, hooks_at, is_quiet, wiring
 from rim_lens.lens.attention import Attention, QueriesAndKeys, RowHook
 from rim_lens.lens.facts import Model, ModelFacts, model_facts
 from rim_lens.lens.sites import hook_name
@@ -131,6 +131,10 @@ def why_not_sdpa(model: Model, gradients: bool = False) -> str:
                     f"{hook.by} works on whole patterns" if "pattern" in name else f"{hook.by} hooks {name}"
                 )
             return f"there is a hook on {name}"
+    for layer, block in enumerate(model.blocks):
+        inner = block.attn.original_component
+        if acting(inner._forward_hooks, inner._forward_pre_hooks):  # step by step it never fires
+            return f"there is a hook on the attention that the bridge wraps in layer {layer}"
     return ""
 
 

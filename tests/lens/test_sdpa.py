@@ -525,6 +525,17 @@ def test_a_hook_before_a_norms_point_fires(point: str) -> None:
     assert fired == [1]
 
 
+def test_a_hook_on_the_attention_within_takes_the_eager_way() -> None:
+    """The step-by-step way passes it by; under sdpa it would fire."""
+    model = wrapped("llama", "bridge")
+    assert why_not_sdpa(model) == ""
+    within = model.blocks[1].attn.original_component
+    handle = within.register_forward_hook(lambda module, args, found: (found[0] * 2, *found[1:]))
+    assert why_not_sdpa(model) == "there is a hook on the attention that the bridge wraps in layer 1"
+    handle.remove()
+    assert why_not_sdpa(model) == ""
+
+
 def test_a_proof_within_quiet_is_a_proof() -> None:
     """Reference passes are quiet, and may be the first long ones: what they find is kept for all later passes."""
     model = wrapped("llama", "bridge")
