@@ -44,7 +44,6 @@ class Reading:
         read: The function.
         first_word: Settings of `refusal_score`, where the reading is that score and nothing else; many edits can then be read
             at once.
-        again: Makes the same reading of other prompts, where it can be made; see `select`.
 
     >>> import rim_lens as rl
     >>> model = rl.load_model("planted")
@@ -61,7 +60,6 @@ class Reading:
     batch: SpanBatch
     read: Read
     first_word: Mapping[str, Any] | None = None
-    again: Callable[[SpanBatch], Reading] | None = None
 
     def __call__(self, components: Sequence[Component] = ()) -> Float[np.ndarray, " prompt"]:
         """Return one number per prompt with these components active; with none, the baseline.
@@ -76,19 +74,6 @@ class Reading:
                 " per prompt."
             )
         return values
-
-    def select(self, rows: Sequence[int]) -> Reading:
-        """Return the same measure on some of the prompts.
-
-        Raises:
-            ConditionError: It is a function of your own, tied to its prompts, and no `again` makes it of others.
-        """
-        if self.again is None:
-            raise ConditionError(
-                f"{self.name} was to be read on {len(rows)} of its {len(self.batch)} prompts, and is tied to all of them. Give"
-                " Reading(..., again=) a function that makes it of another batch, or read all prompts."
-            )
-        return self.again(self.batch.select(rows))
 
     def __repr__(self) -> str:
         return f"Reading({self.name}, {self.units})"
@@ -120,15 +105,7 @@ def refusal_reading(model: Model, batch: SpanBatch, **settings: Any) -> Reading:
     def read(components: Sequence[Component]) -> Float[np.ndarray, " prompt"]:
         return refusal_score(model, batch, *components, **settings).values
 
-    return Reading(
-        _name("refusal_score", batch, settings),
-        "nats",
-        model,
-        batch,
-        read,
-        first_word=settings,
-        again=lambda other: refusal_reading(model, other, **settings),
-    )
+    return Reading(_name("refusal_score", batch, settings), "nats", model, batch, read, first_word=settings)
 
 
 def prefix_reading(model: Model, batch: SpanBatch, **settings: Any) -> Reading:
@@ -144,14 +121,7 @@ def prefix_reading(model: Model, batch: SpanBatch, **settings: Any) -> Reading:
     def read(components: Sequence[Component]) -> Float[np.ndarray, " prompt"]:
         return refusal_prefix_score(model, batch, *components, **settings).values
 
-    return Reading(
-        _name("refusal_prefix_score", batch, settings),
-        "nats",
-        model,
-        batch,
-        read,
-        again=lambda other: prefix_reading(model, other, **settings),
-    )
+    return Reading(_name("refusal_prefix_score", batch, settings), "nats", model, batch, read)
 
 
 def refused_reading(
@@ -175,14 +145,7 @@ def refused_reading(
         out = generate(model, batch, *components, chat=chat, **settings)
         return np.array([outcome == "refuse" for outcome in out.outcome], dtype=np.float64)
 
-    return Reading(
-        _name("refused", batch, settings),
-        "1 refuses, 0 does not",
-        model,
-        batch,
-        read,
-        again=lambda other: refused_reading(model, other, chat, **settings),
-    )
+    return Reading(_name("refused", batch, settings), "1 refuses, 0 does not", model, batch, read)
 
 
 def accuracy_reading(
@@ -220,14 +183,7 @@ def accuracy_reading(
         return reasoning_accuracy(out, extract=extract).rows["correct"].to_numpy(dtype=np.float64)
 
     told = settings if extract is None else {**settings, "extract": function_name(extract)}
-    return Reading(
-        _name("correct", batch, told),
-        "1 right, 0 wrong",
-        model,
-        batch,
-        read,
-        again=lambda other: accuracy_reading(model, other, chat, extract=extract, **settings),
-    )
+    return Reading(_name("correct", batch, told), "1 right, 0 wrong", model, batch, read)
 
 
 def function_name(function: Callable[..., Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
 import pytest
 
 import rim_lens as rl
@@ -55,24 +54,3 @@ def test_an_edit_of_generated_rows_moves_no_given_text_and_is_refused():
     reading = divergence_reading(model, chat.render(["ban bread please + 3 4 6"]))
     with pytest.raises((ImpossibleEdit, StatisticsError, ValueError), match="generated"):
         reading([rl.AblateHeads([(0, 1)], positions="generated")])
-
-
-@pytest.mark.parametrize("kind", ["score", "prefixes", "refused", "right"])
-def test_some_prompts_are_read_as_among_all(kind):
-    model = rl.load_model("toy")
-    chat = rl.ChatFormat.from_model(model)
-    which = "reasoning" if kind == "right" else "harmful"
-    batch = chat.render(rl.load_prompts(which, language="toy", split="select")[:6], think="off")
-    reading = {
-        "score": lambda: rl.refusal_reading(model, batch, skip="none"),
-        "prefixes": lambda: rl.prefix_reading(model, batch, refusals=["REFUSE"], compliances=["3", "4"]),
-        "refused": lambda: rl.refused_reading(model, batch, chat, 2),
-        "right": lambda: rl.accuracy_reading(model, batch, chat, 2, extract=lambda text: text.split()[0]),
-    }[kind]()
-    edits = [rl.AblateHeads([(0, 5)])]
-    rows = [4, 1]
-    part = reading.select(rows)
-    np.testing.assert_allclose(part(edits), reading(edits)[rows], atol=1e-5)
-    assert part.units == reading.units
-    assert part.name != reading.name  # or what is remembered of the one would be taken for the other's
-    assert [prompt.id for prompt in part.batch.prompts] == [batch.prompts[row].id for row in rows]

@@ -185,7 +185,6 @@ def test_what_is_not_confirmed_is_not_tested(planted: tuple[Any, Any]) -> None:
     assert np.isnan(found["effect"]).all("prompt").equals(found["status"] == "not tested")
     exact = rl.head_effects(reading, [READER, TOPIC_HEAD])
     np.testing.assert_allclose(found["effect"][:, *READER], exact.sel(set="L1H1"), atol=1e-5)
-    assert np.isnan(found["screened"]).all()
     assert sorted(found["rank"].values.flatten().tolist()) == list(range(1, 17))
     assert set(found["rank"].values[tested.values].tolist()) == {1, 2}
     early = prefiltered(reading, model, batch, 1)
@@ -194,87 +193,6 @@ def test_what_is_not_confirmed_is_not_tested(planted: tuple[Any, Any]) -> None:
     assert int((early["status"] == "confirmed").sum()) in (8, 9)
     late = prefiltered(reading, model, batch, 1, always_layers=[1])
     assert (late["status"].sel(layer=1) == "confirmed").all()
-
-
-@pytest.mark.parametrize("positions", ["all", "prompt_last", "mask"])
-def test_screening_measures_on_few_prompts_first(spoken: Spoken, positions: str) -> None:
-    """By hand: the same heads ablated in the plain way, on prompts of several lengths."""
-    model, batch = spoken.model, spoken.chat.render(REQUESTS, think="off")
-    asked: Any = positions
-    if positions == "mask":
-        asked = torch.rand(batch.tokens.shape, generator=torch.Generator().manual_seed(3)) < 0.6
-        asked[:, -1] = True
-    reading = refusal_reading(model, batch)
-    heads = model_facts(model).heads()
-    exact = rl.head_effects(reading, heads, positions=asked, scan="plain").values
-    estimates = gradient_scores(model, batch, positions=asked)
-    sizes = abs(estimates.values).reshape(len(batch), -1)
-    n_confirm, n_screened, n_few = 2, 4, 2
-    found = prefiltered(
-        reading,
-        model,
-        batch,
-        n_confirm,
-        screen=(n_screened, n_few),
-        always_layers=[0],
-        positions=asked,
-        estimates=estimates,
-    )
-    few = [0, len(batch) // 2]
-    tried = {place for place, (layer, _) in enumerate(heads) if layer == 0}
-    tried |= set(np.argsort(-sizes.mean(0), kind="stable")[:n_screened].tolist())
-    expected = {
-        place: abs(exact[few, place]).mean() * sizes[:, place].mean() / sizes[few, place].mean()
-        for place in tried
-    }
-    confirmed = sorted(expected, key=lambda place: -expected[place])[:n_confirm]
-    status, screened = found["status"].values.flatten(), found["screened"].values.flatten()
-    effect = found["effect"].values.reshape(len(batch), -1)
-    for place in range(len(heads)):
-        if place in tried:
-            assert screened[place] == pytest.approx(expected[place], rel=1e-3, abs=1e-5)
-        else:
-            assert np.isnan(screened[place])
-        if place in confirmed:
-            np.testing.assert_allclose(effect[:, place], exact[:, place], atol=1e-5)
-        else:
-            assert np.isnan(effect[:, place]).all()  # also on the few: no effect to report
-        wanted = "confirmed" if place in confirmed else "screened" if place in tried else "not tested"
-        assert status[place] == wanted
-    np.testing.assert_allclose(found["baseline"], reading(), atol=1e-5)
-    assert found.attrs["screen"] == [n_screened, n_few]
-    assert (found.attrs["n_screened"], found.attrs["n_tested"]) == (len(tried), n_confirm)
-
-
-def test_screening_reads_no_more_than_it_says(planted: tuple[Any, Any]) -> None:
-    model, batch = planted
-    runs: list[int] = []
-
-    def counting(part: Any) -> Reading:
-        def counted(components: Any) -> np.ndarray:
-            runs.append(len(part))
-            return refusal_reading(model, part).read(components)
-
-        return Reading("counted", "nats", model, part, counted, again=counting)
-
-    found = prefiltered(counting(batch), model, batch, 2, screen=(3, 2), always_layers=[])
-    assert runs == [2] * 4 + [len(batch) - 2] * 3  # with a baseline each
-    confirmed = {tuple(cell) for cell in np.argwhere((found["status"] == "confirmed").values)}
-    assert confirmed == {READER, TOPIC_HEAD}
-
-
-@pytest.mark.parametrize("screen", [(1, 2), (3, 0), (3, 99), (0, 2)])
-def test_screens_that_cannot_be(planted: tuple[Any, Any], screen: tuple[int, int]) -> None:
-    model, batch = planted
-    with pytest.raises(ValueError, match="at least as many heads"):
-        prefiltered(refusal_reading(model, batch), model, batch, 2, screen=screen)
-
-
-def test_a_reading_tied_to_its_prompts_is_not_screened(planted: tuple[Any, Any]) -> None:
-    model, batch = planted
-    tied = Reading("mine", "nats", model, batch, lambda components: np.zeros(len(batch)))
-    with pytest.raises(ConditionError, match=r"mine was to be read on 2 of its \d+ prompts.*again="):
-        prefiltered(tied, model, batch, 2, screen=(3, 2))
 
 
 def test_other_estimates_and_mistakes(planted: tuple[Any, Any]) -> None:
