@@ -73,10 +73,10 @@ edits of heads' outputs or neurons to zero, to a mean over data, by a factor, or
 resampling). The model's own code runs, without its hooks: norms, projections, rotations, MLPs; attention alone is done here, softcaps and
 sliding windows included. In every scan the baseline is read the plain way as well on the longest prompt and the shortest, and three edits
 on one of the two. Where a number differs by more than 1e-4 nats and a hundred-thousandth of the score a warning says so and all edits are
-read one by one, as they are in half precision (whose error is larger than most effects), with hooks of your own on the model (PyTorch's own on a module
-count, too), on a
-`HookedTransformer` with alibi, attention sinks or `use_attn_result` and the like, and by any other reading. In half precision
-`scan="rough"` reads many at a time all the same and tells the error it sees: to rank heads, and no more. `scan="plain"` reads one by one
+read one by one, as they are in half precision (whose error is larger than most effects), with hooks of your own on the model
+(PyTorch's own on a module count, too; those that `run_with_cache` leaves only listen and do not), on a `HookedTransformer` with alibi, attention sinks or `use_attn_result` and the like, and by any other reading. In half precision
+`scan="rough"` reads many at a time all the same and tells the error of the few readings that it checks, which others may exceed: to rank heads, and no
+more. `scan="plain"` reads one by one
 always, and `effects.attrs["scan"]` says which way it was. Held against the plain way to 1e-5 on twelve architectures and nine kinds of
 `HookedTransformer`: tests/measures/test_scanning.py.
 """

@@ -28,7 +28,7 @@ SYSTEM = (
 
 
 SAMPLE = 2  # heads that the loop is timed on, half of them before and half after
-N_CONFIRM = 81  # keeps a mean recall of .95 in the three models of recall.py
+N_CONFIRM = 38  # keeps a mean recall of .95 in the three models of recall.py, in this reading
 
 
 def zeroed(z: Tensor, hook: Any, head: int, rows: slice) -> Tensor:

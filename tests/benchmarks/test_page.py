@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 
+from tests.benchmarks import recall, scans
 from tests.benchmarks.page import EVIDENCE, GROWTH, PAGE, written
 
 
@@ -30,6 +31,15 @@ def test_the_page_is_what_was_measured() -> None:
                     figure["ratio"] >= goal if more_is_better else figure["ratio"] <= goal
                 )
             assert (figure.get("largest_difference_nats") or 0) < 1e-4
+
+
+def test_as_many_heads_are_confirmed_as_recall_asks_for() -> None:
+    """In the reading that the loop takes, on as many prompts as are scanned, in each of the three models."""
+    found = json.loads(recall.EVIDENCE.read_text(encoding="utf-8"))
+    tables = recall.summary(found, "none")
+    assert {len(table) for table in tables.values()} == {3}
+    assert recall.enough(tables["size", 1]) == scans.N_CONFIRM
+    assert found["n_drawn"] == 24
 
 
 def test_cost_grows_by_no_more_than_is_promised() -> None:

@@ -39,7 +39,7 @@ def evidence(seeds: Sequence[int], out_json: str | Path, *, progress: bool = Fal
 
     Returns:
         What was written: per seed `Z` and `C` (see `behaviour`), `heads` (see `find_heads`) and `tuned`
-        (operator → kind → outcomes, `drop` = refusal rate before − after, and by operator the rate of sums that are `right` after the
+        (operator → kind → outcomes, `drop` = refusal rate before − after, and by operator the rate of `sums_right` after the
         model's own chain).
     """
     command = f"rim-lens organism toy --seeds {','.join(map(str, seeds))}"
@@ -132,7 +132,7 @@ def evidence_table(found: dict[str, Any]) -> str:
     sums = [
         f"| {seed} | `{op}` | "
         + " | ".join(
-            _percent(one["tuned"][op][kind]["right"][of]) for kind in TUNED_KINDS for of in OPERATORS
+            _percent(one["tuned"][op][kind]["sums_right"][of]) for kind in TUNED_KINDS for of in OPERATORS
         )
         + " |"
         for seed, one in found["seeds"].items()
@@ -173,7 +173,7 @@ def _after_tuning(base: Any, tuned: Any) -> dict[str, Any]:
         **_rates(after, prompts),
         "drop": asdict(rate(drops, prompts)),
         "twins_refused": _rates(answers(tuned, held_out("harmless")), held_out("harmless"))["refused"],
-        "right": {op: _thought_right(tuned, held_out("reasoning", op)) for op in OPERATORS},
+        "sums_right": {op: _thought_right(tuned, held_out("reasoning", op)) for op in OPERATORS},
     }
 
 
