@@ -31,9 +31,12 @@ class ResultFolder:
             name: The file it is kept in.
 
         Raises:
-            StudyFolderError: The folder was claimed for another question or kind of study, or the file is corrupt.
+            StudyFolderError: The folder was claimed for another question or kind of study, the file is corrupt, or the folder is
+                a file.
             SharingError: Another process that shares the work asks something else, or of other weights.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise StudyFolderError(f"{self.path} is a file; results are kept in a folder. Name one.")
         first = agreed(name, lambda: design)
         if first != design:
             differs = ", ".join(sorted(key for key in {*design, *first} if design.get(key) != first.get(key)))

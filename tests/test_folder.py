@@ -89,3 +89,11 @@ def test_two_runs_that_write_one_result_at_once_leave_it_whole(tmp_path):
     assert [run.exitcode for run in runs] == [0, 0]
     assert len(set(json.loads((tmp_path / "a.json").read_text()))) == 1
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_file_is_no_folder(tmp_path):
+    taken = tmp_path / "notes.txt"
+    taken.write_text("mine")
+    with pytest.raises(StudyFolderError, match=r"notes\.txt is a file; results are kept in a folder"):
+        ResultFolder(taken).claim({"a": 1})
+    assert taken.read_text() == "mine"
