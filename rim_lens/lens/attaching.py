@@ -189,26 +189,31 @@ def verify(model: Model, reads: Sequence[Site] = (), edits: Sequence[Site] = ())
 
 @contextmanager
 def alone(model: Model) -> Iterator[None]:
-    """Within this context nobody's hooks act: a proof is about the model itself, and its probes are nobody's data."""
+    """Within this context nobody's hooks act on hook points: a proof is about the model itself, and its probes are nobody's data.
+
+    PyTorch's own on other modules stay, as they may be part of the model (`weight_norm` is one).
+    """
     points = {id(point): point for point in model.hook_dict.values()}.values()
-    both = [
-        (hooks, dict(hooks), handles)
+    put = [
+        (hooks, dict(hooks), numbers)
         for point in points
-        for hooks, handles in (
-            (point._forward_hooks, point.fwd_hooks),
-            (point._backward_hooks, point.bwd_hooks),
+        for hooks in (
+            point._forward_hooks,
+            point._forward_pre_hooks,
+            point._backward_hooks,
+            point._backward_pre_hooks,
         )
-        if handles
+        if (numbers := acting(hooks))
     ]
     was_quiet, _quiet.on = is_quiet(), False  # a proof's own components look, also within a reference pass
     try:
-        for hooks, _, handles in both:
-            for handle in handles:
-                hooks.pop(handle.hook.id, None)
+        for hooks, _, numbers in put:
+            for number in numbers:
+                hooks.pop(number, None)
         yield
     finally:
         _quiet.on = was_quiet
-        for hooks, before, _ in both:
+        for hooks, before, _ in put:
             hooks.clear()
             hooks.update(before)
 

@@ -332,3 +332,21 @@ def test_only_ones_own_hooks_are_removed(family: str) -> None:
     all_logits(model, batch.tokens, batch.attention_mask)
     assert calls == ["a", "b", "c", "c"]
     assert attached(model) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("way", ["add_hook", "register_forward_hook", "register_forward_pre_hook"])
+def test_a_proof_is_nobodys_data(family: str, way: str) -> None:
+    """Hooks that stand on a hook point see no probe, whichever way they were put there, and stand afterwards."""
+    model, seen = wrapped("llama", family), []
+    point = model.hook_dict[hook_name("z", 1)]
+
+    def noting(*given: Any, **_: Any) -> None:
+        seen.append(given)
+
+    getattr(point, way)(noting)
+    verify(model, reads=["pattern"], edits=["z"])
+    assert seen == []
+    batch = random_batch(seed=0)
+    all_logits(model, batch.tokens, batch.attention_mask)
+    assert len(seen) == 1
