@@ -102,6 +102,11 @@ def counted_loop(batch: SpanBatch) -> float:
     return reading(SHAPE, Asked(n, longest)) + n * (longest - 1) * SHAPE.word
 
 
+def counted_gradients(batch: SpanBatch) -> float:
+    """Multiply-adds of one pass up and one down, which gives weights no gradients."""
+    return 2 * reading(SHAPE, Asked(len(batch), round(float(batch.lengths.float().mean()))))
+
+
 def counted_scan(batch: SpanBatch, layers: Sequence[int], last_row: bool) -> float:
     """Multiply-adds of a packed scan, for edits of one head in each of these layers."""
     length = round(float(batch.lengths.float().mean()))
@@ -159,7 +164,11 @@ def prefilter(model: Model, batch: SpanBatch, n_confirm: int, goal: float) -> di
     for head in looped[SAMPLE // 2 :]:
         loop.run(head)
     rival = float(np.mean(loop.seconds)) * len(facts.heads())
+    layers = np.argwhere(found["status"].values == "confirmed")[:, 0].tolist()
     return {
+        "counted": len(facts.heads())
+        * counted_loop(batch)
+        / (counted_gradients(batch) + counted_scan(batch, layers, last_row=False)),
         "name": f"gradients, then {n_confirm} heads and layer 0 confirmed",
         "goal": f"≥ {goal:g} ×",
         "ratio": rival / (seconds + estimating),
