@@ -193,17 +193,21 @@ def _create(
     # Two runs may begin at once: each makes a file of its own, and the first that is there is that of both.
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     stored = ("prompt", np.zeros(len(coords["prompt"]), dtype="int8"))
-    xr.Dataset({"stored": stored}, coords=coords, attrs=dict(attrs)).to_netcdf(unfinished, engine="h5netcdf")
-    with h5netcdf.File(unfinished, "a") as file:
-        for variable in variables:
-            array = file.create_variable(variable.name, ("prompt", *variable.dims), dtype=variable.dtype)
-            for key, value in variable.attrs.items():
-                array.attrs[key] = value
-            array.attrs["coordinates"] = "category family kind n_tokens"
     try:
-        os.link(unfinished, path)  # atomic: a file of this name always has all its variables
-    except FileExistsError:
-        pass
-    except OSError:  # no links on this file system
-        unfinished.rename(path)
-    unfinished.unlink(missing_ok=True)
+        xr.Dataset({"stored": stored}, coords=coords, attrs=dict(attrs)).to_netcdf(
+            unfinished, engine="h5netcdf"
+        )
+        with h5netcdf.File(unfinished, "a") as file:
+            for variable in variables:
+                array = file.create_variable(variable.name, ("prompt", *variable.dims), dtype=variable.dtype)
+                for key, value in variable.attrs.items():
+                    array.attrs[key] = value
+                array.attrs["coordinates"] = "category family kind n_tokens"
+        try:
+            os.link(unfinished, path)  # atomic: a file of this name always has all its variables
+        except FileExistsError:
+            pass
+        except OSError:  # no links on this file system
+            unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -22,10 +22,9 @@ from rim_lens.lens import (
     AttentionBy,
     Model,
     ModelFacts,
+    known_by,
     last_logits,
     model_facts,
-    standing,
-    weights_digest,
     why_not_sdpa,
 )
 from rim_lens.sharing import each, row_groups
@@ -175,14 +174,13 @@ def _attributes(
 ) -> dict[str, Any]:
     from rim_lens import __version__
 
-    others = standing(model)  # components of this call are not on it yet
+    known = known_by(model)  # components of this call are not on it yet
     return {
-        **({"on_the_model": json.dumps(others)} if others else {}),
+        **{name: told if isinstance(told, str) else json.dumps(told) for name, told in known.items()},
         "format_version": FORMAT_VERSION,
         "rim_lens": __version__,
         "transformer_lens": importlib.metadata.version("transformer-lens"),
         "model": json.dumps(facts.to_dict()),
-        "weights_digest": weights_digest(model),
         "condition": batch.name,
         "think": batch.think,
         "chat_format": batch.format,

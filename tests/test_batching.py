@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -53,6 +54,6 @@ def test_limits() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, -1, 2.0, "4", None])
-def test_what_is_no_limit_is_refused(limit: object) -> None:
+def test_what_is_no_limit_is_refused(limit: Any) -> None:
     with pytest.raises(ConditionError, match=r"max_rows=.*at least 1"):
-        micro_batches([3, 4], max_rows=limit)  # type: ignore[arg-type]
+        micro_batches([3, 4], max_rows=limit)

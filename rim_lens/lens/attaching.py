@@ -79,8 +79,13 @@ class ComponentHook:
 
 def hooks_at(point: Any) -> list[Hook | None]:
     """Forward hooks on a hook point, in order; None for each that was not added by `add_hooks`."""
-    ours = {handle.hook.id: _added.get(handle.hook) for handle in point.fwd_hooks}
+    ours = _ours(point)
     return [ours.get(number) for number in point._forward_hooks]
+
+
+def _ours(module: Any) -> dict[int, Hook | None]:
+    """Hooks that `add_hooks` put on a module, by PyTorch's number; only hook points can have some."""
+    return {handle.hook.id: _added.get(handle.hook) for handle in getattr(module, "fwd_hooks", ())}
 
 
 def acting(*tables: Mapping[int, Any]) -> list[int]:
@@ -102,7 +107,7 @@ def standing(model: Model) -> list[str]:
     places |= {id(point): (name, point) for name, point in model.hook_dict.items()}
     found = []
     for name, module in places.values():
-        ours = {handle.hook.id: _added.get(handle.hook) for handle in getattr(module, "fwd_hooks", ())}
+        ours = _ours(module)
         for number in acting(module._forward_pre_hooks, module._forward_hooks):
             hook = ours.get(number)
             what = (hook.what or hook.by) if isinstance(hook, ComponentHook) else "a hook"

@@ -24,7 +24,7 @@ _IDLE = """
     ungroup_grouped_query_attention use_attn_in use_attn_result use_hook_mlp_in use_hook_tokens use_split_qkv_input
 """
 # Rotary positions whose frequencies follow the longest prompt so far: their settings tell all that stays.
-_FOLLOW = ("dynamic", "longrope")
+_FOLLOW = ('"dynamic"', '"longrope"')
 
 
 def weights_digest(model: Model) -> str:

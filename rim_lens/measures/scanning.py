@@ -88,9 +88,8 @@ class Scan:
         if not self._half:
             return "packed"
         return (
-            f"packed, rough ({_dtype(self.reading)}: off by up to {self.error:.2g} nats from those few that were read plainly as well, others"
-            " may be by more;"
-            " a ranking, and no more)"
+            f"packed, rough ({_dtype(self.reading)}: off by up to {self.error:.2g} nats from those few that were read plainly as well,"
+            " others may be by more; a ranking, and no more)"
         )
 
     @property

@@ -42,7 +42,7 @@ def by_name(tuned: Tuned) -> dict[str, Source]:
         if isinstance(source, str | Path):
             require_source(source)
         else:
-            model_facts(source)
+            model_facts(source)  # refuses what is no model
     return dict(named)
 
 

@@ -12,11 +12,8 @@ from rim_lens.lens import model_facts
 from tests.benchmarks.scans import Loop, counted_loop, counted_scan, prepared
 from tests.benchmarks.timing import cpu
 
-LAYERS = (
-    5,
-    15,
-    24,
-)  # of the heads ablated at all rows; their mean is the middle layer, and all would take six times as long
+# Of the heads ablated at all rows; their mean is the middle layer, and all would take six times as long.
+LAYERS = (5, 15, 24)
 
 # By what PyTorch calls it; what is not named here is norms, activations, residuals, rotations and sums.
 KINDS = {

@@ -195,7 +195,7 @@ def section(found: Mapping[str, Any]) -> str:
         f"`{found['command']}`, {found['date']}: every head of three models ablated at all rows on n = {found['n_prompts']} harmful requests, and ranked by",
         f"gradient × activation (mean of its size over prompts). Of {found['n_draws']} draws of {found['n_drawn']} of these prompts (seed {SEED}), the share of the draw's {TOP} truly",
         "strongest heads that are among the first of the ranking or in the first layers: mean (5th percentile). Draws share prompts, so their",
-        "spread is not that over new requests.",
+        "spread is not that over new requests; and how many heads the tables ask about was chosen after a look at these draws.",
     ]
     titles = {
         "size": "Truly strongest by the mean of effects' size",

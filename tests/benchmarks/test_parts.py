@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 
 from rim_lens.lens.loading import bridge_class
 from tests.benchmarks import capture, streaming, writing
 from tests.benchmarks.page import _amount, _ratio
+from tests.benchmarks.profiles import ALL_KINDS, spent
 from tests.benchmarks.timing import interleaved
 from tests.peaks import peak_of
 
@@ -68,3 +70,15 @@ def test_runs_take_turns() -> None:
     found = interleaved({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, 3)
     assert turns == ["a", "b"] * 4  # the first is not counted
     assert set(found) == {"a", "b"}
+
+
+def test_a_profile_tells_products_from_copies_and_leaves_nothing_out() -> None:
+    square = torch.ones(400, 400)
+    products, copies = (
+        spent(lambda: [square @ square for _ in range(40)]),
+        spent(lambda: [torch.cat([square] * 9) for _ in range(40)]),
+    )
+    assert tuple(products) == tuple(copies) == ALL_KINDS
+    assert max(products, key=products.__getitem__) == "products of matrices"
+    assert copies["products of matrices"] == 0
+    assert copies["copies"] > 0.2 * sum(copies.values())

@@ -252,5 +252,6 @@ def test_effects_of_both_models_have_intervals_of_their_own() -> None:
 
 
 def test_what_is_no_table_of_heads_is_told() -> None:
+    name: Any = "base"
     with pytest.raises(ConditionError, match=r"was given a str.*rl\.refusal_heads"):
-        compare_heads("base", measured(0, {}))  # type: ignore[arg-type]
+        compare_heads(name, measured(0, {}))
