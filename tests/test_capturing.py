@@ -430,6 +430,21 @@ def test_two_runs_that_begin_at_once_share_a_file(
     assert [file.name for file in tmp_path.iterdir()] == ["capture.nc"]
 
 
+def test_a_file_that_cannot_be_made_whole_is_not_left(
+    case_gqa: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = xr.Dataset.to_netcdf
+
+    def cut(*given: Any, **more: Any) -> None:
+        write(*given, **more)
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(xr.Dataset, "to_netcdf", cut)
+    with pytest.raises(OSError, match="no space left"):
+        rl.capture(case_gqa.model, some(), SpanAttention(), out=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_numbers_that_are_not_finite_stop_it_and_keep_what_was_stored(
     tmp_path: Path, passes: list[list[int]]
 ) -> None:
